@@ -1,0 +1,49 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""LaTtE-Flow (arXiv 2506.06952) for transformers and diffusers.
+
+Importing this package registers its classes with the Auto classes and with diffusers. The imports are eager because
+diffusers refuses to import a module that a checkpoint names.
+"""
+
+import diffusers
+from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from .checkpoints import tiny_checkpoint
+from .modeling.configuration_latte_flow import LatteFlowConfig
+from .modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
+from .modeling.processing_latte_flow import LatteFlowProcessor
+from .pipelines.pipeline_latte_flow import LatteFlowPipeline
+from .pipelines.pipeline_output import LatteFlowPipelineOutput
+from .schedulers.scheduling_latte_flow import LatteFlowScheduler
+from .version import __version__
+
+
+__all__ = [
+    "LatteFlowConfig",
+    "LatteFlowForConditionalGeneration",
+    "LatteFlowPipeline",
+    "LatteFlowPipelineOutput",
+    "LatteFlowProcessor",
+    "LatteFlowScheduler",
+    "__version__",
+    "tiny_checkpoint",
+]
+
+AutoConfig.register("latte_flow", LatteFlowConfig, exist_ok=True)
+for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    auto_class.register(LatteFlowConfig, LatteFlowForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(LatteFlowConfig, LatteFlowProcessor, exist_ok=True)
+# `DiffusionPipeline.from_pretrained` looks a pipeline's class up as an attribute of diffusers.
+diffusers.LatteFlowPipeline = LatteFlowPipeline
+# Components from the hub are rejected unless their library is known.
+LOADABLE_CLASSES.setdefault("latte_flow_hf", {})

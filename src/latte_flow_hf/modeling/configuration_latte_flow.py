@@ -1,0 +1,88 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""Every number of the architecture: the backbone's own configuration plus what the generation tower adds."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .flow_matching import check_boundaries, uniform_boundaries
+
+
+RESIDUAL_ATTENTION_MODES = ("scores", "probabilities", None)
+
+
+class LatteFlowConfig(PreTrainedConfig):
+    """Configuration of [`LatteFlowForConditionalGeneration`].
+
+    Args:
+        vlm_config (`PreTrainedConfig` or `dict`, *optional*):
+            The backbone's configuration; Qwen2-VL with its defaults if not given.
+        num_experts (`int`, defaults to 4):
+            K, the number of contiguous layer groups. Must divide the backbone's number of decoder layers. (Paper: the
+            main setting, 4 groups of 7 of 28 layers; 1 is its "vanilla" network.)
+        expert_boundaries (`list[float]`, *optional*):
+            K + 1 falling sigmas from 1 (noise) to 0 (data); expert k owns boundaries[k] >= sigma > boundaries[k + 1].
+            Uniform if not given (chosen: the sources are silent).
+        latent_channels (`int`, defaults to 32):
+            Channels of the autoencoder's latents (DC-AE f32c32).
+        latent_patch_size (`int`, defaults to 1):
+            Side of the square of latent pixels that one token holds.
+        residual_attention (`str` or `None`, defaults to `"scores"`):
+            What a layer hands on to the next one of its group: its attention scores before the softmax (`"scores"`,
+            chosen: rows stay normalised), its map after the softmax (`"probabilities"`), or nothing (`None`).
+        timestep_frequency_dim (`int`, defaults to 256):
+            Size of the sinusoidal embedding of the timestep.
+        timestep_embed_dim (`int`, *optional*):
+            Size of the timestep embedding that modulates the layers; the backbone's width if not given.
+
+    Raises:
+        `ValueError`: if `num_experts` does not divide the backbone's layers, or another value is out of range.
+    """
+
+    model_type = "latte_flow"
+    sub_configs_defaults = {"vlm_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2_vl")}
+
+    vlm_config: dict | PreTrainedConfig | None = None
+    num_experts: int = 4
+    expert_boundaries: list[float] | None = None
+    latent_channels: int = 32
+    latent_patch_size: int = 1
+    residual_attention: str | None = "scores"
+    timestep_frequency_dim: int = 256
+    timestep_embed_dim: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        for name in ("num_experts", "latent_channels", "latent_patch_size", "timestep_frequency_dim"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}.")
+        num_layers = self.text_config.num_hidden_layers
+        if num_layers % self.num_experts:
+            divisors = [k for k in range(1, num_layers + 1) if num_layers % k == 0]
+            raise ValueError(
+                f"num_experts must divide the backbone's {num_layers} layers, got {self.num_experts}; "
+                f"one of {divisors} would do."
+            )
+        if self.residual_attention not in RESIDUAL_ATTENTION_MODES:
+            raise ValueError(
+                f"residual_attention must be one of {list(RESIDUAL_ATTENTION_MODES)}, got {self.residual_attention!r}."
+            )
+        if self.expert_boundaries is None:
+            self.expert_boundaries = uniform_boundaries(self.num_experts)
+        self.expert_boundaries = check_boundaries(self.expert_boundaries, self.num_experts)
+        if self.timestep_embed_dim is None:
+            self.timestep_embed_dim = self.text_config.hidden_size
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        """The backbone's text configuration: generic code of transformers looks for it under this name."""
+        return self.vlm_config.get_text_config(decoder=True)
+
+    def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
+        return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
+
+    @property
+    def layers_per_expert(self) -> int:
+        """M = L / K."""
+        return self.text_config.num_hidden_layers // self.num_experts

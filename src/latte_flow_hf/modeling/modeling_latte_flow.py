@@ -1,0 +1,754 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""LaTtE-Flow (arXiv 2506.06952): image generation beside a frozen vision-language model.
+
+What is unusual here: the backbone (`self.vlm`) is the stock transformers model, untouched, and the generation tower
+never runs through it. The tower reads the keys and values that the backbone left in its cache after one prefill of the
+prompt, and at each sampling step only one contiguous group of its layers runs: the expert that owns the timestep.
+
+Shapes: B batch, N latent tokens, T prompt tokens, D hidden size, H heads, G key-value heads, d head size.
+The file reads in the order data flows: embed, modulation, attention, layer, expert, tower, model.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
+from transformers import AutoModelForImageTextToText, DynamicCache
+from transformers import initialization as init
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+
+# `PreTrainedModel` must be visible here: diffusers looks in a component's defining module for the base class it knows.
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+
+from .configuration_latte_flow import LatteFlowConfig
+from .flow_matching import draw_expert_sigmas, expert_of_sigma, interpolate, velocity_loss, velocity_target
+
+
+@dataclass
+class LatteFlowContext:
+    """A prompt as the frozen backbone sees it, from one prefill; reused at every sampling step.
+
+    Args:
+        keys, values (`tuple[torch.Tensor, ...]`): per decoder layer (B, G, T, d); keys carry their rotary position.
+        attention_mask (`torch.Tensor`): (B, T), bool, `False` at padding.
+        next_position (`torch.Tensor`): (B,), the first rotary position after the prompt.
+        padded (`bool`): whether any of the mask is `False`; known here once, so that no step has to ask the device.
+    """
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    attention_mask: torch.Tensor
+    next_position: torch.Tensor
+    padded: bool
+
+    def __len__(self) -> int:
+        return self.next_position.shape[0]
+
+    def rows(self, index: torch.Tensor) -> "LatteFlowContext":
+        """The prompts at `index` (int64, any shape (n,)), in that order; the same one may come several times."""
+        return LatteFlowContext(
+            tuple(keys.index_select(0, index) for keys in self.keys),
+            tuple(values.index_select(0, index) for values in self.values),
+            self.attention_mask.index_select(0, index),
+            self.next_position.index_select(0, index),
+            self.padded,
+        )
+
+    @classmethod
+    def cat(cls, contexts: Sequence["LatteFlowContext"]) -> "LatteFlowContext":
+        """All prompts of several contexts in one batch, padded on the left to the longest."""
+        length = max(context.attention_mask.shape[1] for context in contexts)
+
+        def padded(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+            shape = list(tensor.shape)
+            shape[dim] = length - shape[dim]
+            return torch.cat([tensor.new_zeros(shape), tensor], dim=dim) if shape[dim] else tensor
+
+        def joined(name: str) -> tuple[torch.Tensor, ...]:
+            layers = zip(*(getattr(context, name) for context in contexts))
+            return tuple(torch.cat([padded(item, 2) for item in layer]) for layer in layers)
+
+        return cls(
+            joined("keys"),
+            joined("values"),
+            torch.cat([padded(context.attention_mask, 1) for context in contexts]),
+            torch.cat([context.next_position for context in contexts]),
+            any(context.padded or context.attention_mask.shape[1] < length for context in contexts),
+        )
+
+
+@dataclass
+class LatteFlowModelOutput(ModelOutput):
+    """What a training step gives.
+
+    Args:
+        loss (`torch.Tensor`): scalar, the sum of what was asked for.
+        flow_loss (`torch.Tensor`): scalar, the velocity's mean squared error summed over the experts (paper).
+        expert_losses (`torch.Tensor`): (K,), each expert's own share of it, without gradients.
+        lm_loss (`torch.Tensor`, *optional*): scalar, the backbone's own loss on `labels`.
+        logits (`torch.Tensor`, *optional*): (B, T, vocabulary), with `labels` only.
+    """
+
+    loss: torch.Tensor | None = None
+    flow_loss: torch.Tensor | None = None
+    expert_losses: torch.Tensor | None = None
+    lm_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+class LatteFlowZeroLinear(nn.Linear):
+    """A linear map that is zero at the start of training."""
+
+
+class LatteFlowLatentEmbedding(nn.Linear):
+    """Latents -> tokens: a linear map of each square of `latent_patch_size` latent pixels."""
+
+    def __init__(self, config: LatteFlowConfig):
+        super().__init__(config.latent_channels * config.latent_patch_size**2, config.text_config.hidden_size)
+        self.patch_size = config.latent_patch_size
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, C, height, width) -> (B, N, D), row by row."""
+        patches = nn.functional.pixel_unshuffle(latents, self.patch_size)
+        return super().forward(patches.flatten(2).transpose(1, 2))
+
+
+class LatteFlowTimestepEmbedding(nn.Module):
+    """timestep (B,) in 0 to 1000 -> (B, E), after the SiLU that every modulation begins with."""
+
+    def __init__(self, config: LatteFlowConfig):
+        super().__init__()
+        self.frequencies = Timesteps(config.timestep_frequency_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.mlp = TimestepEmbedding(config.timestep_frequency_dim, config.timestep_embed_dim)
+
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        frequencies = self.frequencies(timestep).to(self.mlp.linear_1.weight.dtype)
+        return nn.functional.silu(self.mlp(frequencies))
+
+
+def _linear_like(linear: nn.Linear) -> nn.Linear:
+    return nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+
+
+def _rms_norm_like(norm: nn.Module) -> nn.Module:
+    return type(norm)(norm.weight.shape[0], eps=norm.variance_epsilon)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of (B, heads, N, d) by cos and sin of (B, N, d), halves rotated as in Llama and Qwen."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
+
+
+def repeat_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """(B, G, n, d) -> (B, H, n, d): each key-value head serves H / G query heads."""
+    return states.repeat_interleave(num_heads // states.shape[1], dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scaling * Q K^T + attention_mask) V -> (B, N, H, d) and the map (B, H, N, T + N)."""
+    scores = torch.matmul(query, repeat_heads(key, query.shape[1]).transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, repeat_heads(value, query.shape[1])).transpose(1, 2), weights
+
+
+class LatteFlowAttention(nn.Module):
+    """Latents attend to the prompt's cached keys and values and, in both directions, to each other.
+
+    Timestep-conditioned residual attention (paper; details chosen): with S the scaled scores of latents to latents,
+    S^l <- S^l + g^l(t) * S^(l-1) before the softmax, g = tanh(linear(timestep embedding)), one value a head, zero at
+    the start of training. S^(l-1) already holds its own residual; the first layer of a group has none.
+    """
+
+    def __init__(self, config: LatteFlowConfig, like: nn.Module, is_first: bool):
+        super().__init__()
+        text_config = config.text_config
+        self.config = config
+        self.is_causal = False
+        self.num_heads = text_config.num_attention_heads
+        self.head_dim = like.q_proj.out_features // self.num_heads
+        self.num_key_value_groups = self.num_heads // text_config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = _linear_like(like.q_proj)
+        self.k_proj = _linear_like(like.k_proj)
+        self.v_proj = _linear_like(like.v_proj)
+        self.o_proj = _linear_like(like.o_proj)
+        self.residual = None if is_first else config.residual_attention
+        if self.residual is not None:
+            self.residual_gate = LatteFlowZeroLinear(config.timestep_embed_dim, self.num_heads)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        context_keys: torch.Tensor,
+        context_values: torch.Tensor,
+        context_bias: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        timestep_embedding: torch.Tensor,
+        previous: torch.Tensor | None = None,
+        keep: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states: (B, N, D).
+            context_keys, context_values: (B, G, T, d).
+            context_bias: (B, 1, 1, T), 0 or -inf (padding); `None` if nothing is padded.
+            position_embeddings: cos and sin, (B, N, d).
+            timestep_embedding: (B, E).
+            previous: (B, H, N, N), what the layer before kept.
+            keep: whether to return what the next layer reuses.
+
+        Returns:
+            (B, N, D), and (B, H, N, N) or `None`.
+        """
+        batch, length, _ = hidden_states.shape
+        query = self.q_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+
+        residual = None
+        if previous is not None and self.residual is not None:
+            gate = torch.tanh(self.residual_gate(timestep_embedding))
+            residual = gate[..., None, None] * previous
+
+        all_keys = torch.cat([context_keys, key], dim=2)
+        all_values = torch.cat([context_values, value], dim=2)
+        if self.config.residual_attention == "probabilities":
+            output, kept = self._add_probabilities(query, all_keys, all_values, context_bias, residual)
+            return self.o_proj(output.reshape(batch, length, -1)), kept if keep else None
+
+        kept = None
+        if keep and self.config.residual_attention == "scores":
+            kept = torch.matmul(query, repeat_heads(key, self.num_heads).transpose(2, 3)) * self.scaling
+            kept = kept if residual is None else kept + residual
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        bias = self._bias(context_bias, residual, query, context_keys.shape[2])
+        output, _ = attention(self, query, all_keys, all_values, bias, scaling=self.scaling, dropout=0.0)
+        return self.o_proj(output.reshape(batch, length, -1)), kept
+
+    def _bias(
+        self, context_bias: torch.Tensor | None, residual: torch.Tensor | None, query: torch.Tensor, num_context: int
+    ) -> torch.Tensor | None:
+        """What is added to the scores, (B, 1 or H, N, T + N): minus infinity at padding, the residual at latents."""
+        if context_bias is None and residual is None:
+            return None
+        batch, num_heads, length, _ = query.shape
+        if residual is None:
+            residual = query.new_zeros(batch, 1, length, length)
+        if context_bias is None:
+            context_bias = query.new_zeros(1, 1, 1, num_context)
+        return torch.cat([context_bias.expand(batch, residual.shape[1], length, -1), residual], dim=-1)
+
+    def _add_probabilities(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        context_bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ablation that adds the map after the softmax; it needs the map itself, so no fused kernel can do it."""
+        num_context = keys.shape[2] - query.shape[2]
+        bias = self._bias(context_bias, None, query, num_context)
+        _, weights = eager_attention_forward(self, query, keys, values, bias, self.scaling)
+        to_latents = weights[..., num_context:]
+        if residual is not None:
+            to_latents = to_latents + residual.to(weights.dtype)
+            weights = torch.cat([weights[..., :num_context], to_latents], dim=-1)
+        return torch.matmul(weights, repeat_heads(values, self.num_heads)).transpose(1, 2), to_latents
+
+
+class LatteFlowLayer(GradientCheckpointingLayer):
+    """One generation layer, in the order of the paper's figure, with its four modulation vectors.
+
+    x <- x + a(t) * norm(attention(norm(x)))
+    x <- x + b(t) * norm(feed_forward((1 + c(t)) * norm(x) + d(t)))
+
+    The four are zero at the start of training, so that a new layer is the identity (chosen: as in DiT).
+
+    Args:
+        config (`LatteFlowConfig`): the model's.
+        like (`nn.Module`): the backbone's decoder layer whose shapes (and, by `from_vlm`, weights) this one takes.
+        is_first (`bool`): whether it opens its group: then there is no attention map to reuse.
+    """
+
+    def __init__(self, config: LatteFlowConfig, like: nn.Module, is_first: bool):
+        super().__init__()
+        self.attention_norm = _rms_norm_like(like.input_layernorm)
+        self.self_attn = LatteFlowAttention(config, like.self_attn, is_first)
+        self.attention_post_norm = _rms_norm_like(like.input_layernorm)
+        self.mlp_norm = _rms_norm_like(like.post_attention_layernorm)
+        self.mlp = type(like.mlp)(config.text_config)
+        self.mlp_post_norm = _rms_norm_like(like.post_attention_layernorm)
+        self.modulation = LatteFlowZeroLinear(config.timestep_embed_dim, 4 * config.text_config.hidden_size)
+
+    def copy_from(self, layer: nn.Module) -> None:
+        """Take over the weights of the backbone's decoder layer."""
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            getattr(self.self_attn, name).load_state_dict(getattr(layer.self_attn, name).state_dict())
+        self.mlp.load_state_dict(layer.mlp.state_dict())
+        self.attention_norm.load_state_dict(layer.input_layernorm.state_dict())
+        self.mlp_norm.load_state_dict(layer.post_attention_layernorm.state_dict())
+
+    def forward(
+        self, hidden_states: torch.Tensor, timestep_embedding: torch.Tensor, **attention: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, N, D) -> (B, N, D), and what the next layer reuses; `attention` as in [`LatteFlowAttention`]."""
+        modulation = self.modulation(timestep_embedding).unsqueeze(1)
+        attention_scale, mlp_scale_in, mlp_shift_in, mlp_scale = modulation.chunk(4, dim=-1)
+        attended, kept = self.self_attn(
+            self.attention_norm(hidden_states), timestep_embedding=timestep_embedding, **attention
+        )
+        hidden_states = hidden_states + attention_scale * self.attention_post_norm(attended)
+        fed = self.mlp((1.0 + mlp_scale_in) * self.mlp_norm(hidden_states) + mlp_shift_in)
+        return hidden_states + mlp_scale * self.mlp_post_norm(fed), kept
+
+
+class LatteFlowHead(nn.Module):
+    """Tokens -> velocity: norm, scale and shift by the timestep, a linear map that starts at zero."""
+
+    def __init__(self, config: LatteFlowConfig, like: nn.Module):
+        super().__init__()
+        self.patch_size = config.latent_patch_size
+        hidden_size = config.text_config.hidden_size
+        self.norm = _rms_norm_like(like)
+        self.modulation = LatteFlowZeroLinear(config.timestep_embed_dim, 2 * hidden_size)
+        self.proj = LatteFlowZeroLinear(hidden_size, config.latent_channels * self.patch_size**2)
+
+    def forward(
+        self, hidden_states: torch.Tensor, timestep_embedding: torch.Tensor, height: int, width: int
+    ) -> torch.Tensor:
+        """(B, N, D) -> (B, C, height, width); height and width in latent pixels."""
+        scale, shift = self.modulation(timestep_embedding).unsqueeze(1).chunk(2, dim=-1)
+        patches = self.proj((1.0 + scale) * self.norm(hidden_states) + shift).transpose(1, 2)
+        patches = patches.unflatten(2, (height // self.patch_size, width // self.patch_size))
+        return nn.functional.pixel_shuffle(patches, self.patch_size)
+
+
+class LatteFlowTower(nn.Module):
+    """The trainable replica of the decoder's layers, with what all experts share around them."""
+
+    def __init__(self, config: LatteFlowConfig, decoder: nn.Module):
+        super().__init__()
+        self.config = config
+        self.latent_embedding = LatteFlowLatentEmbedding(config)
+        self.timestep_embedding = LatteFlowTimestepEmbedding(config)
+        self.layers = nn.ModuleList(
+            LatteFlowLayer(config, layer, is_first=index % config.layers_per_expert == 0)
+            for index, layer in enumerate(decoder.layers)
+        )
+        self.head = LatteFlowHead(config, decoder.layers[0].input_layernorm)
+
+    def expert_layers(self, expert: int) -> range:
+        """The indices of the layers of expert `expert`."""
+        size = self.config.layers_per_expert
+        return range(expert * size, (expert + 1) * size)
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        expert: int,
+        context: LatteFlowContext,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """Velocity of `latents` (B, C, height, width) by the layers of one expert alone; `timestep` is (B,)."""
+        timestep_embedding = self.timestep_embedding(timestep)
+        hidden_states = self.latent_embedding(latents)
+        context_bias = None
+        if context.padded:
+            context_bias = torch.zeros_like(context.attention_mask, dtype=hidden_states.dtype)
+            context_bias = context_bias.masked_fill(~context.attention_mask, float("-inf"))[:, None, None]
+        kept = None
+        layers = self.expert_layers(expert)
+        for index in layers:
+            hidden_states, kept = self.layers[index](
+                hidden_states,
+                timestep_embedding=timestep_embedding,
+                context_keys=context.keys[index],
+                context_values=context.values[index],
+                context_bias=context_bias,
+                position_embeddings=position_embeddings,
+                previous=kept,
+                keep=index + 1 in layers,
+            )
+        return self.head(hidden_states, timestep_embedding, *latents.shape[2:])
+
+
+class LatteFlowPreTrainedModel(PreTrainedModel):
+    config_class = LatteFlowConfig
+    config: LatteFlowConfig
+    base_model_prefix = "vlm"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LatteFlowLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LatteFlowLatentEmbedding):
+            init.xavier_uniform_(module.weight)
+        elif isinstance(module, LatteFlowZeroLinear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+
+
+class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixin):
+    """A frozen vision-language model that answers, and a tower of timestep experts beside it that paints.
+
+    `self.vlm` is the backbone as transformers builds it: text through this class is text through the backbone.
+    """
+
+    def __init__(self, config: LatteFlowConfig):
+        super().__init__(config)
+        self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
+        decoder = self.vlm.get_decoder()
+        _check_decoder(decoder)
+        self.tower = LatteFlowTower(config, decoder)
+        self.vlm.requires_grad_(False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any):
+        """As of `PreTrainedModel`; loading makes new parameters, hence the backbone is frozen again here."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.vlm.requires_grad_(False)
+        return loaded
+
+    @classmethod
+    def from_vlm(cls, vlm: PreTrainedModel, **config: Any) -> "LatteFlowForConditionalGeneration":
+        """A new model around a loaded backbone, its tower initialised from the backbone's own layers.
+
+        Args:
+            vlm (`PreTrainedModel`): the backbone; it is used as it is, not copied, and frozen.
+            config: arguments of [`LatteFlowConfig`] other than `vlm_config`, e.g. `num_experts=4`.
+
+        Raises:
+            `ValueError`: if the configuration does not fit the backbone.
+        """
+        model = cls(LatteFlowConfig(vlm_config=copy.deepcopy(vlm.config), **config))
+        # The backbone's own config object from here on, so that what is changed on one side is seen on the other.
+        model.config.vlm_config = vlm.config
+        model.vlm = vlm.requires_grad_(False).eval()
+        model.tower.to(device=vlm.device, dtype=vlm.dtype)
+        for layer, source in zip(model.tower.layers, vlm.get_decoder().layers):
+            layer.copy_from(source)
+        if vlm.generation_config is not None:
+            model.generation_config = copy.deepcopy(vlm.generation_config)
+        return model
+
+    def train(self, mode: bool = True) -> "LatteFlowForConditionalGeneration":
+        """Training mode for the tower alone: a frozen backbone stays as it is (and in training keeps no cache)."""
+        super().train(mode)
+        self.vlm.eval()
+        return self
+
+    # What the backbone does, and this class only hands on.
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vlm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.vlm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.vlm.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.vlm.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        return self.vlm.get_decoder()
+
+    def get_rope_index(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.vlm.model.get_rope_index(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.vlm.prepare_inputs_for_generation(*args, **kwargs)
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs: Any):
+        """Text, as the backbone's own `generate`: same arguments, same tokens."""
+        if generation_config is None:
+            generation_config = copy.deepcopy(self.generation_config)
+            kwargs = generation_config.update(**kwargs)
+        return self.vlm.generate(inputs, generation_config=generation_config, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        latents: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        context: LatteFlowContext | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput | tuple:
+        """Without `latents`, the backbone's own output; with them, the training losses.
+
+        Args:
+            input_ids, attention_mask, pixel_values, image_grid_thw, labels, and anything else: as the backbone's.
+            latents (`torch.Tensor`, *optional*): (B, C, height, width), clean latents of the pictures that the
+                prompts describe, scaled as the pipeline scales them.
+            noise (`torch.Tensor`, *optional*): like `latents`; drawn if not given.
+            context ([`LatteFlowContext`], *optional*): the prompts, encoded before; then nothing else is needed.
+            generator (`torch.Generator`, *optional*): source of the noise and the timesteps.
+
+        Raises:
+            `ValueError`: if `latents` does not fit the model or the number of prompts.
+        """
+        if latents is None:
+            return self.vlm(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                pixel_values=pixel_values,
+                image_grid_thw=image_grid_thw,
+                labels=labels,
+                **kwargs,
+            )
+        return_dict = kwargs.pop("return_dict", True)
+        text = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "pixel_values": pixel_values,
+            "image_grid_thw": image_grid_thw,
+            **kwargs,
+        }
+        if context is None:
+            context = self.encode_context(**text)
+        flow_loss, expert_losses = self.flow_loss(latents, context, noise, generator)
+        output = LatteFlowModelOutput(loss=flow_loss, flow_loss=flow_loss, expert_losses=expert_losses)
+        if labels is not None:
+            spoken = self.vlm(labels=labels, **text)
+            output.lm_loss, output.logits = spoken.loss, spoken.logits
+            output.loss = flow_loss + spoken.loss
+        return output if return_dict else output.to_tuple()
+
+    def flow_loss(
+        self,
+        latents: torch.Tensor,
+        context: LatteFlowContext,
+        noise: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The velocity's mean squared error, summed over the experts, each on timesteps of its interval (paper).
+
+        The batch is split over the experts (chosen: a step then costs what one expert costs): example i goes to expert
+        i mod K. A batch smaller than K is gone through again from its start, so that no expert is left out.
+
+        Returns:
+            The sum (scalar), and the summands (K,) without gradients.
+        """
+        self._check_latents(latents, context)
+        if noise is None:
+            noise = torch.randn(
+                latents.shape,
+                generator=generator,
+                device=latents.device if generator is None else generator.device,
+                dtype=latents.dtype,
+            ).to(latents.device)
+        num_experts = self.config.num_experts
+        boundaries = self.config.expert_boundaries
+        order = torch.arange(max(len(latents), num_experts), device=latents.device) % len(latents)
+        losses = []
+        for expert in range(num_experts):
+            rows = order[expert::num_experts]
+            sigma = draw_expert_sigmas(len(rows), (boundaries[expert], boundaries[expert + 1]), generator)
+            sigma = sigma.to(latents.device)
+            data, expert_noise = latents[rows], noise[rows]
+            predicted = self.predict_velocity(
+                interpolate(data, expert_noise, sigma), 1000.0 * sigma, context.rows(rows), expert=expert
+            )
+            losses.append(velocity_loss(predicted, velocity_target(data, expert_noise)))
+        stacked = torch.stack(losses)
+        return stacked.sum(), stacked.detach()
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def encode_context(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        **vision: torch.Tensor | None,
+    ) -> LatteFlowContext:
+        """Prefill the prompts once.
+
+        Args:
+            input_ids, attention_mask: (B, T); padding on either side.
+            mm_token_type_ids: (B, T), 1 at image tokens, as the processor gives it; needed with pictures.
+            vision: `pixel_values`, `image_grid_thw`, as the processor gives them.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if vision.get("image_grid_thw") is not None:
+            position_ids, _ = self.get_rope_index(
+                input_ids,
+                mm_token_type_ids=mm_token_type_ids,
+                image_grid_thw=vision["image_grid_thw"],
+                attention_mask=attention_mask,
+            )
+        else:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+            if self._has_mrope:
+                position_ids = position_ids.expand(3, -1, -1)
+        # A cache without a config keeps every key, also of layers with a sliding window.
+        cache = DynamicCache()
+        # The base model: the language head has nothing to say about a context.
+        self.vlm.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            mm_token_type_ids=mm_token_type_ids,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            **vision,
+        )
+        last = position_ids.amax(dim=0) if position_ids.ndim == 3 else position_ids
+        last = last.masked_fill(attention_mask == 0, -1).amax(dim=-1)
+        return LatteFlowContext(
+            tuple(layer.keys for layer in cache.layers),
+            tuple(layer.values for layer in cache.layers),
+            attention_mask.bool(),
+            last + 1,
+            padded=not bool(attention_mask.all()),
+        )
+
+    @apply_forward_hook
+    def predict_velocity(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor | float,
+        context: LatteFlowContext,
+        expert: int | None = None,
+    ) -> torch.Tensor:
+        """The velocity (noise - data) at `latents`, by the expert that owns `timestep` alone.
+
+        Args:
+            latents (`torch.Tensor`): (B, C, height, width), noisy.
+            timestep (`float` or `torch.Tensor`): 0 to 1000, one for all or (B,); all of one expert.
+            context ([`LatteFlowContext`]): the B prompts.
+            expert (`int`, *optional*): which one, for callers that know it; read off `timestep` if not given, which
+                on an accelerator waits for the device.
+
+        Raises:
+            `ValueError`: if the timesteps belong to several experts, or a shape does not fit.
+        """
+        self._check_latents(latents, context)
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).reshape(-1)
+        if len(timestep) not in (1, len(latents)):
+            raise ValueError(f"timestep must be one, or one for each of {len(latents)} latents, got {len(timestep)}.")
+        if expert is None:
+            owners = {self.expert_of(t) for t in timestep.tolist()}
+            if len(owners) != 1:
+                raise ValueError(f"timestep must lie in the interval of one expert, got those of {sorted(owners)}.")
+            (expert,) = owners
+        elif not 0 <= expert < self.config.num_experts:
+            raise ValueError(f"expert must be from 0 to {self.config.num_experts - 1}, got {expert}.")
+        rotary = self.get_decoder().rotary_emb
+        cos_sin = rotary(latents, self._latent_positions(latents, context.next_position))
+        return self.tower(latents, timestep.expand(len(latents)), expert, context, cos_sin)
+
+    def expert_of(self, timestep: float) -> int:
+        """The expert that owns `timestep` (0 to 1000); expert 0 owns the noisiest."""
+        return expert_of_sigma(float(timestep) / 1000.0, self.config.expert_boundaries)
+
+    def expert_layers(self, expert: int) -> range:
+        """The indices of expert `expert`'s layers in `model.tower.layers`."""
+        if not 0 <= expert < self.config.num_experts:
+            raise ValueError(f"expert must be from 0 to {self.config.num_experts - 1}, got {expert}.")
+        return self.tower.expert_layers(expert)
+
+    def chat(
+        self, processor: Any, messages: str | list[dict], images: Any = None, streamer: Any = None, **generate: Any
+    ) -> str:
+        """Answer a question or go on with a conversation.
+
+        Args:
+            processor ([`LatteFlowProcessor`]): the model's.
+            messages (`str` or `list[dict]`): a question, or a conversation in the chat-template form.
+            images (*optional*): one picture or a list of them (PIL image, array, path or URL) that go before the
+                question; only with a string.
+            streamer (*optional*): a transformers streamer that gets the tokens as they come.
+            generate: arguments of `generate`; `max_new_tokens` is 256 unless given.
+
+        Returns:
+            `str`: the answer.
+
+        Raises:
+            `ValueError`: if `messages` is empty, or an image is none.
+        """
+        inputs = processor.encode_conversations([processor.conversation(messages, images)]).to(self.device)
+        tokens = self.generate(**inputs, streamer=streamer, **{"max_new_tokens": 256, **generate})
+        answer = tokens[0, inputs["input_ids"].shape[1] :]
+        return processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+    @property
+    def _has_mrope(self) -> bool:
+        return "mrope_section" in (getattr(self.config.text_config, "rope_parameters", None) or {})
+
+    def _latent_positions(self, latents: torch.Tensor, next_position: torch.Tensor) -> torch.Tensor:
+        """Rotary positions of the latents, right after the prompt, as the backbone would place a picture there.
+
+        Returns (3, B, N): time fixed, row, column (chosen); for a backbone without M-RoPE (B, N), row by row.
+        """
+        patch_size = self.config.latent_patch_size
+        height, width = latents.shape[2] // patch_size, latents.shape[3] // patch_size
+        tokens = torch.arange(height * width, device=latents.device)
+        start = next_position[:, None]
+        if not self._has_mrope:
+            return start + tokens
+        return torch.stack([start + torch.zeros_like(tokens), start + tokens // width, start + tokens % width])
+
+    def _check_latents(self, latents: torch.Tensor, context: LatteFlowContext) -> None:
+        channels, patch_size = self.config.latent_channels, self.config.latent_patch_size
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise ValueError(f"latents must be (batch, {channels}, height, width), got {tuple(latents.shape)}.")
+        if latents.shape[2] % patch_size or latents.shape[3] % patch_size:
+            raise ValueError(f"latents' sides must be multiples of {patch_size}, got {tuple(latents.shape[2:])}.")
+        if len(context) != len(latents):
+            raise ValueError(f"context must hold a prompt for each of {len(latents)} latents, got {len(context)}.")
+
+
+def _check_decoder(decoder: nn.Module) -> None:
+    """The tower mirrors layers of Llama's and Qwen2's kind; anything else must fail here and not paint nonsense."""
+    layer = decoder.layers[0]
+    names = [f"self_attn.{n}" for n in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    names += ["mlp", "input_layernorm", "post_attention_layernorm"]
+    modules = dict(layer.named_modules())
+    missing = [name for name in names if name not in modules]
+    unknown = [name for name in ("self_attn.q_norm", "self_attn.k_norm") if name in modules]
+    if missing or unknown or not hasattr(decoder, "rotary_emb"):
+        raise ValueError(
+            f"the backbone's decoder layer {type(layer).__name__} cannot be mirrored (missing: {missing}, not "
+            f"supported: {unknown}); a layer like Qwen2-VL's would do."
+        )

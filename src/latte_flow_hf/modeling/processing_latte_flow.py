@@ -1,0 +1,120 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""The backbone's image processor, tokenizer and chat template as one processor.
+
+Unlike `Qwen2VLProcessor` it names no video processor, which is what makes the stock one fail without torchvision.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import BatchFeature
+from transformers.image_utils import load_image
+
+# `ProcessorMixin` must be visible here: diffusers looks in a component's defining module for the base class it knows.
+from transformers.processing_utils import ProcessorMixin
+
+
+class LatteFlowProcessor(ProcessorMixin):
+    """Turns text, pictures and conversations into the inputs of [`LatteFlowForConditionalGeneration`].
+
+    Args:
+        image_processor: the backbone's image processor (`Qwen2VLImageProcessor` and its like).
+        tokenizer: the backbone's tokenizer.
+        chat_template (`str`, *optional*): the backbone's chat template; the tokenizer's own if not given.
+    """
+
+    return_mm_token_type_ids = True
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        self.image_token = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        if chat_template is None:
+            chat_template = tokenizer.chat_template
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """The placeholder tokens of one picture: a token for each merged patch."""
+        num_patches = int(image_inputs["image_grid_thw"][image_idx].prod())
+        return self.image_token * (num_patches // self.image_processor.merge_size**2)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "mm_token_type_ids"]
+
+    def conversation(self, messages: str | list[dict], images: Any = None) -> list[dict]:
+        """A conversation in the chat-template form, its pictures loaded.
+
+        Args:
+            messages (`str` or `list[dict]`): what the user says, or a conversation already in that form.
+            images (*optional*): one picture or a list of them that go before the words; only with a string. A picture
+                is a PIL image, an array or tensor of uint8 (height, width, 3), a path or a URL.
+
+        Raises:
+            `ValueError`: if `messages` is empty, not in that form, or goes with `images`; or if a picture is none.
+        """
+        if isinstance(messages, str):
+            pictures = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
+            content = [{"type": "image", "image": picture} for picture in pictures]
+            messages = [{"role": "user", "content": [*content, {"type": "text", "text": messages}]}]
+        elif images is not None:
+            raise ValueError("images go with a string; in a conversation, put them into the messages' content.")
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise ValueError(f"messages must be a string or a non-empty list of messages, got {messages!r}.")
+        return [self._checked_message(message) for message in messages]
+
+    def _checked_message(self, message: dict) -> dict:
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise ValueError(f"a message is a dict with `role` and `content`, got {message!r}.")
+        content = message["content"]
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        if not isinstance(content, (list, tuple)) or not all(isinstance(part, dict) for part in content):
+            raise ValueError(f"a message's content is a string or a list of parts, got {content!r}.")
+        return {**message, "content": [self._checked_part(part) for part in content]}
+
+    @staticmethod
+    def _checked_part(part: dict) -> dict:
+        if part.get("type") == "text" and isinstance(part.get("text"), str):
+            return part
+        if part.get("type") == "image":
+            source = next((part[key] for key in ("image", "url", "path", "base64") if key in part), None)
+            return {"type": "image", "image": load_picture(source)}
+        raise ValueError(f"a part of a message is text or an image, got {part!r}.")
+
+    def encode_conversations(self, conversations: list[list[dict]]) -> BatchFeature:
+        """Conversations (as [`~LatteFlowProcessor.conversation`] gives them) -> the model's inputs, padded on the left.
+
+        Each ends with the opening of the assistant's turn: what follows is an answer, or a picture.
+        """
+        return self.apply_chat_template(
+            conversations,
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )
+
+
+def load_picture(source: Any) -> Image.Image:
+    """A picture as an RGB PIL image.
+
+    Raises:
+        `ValueError`: if `source` is no picture: say, a file that cannot be decoded.
+    """
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    if isinstance(source, (str, Path)):
+        try:
+            return load_image(str(source)).convert("RGB")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"image {str(source)!r} cannot be read as a picture: {error}") from error
+    array = np.asarray(source)
+    if array.ndim == 3 and array.shape[2] == 3 and array.dtype == np.uint8:
+        return Image.fromarray(array)
+    raise ValueError(
+        "an image must be a PIL image, a path, a URL, or uint8 of shape (height, width, 3), got "
+        f"{type(source).__name__}" + (f" of {array.dtype}, {array.shape}." if array.ndim else ".")
+    )

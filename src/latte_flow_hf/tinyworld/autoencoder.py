@@ -1,0 +1,35 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""The loss that trains a small `AutoencoderDC`; the network itself is diffusers', untouched."""
+
+import torch
+from diffusers import AutoencoderDC
+from torch import nn
+from torch.nn import functional as F
+
+
+class AutoencoderWithLoss(nn.Module):
+    """An autoencoder in the form the stock Trainer wants: pixels in, loss out.
+
+    loss = mean (x' - x)^2 + 0.1 mean |x' - x| + weight * mean z^2, with x' decoded from z + noise. The noise makes the
+    decoder forgive what a sampler gets slightly wrong, the last term keeps the latents from growing out of its reach.
+    Chosen: because DC-AE's own losses (perceptual, adversarial) need networks that are not there at this size.
+
+    Args:
+        autoencoder (`AutoencoderDC`): the network to train.
+        latent_noise (`float`): standard deviation of the noise on the latents.
+        latent_penalty (`float`): weight of the latents' mean square.
+    """
+
+    def __init__(self, autoencoder: AutoencoderDC, latent_noise: float, latent_penalty: float):
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.latent_noise = latent_noise
+        self.latent_penalty = latent_penalty
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`pixel_values` of shape (batch, 3, height, width) in [-1, 1] -> `{"loss": scalar}`."""
+        latents = self.autoencoder.encode(pixel_values).latent
+        noisy = latents + self.latent_noise * torch.randn_like(latents)
+        decoded = self.autoencoder.decode(noisy).sample
+        loss = F.mse_loss(decoded, pixel_values) + 0.1 * F.l1_loss(decoded, pixel_values)
+        return {"loss": loss + self.latent_penalty * latents.square().mean()}

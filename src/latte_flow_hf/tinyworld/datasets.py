@@ -1,0 +1,146 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""Training examples of the tiny world, each a function of a seed and an index: nothing is stored, any order resumes.
+
+Neither held-out digits nor two-object pictures with a held-out pair can come out of here.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from .digits import digit_indices, digit_prompt, draw_digit, load_digits
+from .questions import questions_about
+from .shapes import ALL_OBJECTS, IMAGE_SIZE, Scene, draw_scene, place_objects, sample_scene
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture, what it shows (a scene, or a digit's value), the prompt that paints it, and where its objects are.
+
+    Places are as `place_objects` gives them; a digit has none, it fills the picture.
+    """
+
+    image: Image.Image
+    content: Scene | int
+    prompt: str
+    places: list[tuple[float, float, float]]
+
+
+def draw_example(rng: np.random.Generator, digit_share: float = 0.3, jitter: float = 1.0) -> Example:
+    """A training picture: a digit, or a scene of one (one third) or two objects."""
+    if rng.random() < digit_share:
+        index = int(rng.choice(digit_indices(held_out=False)))
+        value = int(load_digits()[1][index])
+        return Example(draw_digit(index, rng, jitter), value, digit_prompt(value), [])
+    scene = sample_scene(rng, 1 if rng.random() < 1 / 3 else 2)
+    places = place_objects(scene, rng)
+    return Example(draw_scene(scene, places), scene, scene.prompt, places)
+
+
+def vary_prompt(prompt: str, rng: np.random.Generator) -> str:
+    """The prompt as people type it: mostly plain, at times with a capital, a full stop, or without its first article."""
+    if rng.random() < 0.8:
+        return prompt
+    if rng.random() < 0.3:
+        prompt = prompt.removeprefix("a ")
+    if rng.random() < 0.5:
+        prompt = prompt[0].upper() + prompt[1:]
+    if rng.random() < 0.5:
+        prompt = prompt + "."
+    return prompt
+
+
+class Pictures(Dataset):
+    """`size` pictures as `{"image", "prompt"}`; example `i` depends on `seed` and `i` alone."""
+
+    def __init__(self, seed: int, size: int, digit_share: float = 0.3, jitter: float = 0.5):
+        self.seed, self.size, self.digit_share, self.jitter = seed, size, digit_share, jitter
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict:
+        rng = np.random.default_rng((self.seed, index))
+        example = draw_example(rng, self.digit_share, self.jitter)
+        return {"image": example.image, "prompt": vary_prompt(example.prompt, rng)}
+
+
+class LabelledPictures(Dataset):
+    """`size` pictures as `{"image", "cells"}`: what each cell of a `grid` x `grid` raster shows, row by row.
+
+    A cell's label is the object whose bounding box covers most of it, at least a quarter (0 to 23, by
+    `ALL_OBJECTS`), the digit that fills the picture (24 to 33), or the ground (34).
+    """
+
+    NUM_LABELS = len(ALL_OBJECTS) + 10 + 1
+
+    def __init__(self, seed: int, size: int, grid: int):
+        self.seed, self.size, self.grid = seed, size, grid
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict:
+        example = draw_example(np.random.default_rng((self.seed, index)), digit_share=0.4, jitter=1.3)
+        if not isinstance(example.content, Scene):
+            cells = np.full(self.grid**2, len(ALL_OBJECTS) + example.content)
+            return {"image": example.image, "cells": cells}
+        cells = np.full((self.grid, self.grid), self.NUM_LABELS - 1)
+        largest = np.full((self.grid, self.grid), 0.25)
+        edges = np.linspace(0, IMAGE_SIZE, self.grid + 1)
+        for item, (x, y, size) in zip(example.content.objects, example.places):
+            covered = np.outer(_covered(edges, y - size, y + size), _covered(edges, x - size, x + size))
+            cells[covered > largest] = ALL_OBJECTS.index(item)
+            largest = np.maximum(largest, covered)
+        return {"image": example.image, "cells": cells.reshape(-1)}
+
+
+def _covered(edges: np.ndarray, low: float, high: float) -> np.ndarray:
+    """The share of each interval between `edges` that lies in [low, high]."""
+    inside = np.minimum(edges[1:], high) - np.maximum(edges[:-1], low)
+    return np.clip(inside, 0, None) / np.diff(edges)
+
+
+class Conversations(Dataset):
+    """`size` conversations as `{"messages"}`: up to four questions about a picture, or about a sentence.
+
+    In a quarter of them a sentence takes the picture's place: the user writes what they see, the assistant says it back
+    in its canonical form (`left of` or `above`), and the questions are about that. It teaches the backbone to read the
+    sentences that the tower will later paint.
+    """
+
+    def __init__(self, seed: int, size: int, text_share: float = 0.25, max_turns: int = 4):
+        self.seed, self.size, self.text_share, self.max_turns = seed, size, text_share, max_turns
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict:
+        rng = np.random.default_rng((self.seed, index))
+        example = draw_example(rng, digit_share=0.35, jitter=1.3)
+        asked = questions_about(example.content, rng)
+        order = rng.permutation(len(asked))[: rng.integers(1, self.max_turns + 1)]
+        turns = [(vary_question(asked[i].question, rng), asked[i].answer) for i in order]
+        if rng.random() >= self.text_share:
+            messages = _turns_to_messages(turns)
+            messages[0]["content"].insert(0, {"type": "image", "image": example.image})
+            return {"messages": messages}
+        said = example.content.canonical.prompt if isinstance(example.content, Scene) else example.prompt
+        return {"messages": _turns_to_messages([(vary_prompt(example.prompt, rng), said), *turns])}
+
+
+def vary_question(question: str, rng: np.random.Generator) -> str:
+    """The question as people type it: at times with a capital, or without its question mark."""
+    if rng.random() < 0.3:
+        question = question[0].upper() + question[1:]
+    return question.removesuffix("?") if rng.random() < 0.1 else question
+
+
+def _turns_to_messages(turns: list[tuple[str, str]]) -> list[dict]:
+    messages: list[dict] = []
+    for question, answer in turns:
+        messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages

@@ -1,0 +1,129 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""What can be asked in the tiny world, and the right answers: sentences in, words out."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .digits import DIGIT_NAMES, digit_prompt
+from .shapes import ALL_OBJECTS, COLOURS, RELATIONS, SHAPES, Scene, SceneObject
+
+
+@dataclass(frozen=True)
+class QuestionAnswer:
+    """A question about a picture (or about a sentence that describes one) and its only right answer."""
+
+    question: str
+    answer: str
+    kind: str
+
+
+# Several wordings a kind, so that the model reads the question and not its position. The first is the plain one.
+_WORDINGS = {
+    "what": ("what is in the picture?", "what is this?", "what do you see?", "describe the picture."),
+    "colour": ("what colour is the {shape}?", "what color is the {shape}?", "which colour is the {shape}?"),
+    "colour_alone": ("what colour is it?", "what color is it?", "what colour is the {shape}?"),
+    "shape": ("what shape is the {colour} object?", "which shape is {colour}?"),
+    "shape_alone": ("what shape is it?", "which shape is it?", "what shape is the {colour} object?"),
+    "count": ("how many objects are there?", "how many shapes are there?", "how many objects are in the picture?"),
+    "exists": ("is there a {item}?", "is there a {item} in the picture?", "do you see a {item}?"),
+    "digit": ("which digit is this?", "what digit is this?", "which digit is in the picture?", "what number is this?"),
+    "relation": ("what is {relation} the {item}?", "which object is {relation} the {item}?"),
+}
+
+
+def parse_prompt(prompt: str) -> Scene | int:
+    """The scene, or the digit's value, that a sentence of the tiny world names.
+
+    Raises:
+        `ValueError`: if `prompt` is no such sentence.
+    """
+    if prompt.startswith("a handwritten ") and prompt.removeprefix("a handwritten ") in DIGIT_NAMES:
+        return DIGIT_NAMES.index(prompt.removeprefix("a handwritten "))
+    for relation in RELATIONS:
+        first, separator, second = prompt.partition(f" {relation} ")
+        if separator:
+            return Scene((_parse_object(first, prompt), _parse_object(second, prompt)), relation)
+    return Scene((_parse_object(prompt, prompt),))
+
+
+def _parse_object(text: str, prompt: str) -> SceneObject:
+    words = text.split(" ")
+    if len(words) != 3 or words[0] != "a" or words[1] not in COLOURS or words[2] not in SHAPES:
+        raise ValueError(
+            f"prompt {prompt!r} is no sentence of the tiny world; write `a COLOUR SHAPE`, two of them joined by one "
+            f"of {list(RELATIONS)}, or `a handwritten DIGIT`; colours: {list(COLOURS)}, shapes: {list(SHAPES)}."
+        )
+    return SceneObject(words[1], words[2])
+
+
+def questions_about(content: Scene | int, rng: np.random.Generator) -> list[QuestionAnswer]:
+    """One question of each kind that has a single right answer for `content` (a scene, or a digit's value).
+
+    Args:
+        content (`Scene` or `int`): what the picture shows.
+        rng (`np.random.Generator`): chooses wordings, objects, and which yes-or-no questions are answered yes.
+    """
+    if isinstance(content, Scene):
+        return _about_scene(content.canonical, rng)
+    return _about_digit(content, rng)
+
+
+def _about_digit(value: int, rng: np.random.Generator) -> list[QuestionAnswer]:
+    asked = value if rng.random() < 0.5 else int(rng.choice([v for v in range(10) if v != value]))
+    return [
+        _ask("what", digit_prompt(value), rng),
+        _ask("digit", DIGIT_NAMES[value], rng),
+        _ask("exists", "yes" if asked == value else "no", rng, item=digit_prompt(asked).removeprefix("a ")),
+    ]
+
+
+def _about_scene(scene: Scene, rng: np.random.Generator) -> list[QuestionAnswer]:
+    objects = scene.objects
+    picked = objects[rng.integers(len(objects))]
+    found = [
+        _ask("what", scene.prompt, rng),
+        _ask("count", ("one", "two")[len(objects) - 1], rng),
+        _ask_exists(scene, rng),
+    ]
+    if len(objects) == 1:
+        found.append(_ask("colour_alone", picked.colour, rng, shape=picked.shape))
+        found.append(_ask("shape_alone", picked.shape, rng, colour=picked.colour))
+        return found
+    if objects[0].shape != objects[1].shape:
+        found.append(_ask("colour", picked.colour, rng, shape=picked.shape))
+    if objects[0].colour != objects[1].colour:
+        found.append(_ask("shape", picked.shape, rng, colour=picked.colour))
+    found.append(_ask_relation(scene, rng))
+    return found
+
+
+def _ask_exists(scene: Scene, rng: np.random.Generator) -> QuestionAnswer:
+    if rng.random() < 0.5:
+        return _ask("exists", "yes", rng, item=scene.objects[rng.integers(len(scene.objects))])
+    absent = [item for item in ALL_OBJECTS if item not in scene.objects]
+    # Half of the absent ones share a colour or a shape with what is there: telling them apart takes binding.
+    near = [
+        item for item in absent if any((item.colour == o.colour) or (item.shape == o.shape) for o in scene.objects)
+    ]
+    choices = near if rng.random() < 0.5 else absent
+    return _ask("exists", "no", rng, item=choices[rng.integers(len(choices))])
+
+
+def _ask_relation(scene: Scene, rng: np.random.Generator) -> QuestionAnswer:
+    """What stands in a relation to one of the two objects: the other one, or nothing."""
+    assert scene.relation is not None
+    first, second = scene.objects
+    converse = RELATIONS[scene.relation][0]
+    relation, item, answer = (
+        (scene.relation, second, f"a {first}"),
+        (converse, first, f"a {second}"),
+        (scene.relation, first, "nothing"),
+        (converse, second, "nothing"),
+    )[rng.choice(4, p=(0.375, 0.375, 0.125, 0.125))]
+    return _ask("relation", answer, rng, relation=relation, item=item)
+
+
+def _ask(kind: str, answer: str, rng: np.random.Generator, **values) -> QuestionAnswer:
+    wordings = _WORDINGS[kind]
+    return QuestionAnswer(wordings[rng.integers(len(wordings))].format(**values), answer, kind.removesuffix("_alone"))
