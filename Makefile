@@ -22,11 +22,11 @@ quality: $(BIN)/latte-flow
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 style: $(BIN)/latte-flow
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 docs: $(BIN)/latte-flow
-	$(BIN)/mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve

@@ -6,7 +6,9 @@ diffusers refuses to import a module that a checkpoint names.
 """
 
 import diffusers
-from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
+
+# The base classes stand here too: for a library it knows, diffusers looks for them beside the class that it loads.
+from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin  # noqa: F401
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers import (
     AutoConfig,
@@ -14,8 +16,8 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
-    PreTrainedModel,
-    ProcessorMixin,
+    PreTrainedModel,  # noqa: F401
+    ProcessorMixin,  # noqa: F401
 )
 
 from .checkpoints import tiny_checkpoint

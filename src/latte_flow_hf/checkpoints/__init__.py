@@ -7,3 +7,50 @@ from pathlib import Path
 def tiny_checkpoint() -> str:
     """The folder of the embedded checkpoint, for `LatteFlowPipeline.from_pretrained`."""
     return str(Path(__file__).parent / "tinyworld")
+
+
+def describe(checkpoint: str) -> list[str]:
+    """What `latte-flow info` prints: experts, intervals, layers and sizes, without loading a weight.
+
+    Args:
+        checkpoint (`str`): folder or hub id of a pipeline, or of its model alone.
+
+    Raises:
+        `ValueError`: if the model is another one.
+        `OSError`: if there is none.
+    """
+    import torch
+    from transformers import AutoConfig
+    from transformers.utils import cached_file
+
+    from ..modeling.configuration_latte_flow import LatteFlowConfig
+    from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
+
+    is_pipeline = cached_file(checkpoint, "model_index.json", _raise_exceptions_for_missing_entries=False) is not None
+    config = AutoConfig.from_pretrained(checkpoint, subfolder="model" if is_pipeline else "")
+    if not isinstance(config, LatteFlowConfig):
+        raise ValueError(f"{checkpoint} holds a {config.model_type!r} model, not a 'latte_flow' one.")
+    with torch.device("meta"):
+        model = LatteFlowForConditionalGeneration(config)
+
+    def millions(module: torch.nn.Module | list[torch.nn.Module]) -> float:
+        modules = module if isinstance(module, list) else [module]
+        return sum(parameter.numel() for item in modules for parameter in item.parameters()) / 1e6
+
+    tower, boundaries = model.tower, config.expert_boundaries
+    shared = millions(tower) - millions(list(tower.layers))
+    lines = [
+        f"checkpoint  {checkpoint}",
+        f"backbone    {config.vlm_config.model_type}, {millions(model.vlm):.2f} M parameters, frozen",
+        f"tower       {millions(tower):.2f} M parameters: {config.num_experts} experts of "
+        f"{config.layers_per_expert} layers, {shared:.2f} M shared; residual attention: {config.residual_attention}",
+        f"latents     {config.latent_channels} channels, a token holds {config.latent_patch_size**2} latent pixel(s)",
+    ]
+    for expert in range(config.num_experts):
+        layers = tower.expert_layers(expert)
+        active = millions([tower.layers[index] for index in layers])
+        lines.append(
+            f"expert {expert}    sigma {boundaries[expert]:.3g} to {boundaries[expert + 1]:.3g}, "
+            f"layers {layers[0]} to {layers[-1]}, {active:.2f} M parameters"
+        )
+    return lines

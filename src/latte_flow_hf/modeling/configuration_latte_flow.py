@@ -43,14 +43,15 @@ class LatteFlowConfig(PreTrainedConfig):
     model_type = "latte_flow"
     sub_configs_defaults = {"vlm_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2_vl")}
 
-    vlm_config: dict | PreTrainedConfig | None = None
+    # `None` stands for a default that `__post_init__` fills in.
+    vlm_config: PreTrainedConfig = None  # type: ignore[assignment]
     num_experts: int = 4
-    expert_boundaries: list[float] | None = None
+    expert_boundaries: list[float] = None  # type: ignore[assignment]
     latent_channels: int = 32
     latent_patch_size: int = 1
     residual_attention: str | None = "scores"
     timestep_frequency_dim: int = 256
-    timestep_embed_dim: int | None = None
+    timestep_embed_dim: int = None  # type: ignore[assignment]
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

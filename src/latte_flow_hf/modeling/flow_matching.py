@@ -6,9 +6,10 @@ Shapes: `data`, `noise`, `noisy` and velocities are (batch, ...); `sigma` is (ba
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
-from torch.nn import functional as F
+from torch import nn
 
 
 # Sigmas reach us as float32 and through `timestep = 1000 * sigma`: what is this close to a boundary is on it.
@@ -33,7 +34,7 @@ def data_from_velocity(noisy: torch.Tensor, velocity: torch.Tensor, sigma: torch
 
 def velocity_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of the velocity over all elements, in float32. (Paper: the training objective.)"""
-    return F.mse_loss(predicted.float(), target.float())
+    return nn.functional.mse_loss(predicted.float(), target.float())
 
 
 def uniform_boundaries(num_experts: int) -> list[float]:
@@ -48,7 +49,7 @@ def check_boundaries(boundaries: Sequence[float], num_experts: int) -> list[floa
         `ValueError`: if they are not `num_experts` + 1 strictly falling sigmas from 1 to 0.
     """
     found = [float(b) for b in boundaries]
-    falling = all(a > b for a, b in zip(found, found[1:]))
+    falling = all(a > b for a, b in pairwise(found))
     if len(found) != num_experts + 1 or not falling or found[0] != 1.0 or found[-1] != 0.0:
         raise ValueError(
             f"expert_boundaries must be {num_experts + 1} strictly falling sigmas from 1 to 0 for {num_experts} "
@@ -72,7 +73,7 @@ def expert_of_sigma(sigma: float, boundaries: Sequence[float]) -> int:
 
 
 def draw_expert_sigmas(
-    count: int, interval: tuple[float, float], generator: torch.Generator | None = None, device=None
+    count: int, interval: tuple[float, float], generator: torch.Generator | None = None
 ) -> torch.Tensor:
     """`count` sigmas of one expert, stratified: the j-th is uniform in the j-th of `count` equal parts.
 
@@ -84,9 +85,10 @@ def draw_expert_sigmas(
         generator (`torch.Generator`, *optional*): where the randomness comes from.
 
     Returns:
-        `torch.Tensor` of shape (count,), float32, falling.
+        `torch.Tensor` of shape (count,), float32, falling, on the generator's device (the CPU without one).
     """
     high, low = interval
+    device = None if generator is None else generator.device
     uniform = torch.rand(count, generator=generator, device=device)
     return high - (high - low) * (torch.arange(count, device=device) + uniform) / count
 

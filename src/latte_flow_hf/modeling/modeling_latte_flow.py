@@ -142,7 +142,7 @@ def _rms_norm_like(norm: nn.Module) -> nn.Module:
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of (B, heads, N, d) by cos and sin of (B, N, d), halves rotated as in Llama and Qwen."""
+    """Rotary position embedding of (B, heads, N, d) by cos and sin (B, N, d), halves rotated as in Llama and Qwen."""
     first, second = states.chunk(2, dim=-1)
     return states * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)
 
@@ -252,7 +252,7 @@ class LatteFlowAttention(nn.Module):
         """What is added to the scores, (B, 1 or H, N, T + N): minus infinity at padding, the residual at latents."""
         if context_bias is None and residual is None:
             return None
-        batch, num_heads, length, _ = query.shape
+        batch, _, length, _ = query.shape
         if residual is None:
             residual = query.new_zeros(batch, 1, length, length)
         if context_bias is None:
@@ -421,6 +421,9 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
     """A frozen vision-language model that answers, and a tower of timestep experts beside it that paints.
 
     `self.vlm` is the backbone as transformers builds it: text through this class is text through the backbone.
+
+    Args:
+        config ([`LatteFlowConfig`]): the architecture. All weights are random; `from_vlm` starts from a backbone.
     """
 
     def __init__(self, config: LatteFlowConfig):
@@ -582,8 +585,8 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         losses = []
         for expert in range(num_experts):
             rows = order[expert::num_experts]
-            sigma = draw_expert_sigmas(len(rows), (boundaries[expert], boundaries[expert + 1]), generator)
-            sigma = sigma.to(latents.device)
+            interval = (boundaries[expert], boundaries[expert + 1])
+            sigma = draw_expert_sigmas(len(rows), interval, generator).to(latents.device)
             data, expert_noise = latents[rows], noise[rows]
             predicted = self.predict_velocity(
                 interpolate(data, expert_noise, sigma), 1000.0 * sigma, context.rows(rows), expert=expert
@@ -607,6 +610,9 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             input_ids, attention_mask: (B, T); padding on either side.
             mm_token_type_ids: (B, T), 1 at image tokens, as the processor gives it; needed with pictures.
             vision: `pixel_values`, `image_grid_thw`, as the processor gives them.
+
+        Returns:
+            [`LatteFlowContext`]: B prompts.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -661,7 +667,8 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
                 on an accelerator waits for the device.
 
         Raises:
-            `ValueError`: if the timesteps belong to several experts, or a shape does not fit.
+            `ValueError`: if the timesteps belong to several experts or lie outside 0 to 1000, there is no such expert,
+                or a shape does not fit.
         """
         self._check_latents(latents, context)
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).reshape(-1)
@@ -679,11 +686,19 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         return self.tower(latents, timestep.expand(len(latents)), expert, context, cos_sin)
 
     def expert_of(self, timestep: float) -> int:
-        """The expert that owns `timestep` (0 to 1000); expert 0 owns the noisiest."""
+        """The expert that owns `timestep`; expert 0 owns the noisiest.
+
+        Raises:
+            `ValueError`: if `timestep` is not from 0 to 1000.
+        """
         return expert_of_sigma(float(timestep) / 1000.0, self.config.expert_boundaries)
 
     def expert_layers(self, expert: int) -> range:
-        """The indices of expert `expert`'s layers in `model.tower.layers`."""
+        """The indices of expert `expert`'s layers in `model.tower.layers`.
+
+        Raises:
+            `ValueError`: if there is no such expert.
+        """
         if not 0 <= expert < self.config.num_experts:
             raise ValueError(f"expert must be from 0 to {self.config.num_experts - 1}, got {expert}.")
         return self.tower.expert_layers(expert)

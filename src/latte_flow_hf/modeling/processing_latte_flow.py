@@ -84,7 +84,7 @@ class LatteFlowProcessor(ProcessorMixin):
         raise ValueError(f"a part of a message is text or an image, got {part!r}.")
 
     def encode_conversations(self, conversations: list[list[dict]]) -> BatchFeature:
-        """Conversations (as [`~LatteFlowProcessor.conversation`] gives them) -> the model's inputs, padded on the left.
+        """Conversations (as [`~LatteFlowProcessor.conversation`] gives them) -> inputs, padded on the left.
 
         Each ends with the opening of the assistant's turn: what follows is an answer, or a picture.
         """

@@ -110,9 +110,10 @@ class LatteFlowPipeline(DiffusionPipeline):
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
-        """
+        """Refuse what cannot be right, before any heavy work.
+
         Raises:
-            `ValueError`: with the name and the value of the first argument that cannot be right.
+            `ValueError`: with the name and the value of the first such argument.
         """
         if (prompt is None) == (messages is None):
             raise ValueError("give either `prompt` or `messages`.")
@@ -161,10 +162,15 @@ class LatteFlowPipeline(DiffusionPipeline):
     ) -> tuple[LatteFlowContext, LatteFlowContext | None]:
         """Prefill each prompt once; the unconditional one (an empty prompt) once a pipeline.
 
-        Args: as of the call.
+        Args:
+            prompt, image, messages, negative_prompt, num_images_per_prompt: as of the call.
+            do_classifier_free_guidance (`bool`, defaults to `True`): whether to give the unconditional branch too.
 
         Returns:
             The contexts of all pictures, and those of their unconditional branch (`None` without guidance).
+
+        Raises:
+            `ValueError`: if a picture is none, or their number is not that of the prompts.
         """
         positive = self._encode(self._conversations(prompt, image, messages))
         num_prompts = len(positive)

@@ -12,8 +12,9 @@ class LatteFlowPipelineOutput(BaseOutput):
     """
     Args:
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
-            The pictures, in the order of the prompts, those of one prompt together. As arrays (batch, height, width, 3)
-            in [0, 1]; as tensors (batch, 3, height, width) in [0, 1]; as latents (batch, channels, height, width).
+            The pictures, in the order of the prompts, those of one prompt together. As arrays
+            (batch, height, width, 3) in [0, 1]; as tensors (batch, 3, height, width) in [0, 1]; as latents
+            (batch, channels, height, width).
     """
 
     images: list[Image.Image] | np.ndarray | torch.Tensor

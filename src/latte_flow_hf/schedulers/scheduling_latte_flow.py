@@ -1,8 +1,8 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """Euler steps along falling sigmas, with the expert that owns each step.
 
-Every number equals `FlowMatchEulerDiscreteScheduler`'s to the bit; what is added is the copy of the experts' boundaries,
-the expert of each step, and steps that can be spent where they pay.
+Every number equals `FlowMatchEulerDiscreteScheduler`'s to the bit; what is added is the copy of the experts'
+boundaries, the expert of each step, and steps that can be spent where they pay.
 """
 
 from collections.abc import Sequence
@@ -39,14 +39,15 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
             sigma <- shift * sigma / (1 + (shift - 1) * sigma): above 1 spends steps on the noise, below 1 on the data.
             1 changes nothing (chosen: the sources are silent). The experts' boundaries stay where they are.
         expert_boundaries (`list[float]`, *optional*):
-            The model's own: K + 1 falling sigmas from 1 to 0. Four uniform intervals if not given. The pipeline refuses
-            a model and a scheduler that disagree.
+            The model's own: K + 1 falling sigmas from 1 to 0. Four uniform intervals if not given. The pipeline
+            refuses a model and a scheduler that disagree.
 
     Raises:
         `ValueError`: if the boundaries do not fall from 1 to 0, or a number is not positive.
     """
 
     _compatibles: list = []
+    _begin_index: int | None = None
     order = 1
     init_noise_sigma = 1.0
 
@@ -97,7 +98,7 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Choose the steps: by their number, by their sigmas, or by a number for each expert.
 
-        Afterwards `timesteps` (n,), `sigmas` (n + 1,; the last is 0) and `experts` (the expert of each step) tell them.
+        Afterwards `timesteps` (n,), `sigmas` (n + 1,), the last of them 0, and `experts` (a list of n) tell them.
 
         Args:
             num_inference_steps (`int`, *optional*):
@@ -152,7 +153,7 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = (sigmas * self.config.num_train_timesteps).to(device)
         self.sigmas = torch.cat([sigmas, torch.zeros(1)])
         self._step_index: int | None = None
-        self._begin_index: int | None = None
+        self._begin_index = None
 
     @property
     def experts(self) -> list[int]:
@@ -200,7 +201,7 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         return int(found[0])
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """x_sigma = (1 - sigma) * data + sigma * noise, sigma = timestep / num_train_timesteps; `timesteps` is (B,)."""
+        """x_sigma = (1 - sigma) * data + sigma * noise with sigma = timestep / num_train_timesteps, (B,)."""
         sigma = timesteps.to(original_samples.device, torch.float32) / self.config.num_train_timesteps
         return interpolate(original_samples, noise, sigma)
 
@@ -209,9 +210,10 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
 
 
 def check_num_inference_steps(num_inference_steps: int) -> None:
-    """
+    """Refuse anything but a positive whole number.
+
     Raises:
-        `ValueError`: if `num_inference_steps` is not a positive whole number.
+        `ValueError`: with the value.
     """
     whole = isinstance(num_inference_steps, (int, np.integer)) and not isinstance(num_inference_steps, bool)
     if not whole or num_inference_steps < 1:

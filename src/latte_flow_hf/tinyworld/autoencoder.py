@@ -4,7 +4,6 @@
 import torch
 from diffusers import AutoencoderDC
 from torch import nn
-from torch.nn import functional as F
 
 
 class AutoencoderWithLoss(nn.Module):
@@ -31,5 +30,5 @@ class AutoencoderWithLoss(nn.Module):
         latents = self.autoencoder.encode(pixel_values).latent
         noisy = latents + self.latent_noise * torch.randn_like(latents)
         decoded = self.autoencoder.decode(noisy).sample
-        loss = F.mse_loss(decoded, pixel_values) + 0.1 * F.l1_loss(decoded, pixel_values)
+        loss = nn.functional.mse_loss(decoded, pixel_values) + 0.1 * nn.functional.l1_loss(decoded, pixel_values)
         return {"loss": loss + self.latent_penalty * latents.square().mean()}

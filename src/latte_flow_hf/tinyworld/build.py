@@ -331,5 +331,9 @@ def build_checkpoint(recipe: Recipe, work_dir: Path, output_dir: Path) -> Path:
             model, build_processor(recipe, work_dir), build_autoencoder(recipe, work_dir), scheduler
         )
         pipeline.to(torch.float16).save_pretrained(folder)
+        # Stored in half precision, computed in single: transformers takes the dtype that the configuration names, and
+        # float32 is the fast one on a CPU.
+        config_file = folder / "model" / "config.json"
+        config_file.write_text(config_file.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
     return _finished(output_dir, make)

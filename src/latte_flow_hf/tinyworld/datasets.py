@@ -40,7 +40,7 @@ def draw_example(rng: np.random.Generator, digit_share: float = 0.3, jitter: flo
 
 
 def vary_prompt(prompt: str, rng: np.random.Generator) -> str:
-    """The prompt as people type it: mostly plain, at times with a capital, a full stop, or without its first article."""
+    """The prompt as people type it: mostly plain, at times with a capital, a full stop or no article."""
     if rng.random() < 0.8:
         return prompt
     if rng.random() < 0.3:
@@ -106,9 +106,9 @@ def _covered(edges: np.ndarray, low: float, high: float) -> np.ndarray:
 class Conversations(Dataset):
     """`size` conversations as `{"messages"}`: up to four questions about a picture, or about a sentence.
 
-    In a quarter of them a sentence takes the picture's place: the user writes what they see, the assistant says it back
-    in its canonical form (`left of` or `above`), and the questions are about that. It teaches the backbone to read the
-    sentences that the tower will later paint.
+    In a quarter of them a sentence takes the picture's place: the user writes what they see, the assistant says it
+    back in its canonical form (`left of` or `above`), and the questions are about that. It teaches the backbone to
+    read the sentences that the tower will later paint.
     """
 
     def __init__(self, seed: int, size: int, text_share: float = 0.25, max_turns: int = 4):

@@ -45,6 +45,9 @@ def draw_digit(index: int, rng: np.random.Generator | None = None, jitter: float
             Without it the picture is the plain enlargement.
         jitter (`float`, defaults to 1.0):
             How much: 1 allows 10 degrees, 8% of scale, a shear of 0.1 and 3 pixels.
+
+    Raises:
+        `ValueError`: if there is no such digit.
     """
     images, _ = load_digits()
     if not 0 <= index < len(images):

@@ -22,7 +22,7 @@ class EMACallback(TrainerCallback):
 
     def __init__(self, decay: float):
         self.decay = decay
-        self.ema: EMAModel | None = None
+        self.ema: EMAModel = None  # made when training begins
         self.parameters: list[torch.nn.Parameter] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):

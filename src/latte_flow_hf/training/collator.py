@@ -15,6 +15,9 @@ class ConversationCollator:
 
     Each example is `{"messages": [...]}` in the chat-template form. The labels are the tokens inside the template's
     `{% generation %}` marks (the assistant's words), -100 elsewhere.
+
+    Raises:
+        `ValueError`: when called, if the chat template marks nothing.
     """
 
     processor: Any

@@ -1,0 +1,52 @@
+"""Held-out material must not leak into training, whatever the index; examples must not depend on the order."""
+
+import numpy as np
+
+from latte_flow_hf.tinyworld.datasets import Conversations, LabelledPictures, Pictures, draw_example
+from latte_flow_hf.tinyworld.digits import digit_indices, draw_digit
+from latte_flow_hf.tinyworld.shapes import ALL_OBJECTS, Scene
+
+
+def test_training_examples_hold_nothing_back_that_is_held_out():
+    rng = np.random.default_rng(0)
+    contents = [draw_example(rng, digit_share=0.2).content for _ in range(500)]
+    assert not any(content.held_out for content in contents if isinstance(content, Scene))
+    held_out = {draw_digit(int(i)).tobytes() for i in digit_indices(held_out=True)}
+    plain = [draw_example(rng, digit_share=1.0, jitter=0.0).image.tobytes() for _ in range(500)]
+    assert not held_out & set(plain)
+
+
+def test_an_example_depends_on_seed_and_index_alone():
+    for kind in (Pictures, Conversations):
+        data, again, other = kind(3, 50), kind(3, 50), kind(4, 50)
+        assert [str(data[i]) for i in (7, 3)] == [str(again[i]) for i in (3, 7)][::-1] or kind is Pictures
+        assert data[7].keys() == again[7].keys() and len(data) == 50
+        assert any(repr(data[i]) != repr(other[i]) for i in range(5))
+    a, b = Pictures(3, 50)[7], Pictures(3, 50)[7]
+    assert a["prompt"] == b["prompt"] and a["image"].tobytes() == b["image"].tobytes()
+
+
+def test_conversations_alternate_and_show_at_most_one_picture():
+    data = Conversations(0, 200)
+    pictures = []
+    for index in range(len(data)):
+        messages = data[index]["messages"]
+        assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
+        pictures.append(sum(part["type"] == "image" for m in messages for part in m["content"]))
+    assert set(pictures) == {0, 1} and 0.15 < pictures.count(0) / len(data) < 0.35
+
+
+def test_cell_labels_say_what_is_where():
+    data = LabelledPictures(0, 100, grid=4)
+    ground = LabelledPictures.NUM_LABELS - 1
+    for index in range(100):
+        example = data[index]
+        cells = example["cells"].reshape(4, 4)
+        if (cells >= len(ALL_OBJECTS)).all():
+            assert len(set(cells.flat)) == 1 and cells[0, 0] != ground
+            continue
+        named = set(cells.flat) - {ground}
+        assert 1 <= len(named) <= 2
+        pixels = np.asarray(example["image"], dtype=np.float32)
+        empty = np.abs(pixels - (20, 20, 24)).max(-1).reshape(4, 16, 4, 16).max((1, 3)) == 0
+        assert (cells[empty] == ground).all()
