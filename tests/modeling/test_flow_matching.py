@@ -1,6 +1,7 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """The formulas in float64: inverse pairs, derivatives by autograd, the owner of a sigma by its written definition."""
 
+import itertools
 import re
 
 import numpy as np
@@ -94,7 +95,7 @@ def test_uniform_boundaries_pass_their_own_check_and_are_even(num_experts):
 
 def owner_by_definition(sigma: float, boundaries: list[float]) -> int:
     """boundaries[k] >= sigma > boundaries[k + 1]; the last expert owns 0 too."""
-    for expert, (high, low) in enumerate(zip(boundaries, boundaries[1:])):
+    for expert, (high, low) in enumerate(itertools.pairwise(boundaries)):
         if high >= sigma > low:
             return expert
     assert sigma == 0

@@ -20,10 +20,9 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
     DynamicCache,
-    GPT2Config,
+    Qwen3VLConfig,
     TextStreamer,
 )
-from transformers.trainer_pt_utils import get_parameter_names
 
 from latte_flow_hf import LatteFlowConfig, LatteFlowForConditionalGeneration, LatteFlowProcessor
 from latte_flow_hf.modeling.flow_matching import draw_expert_sigmas
@@ -159,31 +158,13 @@ def test_from_vlm_refuses_experts_that_do_not_divide(backbone):
 
 
 def test_backbone_with_other_layers_is_refused():
-    # GPT-2 has one joint projection and learned positions: there is nothing that the tower could mirror.
-    from transformers import BertConfig, LlavaConfig, SiglipVisionConfig
-
-    assert BertConfig and GPT2Config
-    config = LlavaConfig(
-        text_config={
-            "model_type": "opt",
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "ffn_dim": 32,
-            "word_embed_proj_dim": 32,
-            "vocab_size": 64,
-        },
-        vision_config=SiglipVisionConfig(
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=8,
-        ),
-    )
-    with pytest.raises(ValueError, match="OPTDecoderLayer cannot be mirrored.*Qwen2-VL"):
-        LatteFlowForConditionalGeneration(LatteFlowConfig(vlm_config=config, num_experts=2))
+    # Its queries and keys are normalised, which the tower would leave out and paint nonsense.
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    vlm_config = Qwen3VLConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
+    with pytest.raises(ValueError, match=r"Qwen3VLTextDecoderLayer cannot be mirrored.*q_norm.*Qwen2-VL's would do"):
+        LatteFlowForConditionalGeneration(LatteFlowConfig(vlm_config=vlm_config, num_experts=2))
 
 
 # Which layers run, and which weights they see.
@@ -203,7 +184,7 @@ def test_only_the_owner_s_layers_run(model, context, count_layers, timestep, exp
     assert torch.equal(found, told)
 
 
-@pytest.mark.parametrize(("timestep", "expert"), zip(TIMESTEPS, (0, 1)))
+@pytest.mark.parametrize(("timestep", "expert"), [(730.0, 0), (210.0, 1)])
 def test_expert_never_depends_on_other_experts(make_model, model, context, timestep, expert):
     other = make_model()
     for index in set(range(4)) - set(model.expert_layers(expert)):
@@ -217,7 +198,7 @@ def test_expert_never_depends_on_other_experts(make_model, model, context, times
     assert not torch.allclose(other.predict_velocity(latents, timestep, context), expected, **CLOSE)
 
 
-@pytest.mark.parametrize(("timestep", "expert"), zip(TIMESTEPS, (0, 1)))
+@pytest.mark.parametrize(("timestep", "expert"), [(730.0, 0), (210.0, 1)])
 def test_expert_reads_the_backbone_s_keys_of_its_own_layers_only(model, context, timestep, expert):
     layers = model.expert_layers(expert)
     elsewhere = [torch.full_like(k, float("nan")) for k in context.keys]
@@ -592,14 +573,17 @@ def test_cat_knows_when_nothing_is_padded(model, encode):
         ({"latents": noise(2, 3, 4, 4)}, "latents must be (batch, 4, height, width), got (2, 3, 4, 4)."),
         ({"latents": noise(4, 4, 4)}, "latents must be (batch, 4, height, width), got (4, 4, 4)."),
         ({"latents": noise(3, 4, 4, 4)}, "context must hold a prompt for each of 3 latents, got 2."),
-        ({"timestep": torch.tensor([700.0, 300.0])}, "timestep must lie in the interval of one expert, got those of [0, 1]."),
+        (
+            {"timestep": torch.tensor([700.0, 300.0])},
+            "timestep must lie in the interval of one expert, got those of [0, 1].",
+        ),
         ({"timestep": torch.tensor([700.0] * 3)}, "timestep must be one, or one for each of 2 latents, got 3."),
         ({"timestep": 1000.5}, "sigma must be from 0 to 1 (a timestep from 0 to 1000), got 1.0005 (1000.5)."),
         ({"timestep": -1.0}, "sigma must be from 0 to 1 (a timestep from 0 to 1000), got -0.001 (-1.0)."),
         ({"expert": 2}, "expert must be from 0 to 1, got 2."),
         ({"expert": -1}, "expert must be from 0 to 1, got -1."),
     ],
-)  # fmt: skip
+)
 def test_predict_velocity_refuses(model, context, count_layers, changed, message):
     given = {"latents": noise(2, 4, 4, 4), "timestep": 700.0, "context": context, **changed}
     with count_layers(model) as calls, pytest.raises(ValueError, match=re.escape(message)):
@@ -697,7 +681,7 @@ def test_every_tower_parameter_learns_in_one_step_and_nothing_else(make_model, e
     inputs = encode(*["a red circle", "a cross", "a blue square"][:batch])
     model(**inputs, latents=noise(batch, 4, 4, 4), generator=torch.Generator().manual_seed(0)).loss.backward()
     idle = [name for name, p in model.tower.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    # A key's bias moves all scores of a row alike where there is no context; with a context it has a gradient too.
+    # Key biases too: they move the scores on latents, not those on the context.
     assert idle == []
     assert all(p.grad is None for p in model.vlm.parameters())
     assert not any(p.requires_grad for p in model.vlm.parameters())
@@ -727,9 +711,9 @@ def test_new_model_learns(make_model, encode):
     inputs, data, start = encode("a red circle", "a cross"), noise(2, 4, 4, 4), noise(2, 4, 4, 4, seed=1)
     before = copy.deepcopy(model.vlm)
     fresh = copy.deepcopy(model.tower)
-    optimizer = torch.optim.Adam(model.tower.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(model.tower.parameters(), lr=5e-2)
     losses = []
-    for _ in range(30):
+    for _ in range(10):
         loss = model(**inputs, latents=data, noise=start, generator=torch.Generator().manual_seed(0)).loss
         optimizer.zero_grad()
         loss.backward()
@@ -901,12 +885,3 @@ def test_chat_refuses_a_file_that_is_no_picture(model, processor, text_file):
 def test_chat_refuses_nothing_to_say(model, processor):
     with pytest.raises(ValueError, match=r"messages must be a string or a non-empty list of messages, got \[\]"):
         model.chat(processor, [])
-
-
-def test_weight_decay_has_names_to_go_by(model):
-    # The Trainer leaves norms and biases out of weight decay by name and class; the tower's own are among them.
-    decayed = get_parameter_names(
-        model, [torch.nn.LayerNorm], [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-    )
-    assert not [name for name in decayed if name.startswith("tower") and "norm" in name]
-    assert "tower.layers.0.self_attn.q_proj.weight" in decayed

@@ -29,7 +29,7 @@ def test_enlarging_keeps_the_ink():
 def test_jitter_moves_a_digit_but_keeps_it_readable():
     _, values = load_digits()
     rng = np.random.default_rng(0)
-    drawn = [draw_digit(i, rng) for i in range(1, 101)]
+    drawn = [draw_digit(i, rng, jitter=0.5) for i in range(1, 101)]
     assert all(np.asarray(a).tobytes() != np.asarray(draw_digit(i)).tobytes() for i, a in enumerate(drawn, 1))
     assert np.mean([read_digit(a) == values[i] for i, a in enumerate(drawn, 1)]) >= 0.98
 

@@ -55,7 +55,16 @@ class LatteFlowConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        for name in ("num_experts", "latent_channels", "latent_patch_size", "timestep_frequency_dim"):
+        if self.timestep_embed_dim is None:
+            self.timestep_embed_dim = self.text_config.hidden_size
+        counts = (
+            "num_experts",
+            "latent_channels",
+            "latent_patch_size",
+            "timestep_frequency_dim",
+            "timestep_embed_dim",
+        )
+        for name in counts:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}.")
         num_layers = self.text_config.num_hidden_layers
@@ -72,8 +81,6 @@ class LatteFlowConfig(PreTrainedConfig):
         if self.expert_boundaries is None:
             self.expert_boundaries = uniform_boundaries(self.num_experts)
         self.expert_boundaries = check_boundaries(self.expert_boundaries, self.num_experts)
-        if self.timestep_embed_dim is None:
-            self.timestep_embed_dim = self.text_config.hidden_size
 
     @property
     def text_config(self) -> PreTrainedConfig:

@@ -50,10 +50,11 @@ def check_boundaries(boundaries: Sequence[float], num_experts: int) -> list[floa
     """
     found = [float(b) for b in boundaries]
     falling = all(a > b for a, b in pairwise(found))
-    if len(found) != num_experts + 1 or not falling or found[0] != 1.0 or found[-1] != 0.0:
+    if num_experts < 1 or len(found) != num_experts + 1 or not falling or found[0] != 1.0 or found[-1] != 0.0:
+        num_experts = max(num_experts, 1)
         raise ValueError(
             f"expert_boundaries must be {num_experts + 1} strictly falling sigmas from 1 to 0 for {num_experts} "
-            f"experts, got {list(boundaries)}; {uniform_boundaries(num_experts)} would do."
+            f"expert(s), got {list(boundaries)}; {uniform_boundaries(num_experts)} would do."
         )
     return found
 
@@ -90,7 +91,9 @@ def draw_expert_sigmas(
     high, low = interval
     device = None if generator is None else generator.device
     uniform = torch.rand(count, generator=generator, device=device)
-    return high - (high - low) * (torch.arange(count, device=device) + uniform) / count
+    sigma = high - (high - low) * (torch.arange(count, device=device) + uniform) / count
+    # In float32 the last part can round to `low` itself, which belongs to the next expert.
+    return sigma.clamp(min=low + BOUNDARY_TOLERANCE)
 
 
 def _per_example(sigma: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor | float:

@@ -12,11 +12,13 @@ The file reads in the order data flows: embed, modulation, attention, layer, exp
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForImageTextToText, DynamicCache
 from transformers import initialization as init
@@ -395,6 +397,30 @@ class LatteFlowTower(nn.Module):
         return self.head(hidden_states, timestep_embedding, *latents.shape[2:])
 
 
+def check_files(folder: Path, *names: str) -> None:
+    """Refuse a local checkpoint that is not whole, before anything is guessed in its place.
+
+    Without a configuration transformers would build its default, a backbone of 72 billion parameters; and the error of
+    a cut file does not name it.
+
+    Args:
+        folder (`Path`): a component's folder.
+        names (`str`): what it must hold; alternatives are separated by `|`, and `*` stands for anything.
+
+    Raises:
+        `OSError`: with the file's path.
+    """
+    for name in names:
+        if not any(any(folder.glob(alternative)) for alternative in name.split("|")):
+            raise OSError(f"checkpoint folder {folder} holds no {name.replace('|', ' or ')}; save or fetch it again.")
+    for weights in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(weights, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise OSError(f"weights {weights} are cut off or damaged ({error}); save or fetch them again.") from error
+
+
 class LatteFlowPreTrainedModel(PreTrainedModel):
     config_class = LatteFlowConfig
     config: LatteFlowConfig
@@ -436,12 +462,24 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any):
-        """As of `PreTrainedModel`; loading makes new parameters, hence the backbone is frozen again here."""
-        loaded = super().from_pretrained(*args, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any):
+        """As of `PreTrainedModel`; loading makes new parameters, hence the backbone is frozen again here.
+
+        Raises:
+            `OSError`: if a local folder lacks its configuration, or its weights are cut off.
+        """
+        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
+        if pretrained_model_name_or_path is not None and folder.is_dir():
+            check_files(folder, "config.json")
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.vlm.requires_grad_(False)
         return loaded
+
+    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
+        """As of `PreTrainedModel`, but under the module's own names: the stock Trainer resumes by `load_state_dict`,
+        which would pass over a backbone that is stored under its original ones."""
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
     @classmethod
     def from_vlm(cls, vlm: PreTrainedModel, **config: Any) -> "LatteFlowForConditionalGeneration":

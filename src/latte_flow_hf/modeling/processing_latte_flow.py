@@ -111,10 +111,10 @@ def load_picture(source: Any) -> Image.Image:
             return load_image(str(source)).convert("RGB")
         except (OSError, ValueError) as error:
             raise ValueError(f"image {str(source)!r} cannot be read as a picture: {error}") from error
-    array = np.asarray(source)
-    if array.ndim == 3 and array.shape[2] == 3 and array.dtype == np.uint8:
-        return Image.fromarray(array)
+    shape, dtype = tuple(getattr(source, "shape", ())), str(getattr(source, "dtype", "")).removeprefix("torch.")
+    if len(shape) == 3 and shape[2] == 3 and 0 not in shape and dtype == "uint8":
+        return Image.fromarray(np.asarray(source))
     raise ValueError(
         "an image must be a PIL image, a path, a URL, or uint8 of shape (height, width, 3), got "
-        f"{type(source).__name__}" + (f" of {array.dtype}, {array.shape}." if array.ndim else ".")
+        f"{type(source).__name__}" + (f" of {dtype}, {shape}." if dtype else ".")
     )

@@ -5,7 +5,9 @@ What is unusual here: the text encoder is the model itself (its frozen backbone)
 paints, and a prompt's encoding is the backbone's key-value cache.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +17,21 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from ..modeling.modeling_latte_flow import LatteFlowContext, LatteFlowForConditionalGeneration
+from ..modeling.modeling_latte_flow import LatteFlowContext, LatteFlowForConditionalGeneration, check_files
 from ..modeling.processing_latte_flow import LatteFlowProcessor
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
 from .pipeline_output import LatteFlowPipelineOutput
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+# What a component's folder must hold. (The model checks its own weights; they may be in shards.)
+_COMPONENT_FILES = {
+    "model": ("config.json",),
+    "processor": ("processor_config.json|preprocessor_config.json", "tokenizer.json|vocab.json"),
+    "scheduler": ("scheduler_config.json",),
+    "vae": ("config.json", "diffusion_pytorch_model.safetensors|diffusion_pytorch_model*"),
+}
 
 
 class LatteFlowPipeline(DiffusionPipeline):
@@ -53,6 +63,21 @@ class LatteFlowPipeline(DiffusionPipeline):
         self.vae_scale_factor = _spatial_compression(vae) if vae is not None else 32
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._unconditional: tuple[tuple, LatteFlowContext] | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "LatteFlowPipeline":
+        """As of `DiffusionPipeline`; a local folder is first checked for files that are missing or cut off.
+
+        Raises:
+            `OSError`: with the path of such a file.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            check_files(folder, "model_index.json")
+            for component, names in _COMPONENT_FILES.items():
+                if component not in kwargs:
+                    check_files(folder / component, *names)
+        return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
 
     def _check_components(self) -> None:
         """What does not fit together must not paint."""
@@ -105,6 +130,7 @@ class LatteFlowPipeline(DiffusionPipeline):
         height: int,
         width: int,
         num_inference_steps: int,
+        guidance_scale: float,
         num_images_per_prompt: int,
         generator: torch.Generator | list[torch.Generator] | None,
         output_type: str,
@@ -132,6 +158,8 @@ class LatteFlowPipeline(DiffusionPipeline):
             if not isinstance(pixels, int) or pixels < step or pixels % step:
                 raise ValueError(f"{name} must be a positive multiple of {step}, got {pixels!r}.")
         check_num_inference_steps(num_inference_steps)
+        if not isinstance(guidance_scale, (int, float)) or not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale!r}.")
         if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be a positive integer, got {num_images_per_prompt!r}.")
         if output_type not in OUTPUT_TYPES:
@@ -143,10 +171,15 @@ class LatteFlowPipeline(DiffusionPipeline):
                 f"{sorted(unknown)}."
             )
         prompts = _num_prompts(prompt, messages)
-        if isinstance(generator, list) and len(generator) != prompts * num_images_per_prompt:
+        generators = (
+            generator if isinstance(generator, (list, tuple)) else [generator] * prompts * num_images_per_prompt
+        )
+        if len(generators) != prompts * num_images_per_prompt or not all(
+            item is None or isinstance(item, torch.Generator) for item in generators
+        ):
             raise ValueError(
                 f"generator must be one, or one for each of {prompts * num_images_per_prompt} pictures, got "
-                f"{len(generator)}."
+                f"{len(generator) if isinstance(generator, (list, tuple)) else repr(generator)}."
             )
         if isinstance(negative_prompt, (list, tuple)) and len(negative_prompt) not in (1, prompts):
             raise ValueError(f"negative_prompt must be one, or one for each of {prompts}, got {len(negative_prompt)}.")
@@ -224,6 +257,7 @@ class LatteFlowPipeline(DiffusionPipeline):
         scale = self.vae_scale_factor
         shape = (batch_size, self.model.config.latent_channels, height // scale, width // scale)
         if latents is None:
+            generator = list(generator) if isinstance(generator, tuple) else generator
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents must be of shape {shape}, got {tuple(latents.shape)}.")
@@ -282,7 +316,8 @@ class LatteFlowPipeline(DiffusionPipeline):
             `ValueError`: if an argument cannot be right; before any heavy work.
         """
         # 1. Check everything
-        height, width = height or self.default_size, width or self.default_size
+        height = self.default_size if height is None else height
+        width = self.default_size if width is None else width
         self.check_inputs(
             prompt,
             image,
@@ -291,6 +326,7 @@ class LatteFlowPipeline(DiffusionPipeline):
             height,
             width,
             num_inference_steps,
+            guidance_scale,
             num_images_per_prompt,
             generator,
             output_type,

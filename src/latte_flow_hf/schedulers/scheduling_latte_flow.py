@@ -135,12 +135,12 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
 
     def _sigmas_per_expert(self, steps_per_expert: Sequence[int]) -> torch.Tensor:
         boundaries = self.config.expert_boundaries
-        steps = list(steps_per_expert)
+        steps = list(steps_per_expert) if isinstance(steps_per_expert, (list, tuple)) else []
         whole = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 0 for n in steps)
         if len(steps) != self.num_experts or not whole or not steps[0]:
             raise ValueError(
                 f"steps_per_expert must be {self.num_experts} whole numbers, one for each expert, the first at least "
-                f"1, got {steps}."
+                f"1, got {steps_per_expert}."
             )
         spaced = [np.linspace(high, low, n, endpoint=False) for high, low, n in zip(boundaries, boundaries[1:], steps)]
         return torch.from_numpy(np.concatenate(spaced)).to(torch.float32)

@@ -5,6 +5,7 @@ Each stage is the stock Trainer over a stock class; it leaves a finished folder 
 whole or not at all. Started again, a finished stage is skipped and an unfinished one goes on from its last checkpoint.
 """
 
+import functools
 import hashlib
 import json
 import shutil
@@ -107,6 +108,10 @@ def _finished(folder: Path, make: Callable[[Path], None]) -> Path:
 
 def _train(model, data: Dataset, collator: Callable, run_dir: Path, seed: int, settings: dict, **trainer) -> None:
     """Run the stock Trainer to the end, from the last checkpoint in `run_dir` if there is one."""
+    if isinstance(model, PreTrainedModel):
+        # The stock Trainer resumes by `load_state_dict`: checkpoints must hold the module's own names. Qwen2-VL's
+        # original ones would be passed over, and the run would go on from random weights.
+        model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
     arguments = TrainingArguments(
         output_dir=str(run_dir), seed=seed, report_to=[], remove_unused_columns=False, save_total_limit=1, **settings
     )

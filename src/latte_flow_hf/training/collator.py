@@ -1,6 +1,7 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """Examples -> batches. Every collator ends in one call of the processor, so padding and chat template are its own."""
 
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,10 @@ class PaintingCollator:
 
     def __call__(self, examples: list[dict]) -> dict[str, Any]:
         rows = torch.tensor([example["prompt"] for example in examples])
-        dropped = torch.rand(len(rows)) < self.prompt_dropout
+        # Drawn from the batch itself: loaders collate ahead, so that a draw from the global generator would differ
+        # between a run and a resumed one.
+        generator = torch.Generator().manual_seed(zlib.crc32(rows.numpy().tobytes()))
+        dropped = torch.rand(len(rows), generator=generator) < self.prompt_dropout
         rows = rows.masked_fill(dropped, len(self.contexts) - 1)
         latents = torch.stack([example["latents"] for example in examples])
         return {"latents": latents, "context": self.contexts.rows(rows.to(self.contexts.next_position.device))}
