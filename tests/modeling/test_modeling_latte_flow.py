@@ -233,6 +233,16 @@ def rotary_table(positions, head_dim, theta, sections):
     return angles.cos(), angles.sin()
 
 
+def grid(rows, columns):
+    return [(r, s) for r in range(rows) for s in range(columns)]
+
+
+def wave(place, size):
+    """One coordinate's sine-cosine embedding (size,); float32 like the model's, which adds it to float64."""
+    angles = [place / 10000 ** (2 * i / size) for i in range(size // 2)]
+    return torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles]).double()
+
+
 def turn(x, cos, sin):
     half = x.shape[-1] // 2
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
@@ -271,6 +281,12 @@ def oracle_velocity(model, latents, timestep, context, expert):
             for s in range(columns)
         ]
         x = linear(tower.latent_embedding, torch.stack(tokens))
+        x = x + torch.stack(
+            [
+                torch.cat([wave(s, text.hidden_size // 2), wave(r, text.hidden_size // 2)])
+                for r, s in grid(rows, columns)
+            ]
+        )
         start = int(context.next_position[b])
         places = torch.tensor([(start, start + r, start + s) for r in range(rows) for s in range(columns)]).T.double()
         rope = text.rope_parameters

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed_from_grid
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -110,7 +110,11 @@ class LatteFlowZeroLinear(nn.Linear):
 
 
 class LatteFlowLatentEmbedding(nn.Linear):
-    """Latents -> tokens: a linear map of each square of `latent_patch_size` latent pixels."""
+    """Latents -> tokens: a linear map of each square of `latent_patch_size` latent pixels, plus where it lies.
+
+    The place is DiT's fixed 2D sine-cosine embedding. Chosen: because the backbone's M-RoPE alone leaves neighbours
+    apart by almost nothing (it gives columns its lowest frequencies), and without it pictures smear along the rows.
+    """
 
     def __init__(self, config: LatteFlowConfig):
         super().__init__(config.latent_channels * config.latent_patch_size**2, config.text_config.hidden_size)
@@ -119,7 +123,10 @@ class LatteFlowLatentEmbedding(nn.Linear):
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, C, height, width) -> (B, N, D), row by row."""
         patches = nn.functional.pixel_unshuffle(latents, self.patch_size)
-        return super().forward(patches.flatten(2).transpose(1, 2))
+        rows, columns = (torch.arange(n, device=latents.device, dtype=torch.float32) for n in patches.shape[2:])
+        grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))
+        places = get_2d_sincos_pos_embed_from_grid(self.out_features, grid, output_type="pt")
+        return super().forward(patches.flatten(2).transpose(1, 2)) + places.to(latents.dtype)
 
 
 class LatteFlowTimestepEmbedding(nn.Module):
