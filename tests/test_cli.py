@@ -7,13 +7,15 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler
 from latte_flow_hf.cli import app
 
 
 @pytest.fixture(scope="module")
-def folder(pipe, tmp_path_factory):
+def folder(model, processor, vae, tmp_path_factory):
     path = tmp_path_factory.mktemp("pipeline")
-    pipe.save_pretrained(path)
+    scheduler = LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries)
+    LatteFlowPipeline(model, processor, vae, scheduler).save_pretrained(path)
     return str(path)
 
 
