@@ -4,6 +4,7 @@ The quick tests look at a handful of prompts; `--run-slow` measures all of what 
 project's targets.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ def test_it_is_small_and_holds_no_pickle():
     files = [path for path in Path(tiny_checkpoint()).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 25e6
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja"}
+    configs = [path.read_text() for path in files if path.suffix == ".json"]
+    assert not any(re.search(r'"_name_or_path": "/', text) for text in configs)
 
 
 def test_it_computes_in_single_precision_through_every_door(tiny):

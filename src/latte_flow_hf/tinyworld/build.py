@@ -331,6 +331,8 @@ def build_checkpoint(recipe: Recipe, work_dir: Path, output_dir: Path) -> Path:
 
     def make(folder: Path) -> None:
         model = build_experts(recipe, work_dir)
+        # Where the backbone lay while it was built is nobody's business.
+        model.config.vlm_config._name_or_path = ""
         scheduler = LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries)
         pipeline = LatteFlowPipeline(
             model, build_processor(recipe, work_dir), build_autoencoder(recipe, work_dir), scheduler
