@@ -225,10 +225,9 @@ def silu(x):
     return x / (1 + torch.exp(-x))
 
 
-def rotary_table(positions, head_dim, theta, sections):
-    """positions (3, N) -> cos, sin (N, d): frequency i turns by the axis in whose section it lies."""
-    axis = [a for a, size in enumerate(sections) for _ in range(size)]
-    angles = torch.stack([positions[axis[i]] * theta ** (-2 * i / head_dim) for i in range(head_dim // 2)], dim=-1)
+def rotary_table(positions, head_dim, theta):
+    """positions (2, N), rows and columns -> cos, sin (N, d): even frequencies turn by the row, odd by the column."""
+    angles = torch.stack([positions[i % 2] * theta ** (-2 * i / head_dim) for i in range(head_dim // 2)], dim=-1)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
@@ -288,9 +287,8 @@ def oracle_velocity(model, latents, timestep, context, expert):
             ]
         )
         start = int(context.next_position[b])
-        places = torch.tensor([(start, start + r, start + s) for r in range(rows) for s in range(columns)]).T.double()
-        rope = text.rope_parameters
-        cos, sin = rotary_table(places, head_dim, rope["rope_theta"], rope["mrope_section"])
+        places = torch.tensor([(start + r, start + s) for r, s in grid(rows, columns)]).T.double()
+        cos, sin = rotary_table(places, head_dim, text.rope_parameters["rope_theta"])
 
         mask = context.attention_mask[b]
         previous = None
@@ -529,13 +527,13 @@ def test_latents_positions_continue_after_the_prompt(make_model, encode, picture
     )
     model.predict_velocity(noise(2, 4, 4, 6), 730.0, context)
     handle.remove()
-    positions = seen[0][1]
     rows, columns = 4 // patch_size, 6 // patch_size
-    assert positions.shape == (3, 2, rows * columns)
+    of_rows, of_columns = (call[1] for call in seen)
     for b in range(2):
         start = context.next_position[b].item()
-        grid = [(start, start + r, start + c) for r in range(rows) for c in range(columns)]
-        assert positions[:, b].T.tolist() == [list(place) for place in grid]
+        for axis in range(3):
+            assert of_rows[axis, b].tolist() == [start + r for r, _ in grid(rows, columns)]
+            assert of_columns[axis, b].tolist() == [start + c for _, c in grid(rows, columns)]
     assert context.next_position[0] != context.next_position[1]
 
 

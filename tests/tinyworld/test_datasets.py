@@ -6,7 +6,7 @@ from PIL import Image
 
 from latte_flow_hf.tinyworld.datasets import Conversations, LabelledPictures, Pictures, draw_example
 from latte_flow_hf.tinyworld.digits import digit_indices, draw_digit
-from latte_flow_hf.tinyworld.shapes import ALL_OBJECTS, Scene
+from latte_flow_hf.tinyworld.shapes import ALL_OBJECTS, RELATIONS, Scene
 
 
 def test_training_examples_hold_nothing_back_that_is_held_out():
@@ -43,20 +43,29 @@ def test_conversations_alternate_and_show_at_most_one_picture():
         messages = data[index]["messages"]
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
         pictures.append(sum(part["type"] == "image" for m in messages for part in m["content"]))
-    assert set(pictures) == {0, 1} and 0.15 < pictures.count(0) / len(data) < 0.35
+    assert set(pictures) == {0, 1} and 0.2 < pictures.count(0) / len(data) < 0.4
 
 
 def test_cell_labels_say_what_is_where():
     data = LabelledPictures(0, 100, grid=4)
-    ground = LabelledPictures.NUM_LABELS - 1
+    no_object, no_role = data.num_labels[0] - 1, data.num_labels[1] - 1
     for index in range(100):
         example = data[index]
-        cells = example["cells"].reshape(4, 4)
-        if (cells >= len(ALL_OBJECTS)).all():
-            assert len(set(cells.flat)) == 1 and cells[0, 0] != ground
+        what, role, where = example["cells"].reshape(4, 4, 3).transpose(2, 0, 1)
+        assert (where.reshape(-1) == np.arange(16)).all()
+        if (what >= len(ALL_OBJECTS)).all():
+            assert len(set(what.flat)) == 1 and what[0, 0] != no_object and (role == no_role).all()
             continue
-        named = set(cells.flat) - {ground}
+        named = set(what.flat) - {no_object}
         assert 1 <= len(named) <= 2
         pixels = np.asarray(example["image"], dtype=np.float32)
         empty = np.abs(pixels - (20, 20, 24)).max(-1).reshape(4, 16, 4, 16).max((1, 3)) == 0
-        assert (cells[empty] == ground).all()
+        assert (what[empty] == no_object).all() and (role[what == no_object] == no_role).all()
+        if len(named) == 2:
+            one, other = ((what == item).nonzero() for item in named)
+            roles = [role[what == item][0] for item in named]
+            relations = [list(RELATIONS)[number] for number in roles]
+            assert relations[1] == RELATIONS[relations[0]][0]
+            axis = 0 if relations[0] in ("above", "below") else 1
+            comes_first = relations[0] in ("above", "left of")
+            assert (one[axis].mean() < other[axis].mean()) == comes_first

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from latte_flow_hf.tinyworld.questions import parse_prompt, questions_about
-from latte_flow_hf.tinyworld.shapes import RELATIONS, Scene, SceneObject, sample_scene
+from latte_flow_hf.tinyworld.questions import parse_prompt, practice_questions, questions_about
+from latte_flow_hf.tinyworld.shapes import COLOURS, RELATIONS, SHAPES, Scene, SceneObject, sample_scene
 
 
 def test_prompts_are_parsed_back():
@@ -73,3 +73,30 @@ def test_questions_about_digits():
         if item.kind == "exists":
             assert (item.answer == "yes") == ("seven" in item.question)
     assert {item.answer for item in asked if item.kind == "exists"} == {"yes", "no"}
+
+
+def test_practice_questions_are_answered_by_the_scene():
+    rng = np.random.default_rng(3)
+    kinds, answers = set(), set()
+    for index in range(400):
+        scene = sample_scene(rng, 1 + index % 2)
+        for asked in practice_questions(scene, rng):
+            kinds.add(asked.kind)
+            if asked.kind in ("exists", "relation"):
+                assert asked.answer == expected_answer(scene, asked.question, asked.kind)
+                continue
+            words = asked.question.removesuffix("?").split()
+            named = [word for word in words if word in COLOURS or word in SHAPES]
+            # Exactly the objects that have everything the question names.
+            matching = [item for item in scene.objects if set(named) <= {item.colour, item.shape}]
+            assert (asked.answer == "yes") == bool(matching), (scene.prompt, asked)
+            answers.add((asked.kind, asked.answer))
+    assert kinds == {"exists", "relation", "has_colour", "has_shape", "is_colour", "is_shape"}
+    assert len(answers) == 8
+
+
+def test_practice_questions_about_digits():
+    rng = np.random.default_rng(4)
+    asked = [item for _ in range(50) for item in practice_questions(7, rng)]
+    assert {item.kind for item in asked} == {"exists", "has_digit"}
+    assert all((item.answer == "yes") == ("seven" in item.question) for item in asked)

@@ -726,9 +726,8 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             (expert,) = owners
         elif not 0 <= expert < self.config.num_experts:
             raise ValueError(f"expert must be from 0 to {self.config.num_experts - 1}, got {expert}.")
-        rotary = self.get_decoder().rotary_emb
-        cos_sin = rotary(latents, self._latent_positions(latents, context.next_position))
-        return self.tower(latents, timestep.expand(len(latents)), expert, context, cos_sin)
+        position_embeddings = self._latent_position_embeddings(latents, context.next_position)
+        return self.tower(latents, timestep.expand(len(latents)), expert, context, position_embeddings)
 
     def expert_of(self, timestep: float) -> int:
         """The expert that owns `timestep`; expert 0 owns the noisiest.
@@ -776,18 +775,28 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
     def _has_mrope(self) -> bool:
         return "mrope_section" in (getattr(self.config.text_config, "rope_parameters", None) or {})
 
-    def _latent_positions(self, latents: torch.Tensor, next_position: torch.Tensor) -> torch.Tensor:
-        """Rotary positions of the latents, right after the prompt, as the backbone would place a picture there.
+    def _latent_position_embeddings(
+        self, latents: torch.Tensor, next_position: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The backbone's rotary embedding of the latents, right after the prompt: cos and sin, (B, N, d) each.
 
-        Returns (3, B, N): time fixed, row, column (chosen); for a backbone without M-RoPE (B, N), row by row.
+        The frequencies go to rows and columns in turn. Chosen: Qwen2-VL's own M-RoPE gives columns its lowest ones
+        alone, by which neighbours cannot be told apart (Qwen3-VL interleaves for the same reason). Keys of text carry
+        one position on every axis, so that they meet this order and the backbone's alike.
         """
+        rotary = self.get_decoder().rotary_emb
         patch_size = self.config.latent_patch_size
         height, width = latents.shape[2] // patch_size, latents.shape[3] // patch_size
         tokens = torch.arange(height * width, device=latents.device)
-        start = next_position[:, None]
-        if not self._has_mrope:
-            return start + tokens
-        return torch.stack([start + torch.zeros_like(tokens), start + tokens // width, start + tokens % width])
+
+        def along(offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            position = next_position[:, None] + offset
+            return rotary(latents, position.expand(3, -1, -1) if self._has_mrope else position)
+
+        rows, columns = along(tokens // width), along(tokens % width)
+        of_rows = torch.arange(rows[0].shape[-1] // 2, device=latents.device) % 2 == 0
+        cos, sin = (torch.where(torch.cat([of_rows, of_rows]), row, column) for row, column in zip(rows, columns))
+        return cos, sin
 
     def _check_latents(self, latents: torch.Tensor, context: LatteFlowContext) -> None:
         channels, patch_size = self.config.latent_channels, self.config.latent_patch_size

@@ -173,17 +173,21 @@ def _collate_pixels(examples: list[dict]) -> dict[str, torch.Tensor]:
 
 
 class VisionWithLoss(torch.nn.Module):
-    """The backbone's vision tower with a linear classifier on every merged token: inputs in, loss out."""
+    """The backbone's vision tower with linear classifiers on every merged token: inputs in, loss out."""
 
-    def __init__(self, visual: torch.nn.Module, hidden_size: int, num_labels: int):
+    def __init__(self, visual: torch.nn.Module, hidden_size: int, num_labels: tuple[int, ...]):
         super().__init__()
         self.visual = visual
-        self.classifier = torch.nn.Linear(hidden_size, num_labels)
+        self.classifiers = torch.nn.ModuleList(torch.nn.Linear(hidden_size, count) for count in num_labels)
 
     def forward(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, labels: torch.Tensor) -> dict:
-        """`labels` (number of merged tokens,) in reading order -> `{"loss": scalar}`."""
+        """`labels` (number of merged tokens, number of classifiers), tokens in reading order -> `{"loss": scalar}`."""
         tokens = self.visual(pixel_values, grid_thw=image_grid_thw).pooler_output
-        return {"loss": torch.nn.functional.cross_entropy(self.classifier(tokens), labels)}
+        losses = [
+            torch.nn.functional.cross_entropy(classifier(tokens), wanted)
+            for classifier, wanted in zip(self.classifiers, labels.unbind(-1))
+        ]
+        return {"loss": torch.stack(losses).sum()}
 
 
 def _new_backbone(recipe: Recipe, processor: LatteFlowProcessor) -> PreTrainedModel:
@@ -213,15 +217,15 @@ def build_vision(recipe: Recipe, work_dir: Path) -> dict[str, torch.Tensor]:
     def make(folder: Path) -> None:
         processor = build_processor(recipe, work_dir)
         backbone = _new_backbone(recipe, processor)
-        model = VisionWithLoss(
-            backbone.model.visual, backbone.config.text_config.hidden_size, LabelledPictures.NUM_LABELS
-        )
         vision = backbone.config.vision_config
         settings = recipe.vision_training
         pictures = LabelledPictures(
             recipe.seed,
             settings["max_steps"] * settings["per_device_train_batch_size"],
             grid=IMAGE_SIZE // (vision.patch_size * vision.spatial_merge_size),
+        )
+        model = VisionWithLoss(
+            backbone.model.visual, backbone.config.text_config.hidden_size, pictures.num_labels
         )
 
         def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
@@ -244,6 +248,8 @@ def build_backbone(recipe: Recipe, work_dir: Path) -> PreTrainedModel:
         model.model.visual.load_state_dict(build_vision(recipe, work_dir))
         model.generation_config.eos_token_id = model.config.text_config.eos_token_id
         model.generation_config.pad_token_id = model.config.text_config.pad_token_id
+        # The faster one on a CPU at this size.
+        model.set_attn_implementation("eager")
         settings = recipe.backbone_training
         conversations = Conversations(recipe.seed, settings["max_steps"] * settings["per_device_train_batch_size"])
         collator = ConversationCollator(processor)

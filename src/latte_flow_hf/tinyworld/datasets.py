@@ -11,8 +11,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from .digits import digit_indices, digit_prompt, draw_digit, load_digits
-from .questions import questions_about
-from .shapes import ALL_OBJECTS, IMAGE_SIZE, Scene, draw_scene, place_objects, sample_scene
+from .questions import practice_questions, questions_about
+from .shapes import ALL_OBJECTS, IMAGE_SIZE, RELATIONS, Scene, draw_scene, place_objects, sample_scene
 
 
 @dataclass(frozen=True)
@@ -70,31 +70,43 @@ class Pictures(Dataset):
 class LabelledPictures(Dataset):
     """`size` pictures as `{"image", "cells"}`: what each cell of a `grid` x `grid` raster shows, row by row.
 
-    A cell's label is the object whose bounding box covers most of it, at least a quarter (0 to 23, by
-    `ALL_OBJECTS`), the digit that fills the picture (24 to 33), or the ground (34).
-    """
+    `cells` is (grid * grid, 3), by column:
 
-    NUM_LABELS = len(ALL_OBJECTS) + 10 + 1
+    - what: the object whose bounding box covers most of the cell, at least a quarter (0 to 23, by `ALL_OBJECTS`), the
+      digit that fills the picture (24 to 33), or the ground (34);
+    - role: how that object stands to the other one (0 to 3, by `RELATIONS`), or 4 if there is none;
+    - where: the cell's own number, as the vision tower has relative positions alone.
+    """
 
     def __init__(self, seed: int, size: int, grid: int):
         self.seed, self.size, self.grid = seed, size, grid
+
+    @property
+    def num_labels(self) -> tuple[int, int, int]:
+        """How many labels each column knows."""
+        return len(ALL_OBJECTS) + 10 + 1, len(RELATIONS) + 1, self.grid**2
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> dict:
         example = draw_example(np.random.default_rng((self.seed, index)), digit_share=0.4, jitter=1.3)
-        if not isinstance(example.content, Scene):
-            cells = np.full(self.grid**2, len(ALL_OBJECTS) + example.content)
-            return {"image": example.image, "cells": cells}
-        cells = np.full((self.grid, self.grid), self.NUM_LABELS - 1)
-        largest = np.full((self.grid, self.grid), 0.25)
-        edges = np.linspace(0, IMAGE_SIZE, self.grid + 1)
-        for item, (x, y, size) in zip(example.content.objects, example.places):
-            covered = np.outer(_covered(edges, y - size, y + size), _covered(edges, x - size, x + size))
-            cells[covered > largest] = ALL_OBJECTS.index(item)
-            largest = np.maximum(largest, covered)
-        return {"image": example.image, "cells": cells.reshape(-1)}
+        what, role = (np.full((self.grid, self.grid), count - 1) for count in self.num_labels[:2])
+        if isinstance(example.content, Scene):
+            largest = np.full((self.grid, self.grid), 0.25)
+            edges = np.linspace(0, IMAGE_SIZE, self.grid + 1)
+            roles = [len(RELATIONS)]
+            if example.content.relation is not None:
+                roles = [list(RELATIONS).index(r) for r in (example.content.relation, example.content.converse)]
+            for item, (x, y, size), its_role in zip(example.content.objects, example.places, roles):
+                covered = np.outer(_covered(edges, y - size, y + size), _covered(edges, x - size, x + size))
+                what[covered > largest] = ALL_OBJECTS.index(item)
+                role[covered > largest] = its_role
+                largest = np.maximum(largest, covered)
+        else:
+            what[:] = len(ALL_OBJECTS) + example.content
+        cells = np.stack([what.reshape(-1), role.reshape(-1), np.arange(self.grid**2)], axis=-1)
+        return {"image": example.image, "cells": cells}
 
 
 def _covered(edges: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -104,15 +116,15 @@ def _covered(edges: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 class Conversations(Dataset):
-    """`size` conversations as `{"messages"}`: up to four questions about a picture, or about a sentence.
+    """`size` conversations as `{"messages"}`: `turns` questions about a picture, or about a sentence.
 
-    In a quarter of them a sentence takes the picture's place: the user writes what they see, the assistant says it
+    In `text_share` of them a sentence takes the picture's place: the user writes what they see, the assistant says it
     back in its canonical form (`left of` or `above`), and the questions are about that. It teaches the backbone to
-    read the sentences that the tower will later paint.
+    read the sentences that the tower will later paint. All have the same number of turns, so that little is padded.
     """
 
-    def __init__(self, seed: int, size: int, text_share: float = 0.25, max_turns: int = 4):
-        self.seed, self.size, self.text_share, self.max_turns = seed, size, text_share, max_turns
+    def __init__(self, seed: int, size: int, text_share: float = 0.3, turns: int = 6):
+        self.seed, self.size, self.text_share, self.turns = seed, size, text_share, turns
 
     def __len__(self) -> int:
         return self.size
@@ -120,15 +132,15 @@ class Conversations(Dataset):
     def __getitem__(self, index: int) -> dict:
         rng = np.random.default_rng((self.seed, index))
         example = draw_example(rng, digit_share=0.35, jitter=1.3)
-        asked = questions_about(example.content, rng)
-        order = rng.permutation(len(asked))[: rng.integers(1, self.max_turns + 1)]
-        turns = [(vary_question(asked[i].question, rng), asked[i].answer) for i in order]
+        asked = questions_about(example.content, rng) + practice_questions(example.content, rng)
+        asked = [asked[i] for i in rng.permutation(len(asked))[: self.turns]]
+        turns = [(vary_question(item.question, rng), item.answer) for item in asked]
         if rng.random() >= self.text_share:
             messages = _turns_to_messages(turns)
             messages[0]["content"].insert(0, {"type": "image", "image": example.image})
             return {"messages": messages}
         said = example.content.canonical.prompt if isinstance(example.content, Scene) else example.prompt
-        return {"messages": _turns_to_messages([(vary_prompt(example.prompt, rng), said), *turns])}
+        return {"messages": _turns_to_messages([(vary_prompt(example.prompt, rng), said), *turns[1:]])}
 
 
 def vary_question(question: str, rng: np.random.Generator) -> str:

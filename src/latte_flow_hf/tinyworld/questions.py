@@ -29,6 +29,11 @@ _WORDINGS = {
     "exists": ("is there a {item}?", "is there a {item} in the picture?", "do you see a {item}?"),
     "digit": ("which digit is this?", "what digit is this?", "which digit is in the picture?", "what number is this?"),
     "relation": ("what is {relation} the {item}?", "which object is {relation} the {item}?"),
+    "has_colour": ("is there anything {colour}?", "is anything {colour}?", "is there a {colour} object?"),
+    "has_shape": ("is there a {shape}?", "is there a {shape} in the picture?", "do you see a {shape}?"),
+    "has_digit": ("is this a {digit}?", "is it a {digit}?", "do you see a {digit}?"),
+    "is_colour": ("is the {shape} {colour}?",),
+    "is_shape": ("is the {colour} object a {shape}?",),
 }
 
 
@@ -69,12 +74,57 @@ def questions_about(content: Scene | int, rng: np.random.Generator) -> list[Ques
     return _about_digit(content, rng)
 
 
+def practice_questions(content: Scene | int, rng: np.random.Generator) -> list[QuestionAnswer]:
+    """More questions, for training alone: the hard kinds once more, and easy yes-or-no questions on the way to them.
+
+    Without the easy ones a small model never finds out what `is there a red circle?` asks for.
+    """
+    if not isinstance(content, Scene):
+        found = [_about_digit(content, rng)[-1] for _ in range(3)]
+        for _ in range(2):
+            asked = _digit_to_ask(content, rng)
+            found.append(_ask("has_digit", _yes(asked == content), rng, digit=DIGIT_NAMES[asked]))
+        return found
+    scene = content.canonical
+    found = [_ask_exists(scene, rng), _ask_exists(scene, rng)]
+    for kind, attribute, values in (("has_colour", "colour", tuple(COLOURS)), ("has_shape", "shape", SHAPES)):
+        there = [getattr(item, attribute) for item in scene.objects]
+        asked = _present_or_absent(there, values, rng)
+        found.append(_ask(kind, _yes(asked in there), rng, **{attribute: asked}))
+    item = scene.objects[rng.integers(len(scene.objects))]
+    colours = [other.colour for other in scene.objects]
+    shapes = [other.shape for other in scene.objects]
+    if shapes.count(item.shape) == 1:
+        asked = _present_or_absent([item.colour], tuple(COLOURS), rng)
+        found.append(_ask("is_colour", _yes(asked == item.colour), rng, shape=item.shape, colour=asked))
+    if colours.count(item.colour) == 1:
+        asked = _present_or_absent([item.shape], SHAPES, rng)
+        found.append(_ask("is_shape", _yes(asked == item.shape), rng, shape=asked, colour=item.colour))
+    if scene.relation is not None:
+        found.append(_ask_relation(scene, rng))
+    return found
+
+
+def _yes(holds: bool) -> str:
+    return "yes" if holds else "no"
+
+
+def _present_or_absent(there: list[str], values: tuple[str, ...], rng: np.random.Generator) -> str:
+    """One of `there`, or as often one of the other `values`."""
+    choices = there if rng.random() < 0.5 else [value for value in values if value not in there]
+    return choices[rng.integers(len(choices))]
+
+
+def _digit_to_ask(value: int, rng: np.random.Generator) -> int:
+    return value if rng.random() < 0.5 else int(rng.choice([v for v in range(10) if v != value]))
+
+
 def _about_digit(value: int, rng: np.random.Generator) -> list[QuestionAnswer]:
-    asked = value if rng.random() < 0.5 else int(rng.choice([v for v in range(10) if v != value]))
+    asked = _digit_to_ask(value, rng)
     return [
         _ask("what", digit_prompt(value), rng),
         _ask("digit", DIGIT_NAMES[value], rng),
-        _ask("exists", "yes" if asked == value else "no", rng, item=digit_prompt(asked).removeprefix("a ")),
+        _ask("exists", _yes(asked == value), rng, item=digit_prompt(asked).removeprefix("a ")),
     ]
 
 
@@ -114,12 +164,11 @@ def _ask_relation(scene: Scene, rng: np.random.Generator) -> QuestionAnswer:
     """What stands in a relation to one of the two objects: the other one, or nothing."""
     assert scene.relation is not None
     first, second = scene.objects
-    converse = RELATIONS[scene.relation][0]
     relation, item, answer = (
         (scene.relation, second, f"a {first}"),
-        (converse, first, f"a {second}"),
+        (scene.converse, first, f"a {second}"),
         (scene.relation, first, "nothing"),
-        (converse, second, "nothing"),
+        (scene.converse, second, "nothing"),
     )[rng.choice(4, p=(0.375, 0.375, 0.125, 0.125))]
     return _ask("relation", answer, rng, relation=relation, item=item)
 

@@ -85,10 +85,16 @@ class Scene:
         return f" {self.relation} ".join(f"a {item}" for item in self.objects)
 
     @property
+    def converse(self) -> str:
+        """How the second object stands to the first."""
+        assert self.relation is not None
+        return RELATIONS[self.relation][0]
+
+    @property
     def canonical(self) -> "Scene":
         """The same picture told with `left of` or `above`, so that two scenes are alike exactly when equal."""
         if self.relation in ("right of", "below"):
-            return Scene(self.objects[::-1], RELATIONS[self.relation][0])
+            return Scene(self.objects[::-1], self.converse)
         return self
 
     @property

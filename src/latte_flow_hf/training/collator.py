@@ -28,11 +28,13 @@ class ConversationCollator:
             [example["messages"] for example in examples],
             tokenize=True,
             return_dict=True,
-            return_tensors="pt",
+            # Not tensors yet: the search for the assistant's tokens walks over all of them, far faster so.
+            return_tensors="np",
             return_assistant_tokens_mask=True,
             processor_kwargs={"padding": True},
         )
         answers = torch.as_tensor(inputs.pop("assistant_masks"), dtype=torch.bool)
+        inputs = inputs.convert_to_tensors("pt")
         if not answers.any():
             raise ValueError("no token is marked as the assistant's: the chat template needs {% generation %} marks.")
         inputs["labels"] = inputs["input_ids"].masked_fill(~answers, -100)
