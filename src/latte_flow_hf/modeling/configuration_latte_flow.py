@@ -84,7 +84,7 @@ class LatteFlowConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LatteFlowConfig":
-        """As of `PreTrainedConfig`, which would read another model's configuration as all defaults: 72 billion parameters.
+        """As of `PreTrainedConfig`, which would take defaults in place of another model's: 72 billion parameters.
 
         Raises:
             `ValueError`: if `config_dict` is another model's.
@@ -92,8 +92,8 @@ class LatteFlowConfig(PreTrainedConfig):
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
-                f"model_type must be {cls.model_type!r}, got {model_type!r}; a backbone loaded by its own class becomes "
-                "a LaTtE-Flow model by LatteFlowForConditionalGeneration.from_vlm."
+                f"model_type must be {cls.model_type!r}, got {model_type!r}; a backbone becomes a "
+                " LaTtE-Flow model by LatteFlowForConditionalGeneration.from_vlm."
             )
         return super().from_dict(config_dict, **kwargs)
 

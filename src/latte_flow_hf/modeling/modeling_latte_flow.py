@@ -714,7 +714,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         """The velocity (noise - data) at `latents`, by the expert that owns `timestep` alone.
 
         Args:
-            latents (`torch.Tensor`): (B, C, height, width), noisy.
+            latents (`torch.Tensor`): (B, C, height, width), noisy; taken in the tower's dtype, that of the velocity.
             timestep (`float` or `torch.Tensor`): 0 to 1000, one for all or (B,); all of one expert.
             context ([`LatteFlowContext`]): the B prompts.
             expert (`int`, *optional*): which one, for callers that know it; read off `timestep` if not given, which
@@ -725,6 +725,8 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
                 or a shape does not fit.
         """
         self._check_latents(latents, context)
+        # That of a norm: no quantization touches it.
+        latents = latents.to(self.tower.head.norm.weight.dtype)
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).reshape(-1)
         if len(timestep) not in (1, len(latents)):
             raise ValueError(f"timestep must be one, or one for each of {len(latents)} latents, got {len(timestep)}.")

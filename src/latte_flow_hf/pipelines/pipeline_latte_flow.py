@@ -92,6 +92,11 @@ class LatteFlowPipeline(DiffusionPipeline):
                     check_files(folder / component, *names)
         return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "LatteFlowPipeline":
+        """As of `DiffusionPipeline`, with any autoencoder: it hands on only those whose very class is annotated."""
+        return super().from_pipe(pipeline, **{"vae": getattr(pipeline, "vae", None), **kwargs})
+
     def _check_components(self) -> None:
         """What does not fit together must not paint."""
         if self.model is None:
@@ -127,7 +132,7 @@ class LatteFlowPipeline(DiffusionPipeline):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the running call computes the unconditional branch; a callback may end it by `pipe._guidance_scale`."""
+        """Whether the running call computes the unconditional branch; `_guidance_scale = 1` in a callback ends it."""
         return self._guidance_scale > 1
 
     @property
