@@ -522,10 +522,10 @@ def test_checkpointing_is_switched_on_and_off(make_model, inputs):
     model = make_model().train()
     with torch.no_grad():
         expected = velocity(model, inputs), model(**inputs).logits
-    assert model.supports_gradient_checkpointing and not model.is_gradient_checkpointing
+    assert model.supports_gradient_checkpointing and not model.is_activation_checkpointing
     for switch, on in ((model.activation_checkpointing_enable, True), (model.activation_checkpointing_disable, False)):
         switch()
-        assert model.is_gradient_checkpointing is on
+        assert model.is_activation_checkpointing is on
         assert all(layer.gradient_checkpointing is on for layer in model.tower.layers)
         with torch.no_grad():
             assert torch.equal(velocity(model, inputs), expected[0])
@@ -627,11 +627,34 @@ def test_nothing_to_learn_from_is_refused(model, inputs):
         model.predict_velocity(noise(2, 4, 4, 0), 730.0, model.encode_context(**inputs))
 
 
-def test_training_without_a_prompt_is_refused(model):
-    with pytest.raises(ValueError, match="input_ids"):
-        model(latents=noise(1, 4, 4, 4))
-    with pytest.raises(ValueError, match="input_ids"):
-        model.encode_context(None)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"input_ids": None}, r"input_ids must be the prompts' tokens, \(batch, length\), got None"),
+        ({"input_ids": torch.tensor([1, 2])}, r"input_ids must be .*got \(2,\)"),
+        ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, r"input_ids must be .*got \(0, 4\)"),
+        ({"attention_mask": torch.ones(2, 3)}, r"attention_mask must be of shape .*got \(2, 3\)"),
+        ({"mm_token_type_ids": None}, "mm_token_type_ids must be given with pictures"),
+        ({"position_ids": torch.zeros(3, 2, 1)}, "position_ids must be left out"),
+        ({"past_key_values": DynamicCache()}, "past_key_values must be left out"),
+        ({"inputs_embeds": torch.zeros(2, 1, 32)}, "inputs_embeds must be left out"),
+    ],
+)
+def test_prompt_that_cannot_be_encoded_is_refused(model, seen, changed, message):
+    given = {**seen, **changed}
+    with pytest.raises(ValueError, match=message):
+        model(**given, latents=noise(2, 4, 4, 4))
+    with pytest.raises(ValueError, match=message):
+        model.encode_context(given.pop("input_ids"), **given)
+
+
+def test_training_loop_may_want_no_cache(model, seen):
+    asked = {**seen, "latents": noise(2, 4, 4, 4), "labels": seen["input_ids"]}
+    losses = [
+        model(**asked, **how, generator=torch.Generator().manual_seed(0)).loss
+        for how in ({}, {"use_cache": False, "position_ids": None, "past_key_values": None})
+    ]
+    assert torch.equal(*losses)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 4), (4, 4, 4), (3, 4, 4, 4)])

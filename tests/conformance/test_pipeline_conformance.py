@@ -9,9 +9,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import VaeImageProcessor
 
 from latte_flow_hf import LatteFlowPipeline, LatteFlowPipelineOutput, LatteFlowScheduler
 from latte_flow_hf.modeling.modeling_latte_flow import LatteFlowContext
@@ -213,6 +212,18 @@ def test_callback_tensors_are_checked(pipe, prefills, asked):
     assert prefills == []
 
 
+def test_callback_tensors_may_be_none(pipe):
+    seen = []
+    paint(pipe, callback_on_step_end=lambda *given: seen.append(given[3]), callback_on_step_end_tensor_inputs=None)
+    assert seen == [{}] * 4
+
+
+def test_generators_are_checked_one_by_one(pipe, prefills):
+    with pytest.raises(ValueError, match="one for each of 2 pictures, got None"):
+        paint(pipe, PROMPTS, generator=[seeded(), None])
+    assert prefills == []
+
+
 # Prompts encoded before.
 
 
@@ -403,13 +414,17 @@ def test_components_serve_a_second_pipeline(pipe, door):
     assert torch.equal(paint(pipe, output_type="pt"), expected)
 
 
-def test_exchanged_autoencoder_sets_the_size(pipe, make_vae):
-    other = make_vae()
-    other.config["encoder_block_out_channels"] = (8, 8)
-    other.spatial_compression_ratio = 4
-    pipe.vae = other
+def test_exchanged_autoencoder_sets_the_size(pipe, picture):
+    paint(pipe)
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    pipe.vae = AutoencoderKL(**blocks, block_out_channels=(8, 8, 8), latent_channels=4, norm_num_groups=4).eval()
     assert pipe.vae_scale_factor == 4 and pipe.default_size == 32
-    assert isinstance(pipe.image_processor, VaeImageProcessor) and pipe.image_processor.config.vae_scale_factor == 4
+    assert pipe.image_processor.config.vae_scale_factor == 4
+    assert paint(pipe, output_type="pil")[0].size == (32, 32)
+    assert pipe.encode_images(picture).shape == (1, 4, 16, 16)
+    # Another class than the annotated one is handed on as well.
+    assert LatteFlowPipeline.from_pipe(pipe).vae is pipe.vae
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])

@@ -664,12 +664,25 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             [`LatteFlowContext`]: B prompts.
 
         Raises:
-            `ValueError`: if there are no `input_ids`.
+            `ValueError`: if there are no `input_ids`, the mask is not of their shape, pictures come without
+                `mm_token_type_ids`, or something else is given in place of tokens.
         """
-        if input_ids is None:
-            raise ValueError("input_ids must be the prompts' tokens, (batch, length), got None.")
+        if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
+            found = None if input_ids is None else tuple(input_ids.shape)
+            raise ValueError(f"input_ids must be the prompts' tokens, (batch, length), got {found}.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        elif attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must be of shape {tuple(input_ids.shape)}, as input_ids, got "
+                f"{tuple(attention_mask.shape)}."
+            )
+        if vision.get("image_grid_thw") is not None and mm_token_type_ids is None:
+            raise ValueError("mm_token_type_ids must be given with pictures, as the processor gives them; got None.")
+        vision.pop("use_cache", None)  # a context is a cache, also where a training loop wants none of the backbone's
+        for name in ("inputs_embeds", "position_ids", "past_key_values"):
+            if vision.pop(name, None) is not None:
+                raise ValueError(f"{name} must be left out: a context is made from the prompts' tokens alone.")
         if vision.get("image_grid_thw") is not None:
             position_ids, _ = self.get_rope_index(
                 input_ids,

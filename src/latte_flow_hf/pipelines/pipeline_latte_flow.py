@@ -213,16 +213,12 @@ class LatteFlowPipeline(DiffusionPipeline):
                 f"{sorted(unknown)}."
             )
         prompts = _num_prompts(prompt, messages, context)
-        generators = (
-            generator if isinstance(generator, (list, tuple)) else [generator] * prompts * num_images_per_prompt
-        )
-        if len(generators) != prompts * num_images_per_prompt or not all(
-            item is None or isinstance(item, torch.Generator) for item in generators
-        ):
-            raise ValueError(
-                f"generator must be one, or one for each of {prompts * num_images_per_prompt} pictures, got "
-                f"{len(generator) if isinstance(generator, (list, tuple)) else repr(generator)}."
-            )
+        pictures = prompts * num_images_per_prompt
+        generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * pictures
+        no_generator = [item for item in generators if not isinstance(item, torch.Generator)]
+        if len(generators) != pictures or (no_generator and generator is not None):
+            found = repr(no_generator[0]) if no_generator else len(generators)
+            raise ValueError(f"generator must be one, or one for each of {pictures} pictures, got {found}.")
         if isinstance(negative_prompt, (list, tuple)) and len(negative_prompt) not in (1, prompts):
             raise ValueError(f"negative_prompt must be one, or one for each of {prompts}, got {len(negative_prompt)}.")
         if negative_context is not None and len(negative_context) not in (1, prompts):
@@ -375,6 +371,7 @@ class LatteFlowPipeline(DiffusionPipeline):
         # 1. Check everything
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        callback_on_step_end_tensor_inputs = list(callback_on_step_end_tensor_inputs or ())
         height = self.default_size if height is None else height
         width = self.default_size if width is None else width
         self.check_inputs(
@@ -389,7 +386,7 @@ class LatteFlowPipeline(DiffusionPipeline):
             num_images_per_prompt,
             generator,
             output_type,
-            list(callback_on_step_end_tensor_inputs),
+            callback_on_step_end_tensor_inputs,
             context,
             negative_context,
         )
