@@ -53,7 +53,7 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         `ValueError`: if the boundaries do not fall from 1 to 0, a number is not positive, or there is no such solver.
     """
 
-    _compatibles: list = []
+    _compatibles = ["FlowMatchEulerDiscreteScheduler"]
     _begin_index: int | None = None
     init_noise_sigma = 1.0
 
@@ -214,7 +214,7 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(timestep, int) or (isinstance(timestep, torch.Tensor) and not timestep.is_floating_point()):
             raise ValueError(f"timestep must be one of `scheduler.timesteps`, not an index, got {timestep}.")
         if self._step_index is None:
-            self._step_index = self._index_of(timestep) if self._begin_index is None else self._begin_index
+            self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
         index = self._step_index
         if index >= len(self.sigmas) - 1:
             raise ValueError(f"all {len(self.sigmas) - 1} steps are taken; call set_timesteps first.")
@@ -244,7 +244,12 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         self._previous = velocity, width
         return sample + width * extrapolated
 
-    def _index_of(self, timestep: float | torch.Tensor) -> int:
+    def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
+        """The step that starts at `timestep`.
+
+        Raises:
+            `ValueError`: if `timestep` is not one of `timesteps`.
+        """
         found = (self.timesteps == torch.as_tensor(timestep, device=self.timesteps.device)).nonzero()
         if len(found) == 0:
             raise ValueError(f"timestep must be one of `scheduler.timesteps`, got {float(timestep)}.")
@@ -255,6 +260,10 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         """x_sigma = (1 - sigma) * data + sigma * noise with sigma = timestep / num_train_timesteps, (B,)."""
         sigma = timesteps.to(original_samples.device, torch.float32) / self.config.num_train_timesteps
         return interpolate(original_samples, noise, sigma)
+
+    def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """`add_noise` under the name and in the order of diffusers' flow-matching schedulers."""
+        return self.add_noise(sample, noise, timestep)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
