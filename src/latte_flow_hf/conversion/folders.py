@@ -146,7 +146,7 @@ def meta_autoencoder(settings: dict[str, Any], where: Path) -> torch.nn.Module:
     """
     name = str(settings.get("_class_name"))
     kind = getattr(diffusers, name, None)
-    if not (hasattr(kind, "encode") and hasattr(kind, "decode")):
+    if kind is None or not (hasattr(kind, "encode") and hasattr(kind, "decode")):
         raise ValueError(f"{where} holds a {name!r}, which is no autoencoder of diffusers; AutoencoderDC would do.")
     with torch.device("meta"):
         vae = kind.from_config(settings)

@@ -48,13 +48,9 @@ class KeyTable:
             if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(item, str) for item in pair)):
                 raise ValueError(f"key table {path}: {pair!r} is no pair [original, ours].")
             fields = [sorted(re.findall(r"\{(\w+)\}", item)) for item in pair]
-            if (
-                fields[0] != fields[1]
-                or not set(fields[0]) <= {"layer", "rest"}
-                or len(set(fields[0])) < len(fields[0])
-            ):
+            if fields[0] != fields[1] or fields[0] not in ([], ["layer"], ["rest"], ["layer", "rest"]):
                 raise ValueError(
-                    f"key table {path}: {pair!r} must have {{layer}} and {{rest}} on both sides or neither."
+                    f"key table {path}: {pair!r} must have {{layer}} and {{rest}} once on both sides, or on neither."
                 )
         return cls([(original, ours) for original, ours in pairs], str(path))
 
@@ -105,8 +101,8 @@ def from_original(
     Args:
         checkpoint (`str` or `Path`): `.safetensors`; or `.pt`, `.pth`, `.bin`, read without running code.
         template (`str` or `Path`):
-            A pipeline's folder or hub id that gives everything else: configurations, processor, autoencoder. `initialize`
-            makes one. Its weights are replaced.
+            A pipeline's folder or hub id that gives everything else: configurations, processor, autoencoder.
+            `initialize` makes one. Its weights are replaced.
         table (`str` or `Path`, *optional*): a file as of [`KeyTable`]; the package's own if not given.
         tower_only (`bool`, defaults to `False`): the file holds the tower alone; the backbone is the template's.
 

@@ -1,8 +1,8 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """What a conversion will write, and how it is written: whole or not at all.
 
-Every operation of this package gives a [`Plan`], which is cheap: names, types and shapes, but no weights. `describe` is
-its dry run, `write` carries it out.
+Every operation of this package gives a [`Plan`], which is cheap: names, types and shapes, but no weights. `describe`
+is its dry run, `write` carries it out.
 """
 
 import json
@@ -146,8 +146,8 @@ class Plan:
         for stem, tensors in self.weights.items():
             names = [""] if self.single_file else _split(stem, tensors, max_shard_size).filename_to_tensors
             for name in names:
-                path = partial if self.single_file else (partial / stem).with_name(name)
-                written[stem] |= read_safetensors(path)
+                file = partial if self.single_file else (partial / stem).with_name(name)
+                written[stem] |= read_safetensors(file)
         return f"{sum(map(len, written.values()))} tensors read back, hashes equal; {self.check(written)}"
 
     def _progress(self, words: str) -> tqdm:

@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""A whole pipeline <-> one safetensors file: tensors as `model.NAME` and `vae.NAME`, all other files in its metadata."""
+"""A whole pipeline <-> one safetensors file: tensors as `model.NAME` and `vae.NAME`, all else in its metadata."""
 
 import json
 from pathlib import Path, PurePosixPath
@@ -57,8 +57,8 @@ def from_single_file(path: str | Path) -> Plan:
     unknown = [name for name in tensors if not name.startswith(tuple(_PREFIXES.values()))]
     if missing or unknown:
         raise ValueError(
-            f"{path} is no pipeline in one file (missing in its metadata: {missing}; tensors of neither model nor vae: "
-            f"{some(unknown) or 'none'}); `latte-flow convert to-single-file` makes one."
+            f"{path} is no pipeline in one file (missing in its metadata: {some(missing) or 'nothing'}; tensors of "
+            f"neither model nor vae: {some(unknown) or 'none'}); `latte-flow convert to-single-file` makes one."
         )
     config = LatteFlowConfig.from_dict(json.loads(metadata["model/config.json"]))
     vae = meta_autoencoder(json.loads(metadata["vae/config.json"]), path)

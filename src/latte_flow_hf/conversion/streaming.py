@@ -48,9 +48,9 @@ class StoredTensor:
     def nbytes(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
-    def data(self) -> np.ndarray:
-        """Its bytes, uint8 of shape (nbytes,)."""
-        return self.read().contiguous().flatten().view(torch.uint8).numpy()
+    def data(self) -> memoryview:
+        """Its bytes."""
+        return self.read().detach().contiguous().flatten().view(torch.uint8).numpy().data
 
     def sha256(self) -> str:
         return hashlib.sha256(self.data()).hexdigest()
@@ -217,8 +217,8 @@ def verify_safetensors(path: Path, tensors: dict[str, StoredTensor], hashes: dic
 def module_tensors(stored: dict[str, StoredTensor], model: PreTrainedModel, where: Any) -> dict[str, StoredTensor]:
     """Stored tensors under the names that they have in `model`, which lies on the meta device.
 
-    Checkpoints of Qwen2-VL store `model.layers.0...` and `visual...` for what is `model.language_model.layers.0...` and
-    `model.visual...` in memory; transformers' own renaming is used, so that either will do.
+    Checkpoints of Qwen2-VL store `model.layers.0...` and `visual...` for what is `model.language_model.layers.0...`
+    and `model.visual...` in memory; transformers' own renaming is used, so that either will do.
 
     Raises:
         `ValueError`: as of `check_tensors`; or if tied tensors differ, or the model merges or splits stored tensors.
