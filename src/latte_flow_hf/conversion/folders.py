@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from ..modeling.configuration_latte_flow import LatteFlowConfig
 from ..modeling.modeling_latte_flow import LatteFlowContext, LatteFlowForConditionalGeneration, check_files
+from ..pipelines.pipeline_latte_flow import encode_pixels, spatial_compression
 from .plan import Weights
 from .streaming import StoredTensor, check_tensors, module_tensors, read_weights
 
@@ -154,11 +155,18 @@ def meta_autoencoder(settings: dict[str, Any], where: Path) -> torch.nn.Module:
             if not isinstance(getattr(vae.config, needed, None), (int, float)):
                 raise ValueError(f"the autoencoder {name} in {where} has no {needed}; AutoencoderDC would do.")
         try:
-            shape = tuple(vae.decode(torch.empty(1, vae.config.latent_channels, 8, 8), return_dict=False)[0].shape)
+            latents = encode_pixels(vae, torch.empty(1, 3, 256, 256))
+            pixels = vae.decode(latents, return_dict=False)[0]
         except Exception as error:
-            raise ValueError(f"the autoencoder {name} in {where} does not decode pictures: {error}") from error
-    if len(shape) != 4 or shape[1] != 3:
-        raise ValueError(f"the autoencoder {name} in {where} decodes to {shape}, not to pictures of 3 channels.")
+            raise ValueError(
+                f"the autoencoder {name} in {where} does not encode and decode pictures: {error}"
+            ) from error
+    side = 256 // spatial_compression(vae)
+    if (latents.shape, pixels.shape) != ((1, vae.config.latent_channels, side, side), (1, 3, 256, 256)):
+        raise ValueError(
+            f"the autoencoder {name} in {where} makes {tuple(pixels.shape)} of {tuple(latents.shape)} latents of a "
+            "256x256 picture, which is not what its configuration says."
+        )
     return vae
 
 

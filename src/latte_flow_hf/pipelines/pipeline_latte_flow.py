@@ -60,7 +60,7 @@ class LatteFlowPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(model=model, processor=processor, vae=vae, scheduler=scheduler)
         self._check_components()
-        self.vae_scale_factor = _spatial_compression(vae) if vae is not None else 32
+        self.vae_scale_factor = spatial_compression(vae) if vae is not None else 32
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._unconditional: tuple[tuple, LatteFlowContext] | None = None
 
@@ -407,7 +407,7 @@ def encode_pixels(vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
 
 
-def _spatial_compression(vae: torch.nn.Module) -> int:
+def spatial_compression(vae: torch.nn.Module) -> int:
     """f: how many pixels make one latent pixel, along a side."""
     if hasattr(vae, "spatial_compression_ratio"):
         return vae.spatial_compression_ratio
