@@ -203,6 +203,7 @@ def test_a_number_of_experts_that_does_not_divide(backbone_folder, vae_folder):
         ({"_class_name": "Nonsense"}, "'Nonsense', which is no autoencoder"),
         ({}, "'None', which is no autoencoder"),
         ({"_class_name": "VQModel"}, "VQModel.*does not encode and decode pictures"),
+        ({"_class_name": "AutoencoderKLHunyuanImage"}, "AutoencoderKLHunyuanImage in .* is not whole"),
         ({"_class_name": "AutoencoderKLWan"}, "AutoencoderKLWan.*has no latent_channels"),
         ({"_class_name": "AutoencoderKLCogVideoX"}, "AutoencoderKLCogVideoX.*does not encode and decode pictures"),
     ],

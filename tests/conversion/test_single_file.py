@@ -86,3 +86,5 @@ def test_output_that_exists(folder, tmp_path):
     with pytest.raises(ValueError, match="exists"):
         to_single_file(folder).write(tmp_path / "one.safetensors")
     assert (tmp_path / "one.safetensors").read_text() == "mine"
+    with pytest.raises(ValueError, match=r"must name a \.safetensors file, got .*one\.bin"):
+        to_single_file(folder).write(tmp_path / "one.bin")

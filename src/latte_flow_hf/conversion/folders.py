@@ -150,7 +150,10 @@ def meta_autoencoder(settings: dict[str, Any], where: Path) -> torch.nn.Module:
     if kind is None or not (hasattr(kind, "encode") and hasattr(kind, "decode")):
         raise ValueError(f"{where} holds a {name!r}, which is no autoencoder of diffusers; AutoencoderDC would do.")
     with torch.device("meta"):
-        vae = kind.from_config(settings)
+        try:
+            vae = kind.from_config(settings)
+        except TypeError as error:
+            raise ValueError(f"the configuration of the {name} in {where} is not whole: {error}") from error
         for needed in ("latent_channels", "scaling_factor"):
             if not isinstance(getattr(vae.config, needed, None), (int, float)):
                 raise ValueError(f"the autoencoder {name} in {where} has no {needed}; AutoencoderDC would do.")

@@ -75,10 +75,12 @@ class Plan:
             `str`: what the check found.
 
         Raises:
-            `ValueError`: if `output` exists or `max_shard_size` is no size.
+            `ValueError`: if `output` exists or is no name for a single file, or `max_shard_size` is no size.
             `OSError`: if the disk has too little room, or what was written reads back differently. Nothing stays.
         """
         output = Path(output)
+        if self.single_file and output.suffix != ".safetensors":
+            raise ValueError(f"output must name a .safetensors file, got {str(output)!r}.")
         if output.exists() or output.is_symlink():
             raise ValueError(f"output {output} exists; give another one, or remove it.")
         needed = self.total_size(max_shard_size)
