@@ -302,6 +302,14 @@ class LatteFlowLayer(GradientCheckpointingLayer):
         is_first (`bool`): whether it opens its group: then there is no attention map to reuse.
     """
 
+    # Which modules start from the backbone's layer, and from which of its modules. All others are new.
+    copied_modules = {
+        **{name: name for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")},
+        "mlp": "mlp",
+        "attention_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+    }
+
     def __init__(self, config: LatteFlowConfig, like: nn.Module, is_first: bool):
         super().__init__()
         self.attention_norm = _rms_norm_like(like.input_layernorm)
@@ -314,11 +322,8 @@ class LatteFlowLayer(GradientCheckpointingLayer):
 
     def copy_from(self, layer: nn.Module) -> None:
         """Take over the weights of the backbone's decoder layer."""
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            getattr(self.self_attn, name).load_state_dict(getattr(layer.self_attn, name).state_dict())
-        self.mlp.load_state_dict(layer.mlp.state_dict())
-        self.attention_norm.load_state_dict(layer.input_layernorm.state_dict())
-        self.mlp_norm.load_state_dict(layer.post_attention_layernorm.state_dict())
+        for name, source in self.copied_modules.items():
+            self.get_submodule(name).load_state_dict(layer.get_submodule(source).state_dict())
 
     def forward(
         self, hidden_states: torch.Tensor, timestep_embedding: torch.Tensor, **attention: Any

@@ -73,7 +73,7 @@ class LatteFlowPipeline(DiffusionPipeline):
         if name in ("model", "processor"):
             self._unconditional = None
         elif name == "vae":
-            self.vae_scale_factor = 32 if value is None else _spatial_compression(value)
+            self.vae_scale_factor = 32 if value is None else spatial_compression(value)
             self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @classmethod
@@ -482,7 +482,7 @@ def encode_pixels(vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
 
 
-def _spatial_compression(vae: torch.nn.Module) -> int:
+def spatial_compression(vae: torch.nn.Module) -> int:
     """f: how many pixels make one latent pixel, along a side."""
     if hasattr(vae, "spatial_compression_ratio"):
         return vae.spatial_compression_ratio
