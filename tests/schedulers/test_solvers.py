@@ -95,5 +95,5 @@ def test_heun_can_start_at_a_later_step():
 def test_solvers_are_kept_and_checked(tmp_path):
     LatteFlowScheduler(solver="multistep").save_pretrained(tmp_path)
     assert LatteFlowScheduler.from_pretrained(tmp_path).config.solver == "multistep"
-    with pytest.raises(ValueError, match="solver must be one of .*'rk4'"):
+    with pytest.raises(ValueError, match=r"solver must be one of .*'rk4'"):
         LatteFlowScheduler(solver="rk4")

@@ -1,8 +1,8 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """Steps along falling sigmas, with the expert that owns each evaluation of the model.
 
-With Euler every number equals `FlowMatchEulerDiscreteScheduler`'s to the bit; what is added is the copy of the experts'
-boundaries, the expert of each step, steps that can be spent where they pay, and solvers of second order.
+With Euler every number equals `FlowMatchEulerDiscreteScheduler`'s to the bit; what is added is the copy of the
+experts' boundaries, the expert of each step, steps that can be spent where they pay, and solvers of second order.
 """
 
 from collections.abc import Sequence

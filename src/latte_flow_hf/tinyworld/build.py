@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -240,7 +241,7 @@ def build_vision(recipe: Recipe, work_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def _train_backbone(
-    recipe: Recipe, work_dir: Path, folder: Path, model: PreTrainedModel, settings: dict, seed: int, **data: float
+    recipe: Recipe, work_dir: Path, folder: Path, model: PreTrainedModel, settings: dict, seed: int, **data: Any
 ) -> None:
     """Train `model` on conversations, in `runs/` under the name of `folder`, and save it there."""
     processor = build_processor(recipe, work_dir)
