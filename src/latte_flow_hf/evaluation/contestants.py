@@ -13,6 +13,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -132,11 +133,12 @@ class Contestant:
         `ValueError`: if a count is not positive, or `sizes` names an unknown part.
     """
 
-    kind: ClassVar[str]
+    kind: ClassVar[str] = ""
     published: ClassVar[dict[str, dict]] = {}
     note: ClassVar[str] = ""
 
     sizes: dict = field(default_factory=dict)
+    compile: bool = field(default=False, init=False)
     steps: int = 40
     guidance_scale: float = 4.0
     pixels: int = 256
@@ -160,10 +162,6 @@ class Contestant:
         """Contestants of one family share their weights and hence a process."""
         return f"{self.kind} {json.dumps(self.sizes, sort_keys=True)}"
 
-    @property
-    def compiled(self) -> bool:
-        return False
-
     def networks(self) -> dict[str, nn.Module]:
         """Everything with weights, on the meta device."""
         raise NotImplementedError
@@ -172,8 +170,8 @@ class Contestant:
         """What one step of the loop runs."""
         raise NotImplementedError
 
-    def prepare(self, networks: dict[str, nn.Module]) -> Paint:
-        """Networks with weights -> the call that is timed."""
+    def prepare(self, networks: dict[str, nn.Module], compiled: bool = False) -> Paint:
+        """Networks with weights -> the call that is timed; `compiled` only where the contestant asks for it."""
         raise NotImplementedError
 
 
@@ -194,10 +192,6 @@ class LatteFlow(Contestant):
     num_experts: int = 4
     residual_attention: str | None = "scores"
     compile: bool = False
-
-    @property
-    def compiled(self) -> bool:
-        return self.compile
 
     @property
     def family(self) -> str:
@@ -224,13 +218,11 @@ class LatteFlow(Contestant):
         shared = [child for name, child in model.tower.named_children() if name != "layers"]
         return [*shared, *(model.tower.layers[index] for index in model.expert_layers(0))]
 
-    def prepare(self, networks: dict[str, nn.Module]) -> Paint:
-        processor = LatteFlowProcessor.from_pretrained(tiny_checkpoint(), subfolder="processor")
+    def prepare(self, networks: dict[str, nn.Module], compiled: bool = False) -> Paint:
+        processor = LatteFlowProcessor.from_pretrained(Path(tiny_checkpoint()) / "processor")
         scheduler = LatteFlowScheduler(expert_boundaries=networks["model"].config.expert_boundaries)
-        return self.paint_with(LatteFlowPipeline(processor=processor, scheduler=scheduler, **networks))
-
-    def paint_with(self, pipe: LatteFlowPipeline) -> Paint:
-        if self.compile:
+        pipe = LatteFlowPipeline(processor=processor, scheduler=scheduler, **networks)
+        if compiled:
             pipe.compile()
         pipe.set_progress_bar_config(disable=True)
         encode_prompt = pipe.encode_prompt
@@ -262,7 +254,7 @@ class Floor(LatteFlow):
     def step_modules(self, networks: dict[str, nn.Module]) -> list[nn.Module]:
         return self._linears(networks["model"], 0)
 
-    def prepare(self, networks: dict[str, nn.Module]) -> Paint:
+    def prepare(self, networks: dict[str, nn.Module], compiled: bool = False) -> Paint:
         model = networks["model"]
         weights = [[m.weight for m in self._linears(model, expert)] for expert in range(self.num_experts)]
         branches = 2 if self.guidance_scale > 1 else 1
@@ -329,7 +321,7 @@ class DiT(Contestant):
     def step_modules(self, networks: dict[str, nn.Module]) -> list[nn.Module]:
         return [networks["transformer"]]
 
-    def prepare(self, networks: dict[str, nn.Module]) -> Paint:
+    def prepare(self, networks: dict[str, nn.Module], compiled: bool = False) -> Paint:
         pipe = DiTPipeline(scheduler=DDIMScheduler(beta_schedule="linear", clip_sample=False), **networks)
         pipe.set_progress_bar_config(disable=True)
         step = pipe.scheduler.step
@@ -365,7 +357,7 @@ class Sana(Contestant):
     def step_modules(self, networks: dict[str, nn.Module]) -> list[nn.Module]:
         return [networks["transformer"]]
 
-    def prepare(self, networks: dict[str, nn.Module]) -> Paint:
+    def prepare(self, networks: dict[str, nn.Module], compiled: bool = False) -> Paint:
         # The scheduler of the published checkpoints.
         scheduler = DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
@@ -427,7 +419,7 @@ class Janus(Contestant):
         heads = [model.generation_head, model.generation_aligner]
         return [model.language_model.layers, model.language_model.norm, *heads]
 
-    def prepare(self, networks: dict[str, nn.Module]) -> Paint:
+    def prepare(self, networks: dict[str, nn.Module], compiled: bool = False) -> Paint:
         model = networks["model"]
         device = next(model.parameters()).device
         bos, pad, image = 0, 1, 2
