@@ -1,9 +1,10 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """What `latte-flow bench` lets run against each other: this model, its bare matrix products, and what else paints.
 
-What is unusual here: every contestant is the stock class at its published size with random weights, and it is timed
-through the call a user would make (`pipe(...)`, `model.generate(...)`). `paint(num_steps, mark)` makes one such call of
-`num_steps` steps; `mark("prefill")`, `mark("step")` and `mark("decode")` are called where that part of it has ended.
+What is unusual here: every contestant is the stock class at its published size with random weights, timed through the
+call a user would make (`pipe(...)`, `model.generate(...)`). `paint(num_steps, mark)` makes one such call of `num_steps`
+steps and returns the picture; `mark("prefill")`, `mark("step")` and `mark("decode")` are called where that part of it
+has ended.
 
 Networks are built on the meta device. `fill` then gives them weights, out of a pool by name: contestants of one family
 (the same layers, grouped differently) share theirs, so that they are compared on the same memory.
@@ -46,7 +47,7 @@ from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
 
 
 Mark = Callable[[str], None]
-Paint = Callable[[int, Mark], None]
+Paint = Callable[[int, Mark], torch.Tensor]
 
 PROMPT = "a red circle left of a blue square"
 
@@ -227,9 +228,9 @@ class LatteFlow(Contestant):
         pipe.set_progress_bar_config(disable=True)
         encode_prompt = pipe.encode_prompt
 
-        def paint(num_steps: int, mark: Mark) -> None:
-            pipe.encode_prompt = _then(encode_prompt, mark, "prefill")
-            pipe(
+        def paint(num_steps: int, mark: Mark) -> torch.Tensor:
+            pipe.encode_prompt = _then(encode_prompt, mark, "prefill")  # type: ignore[method-assign]
+            images = pipe(
                 PROMPT,
                 height=self.pixels,
                 width=self.pixels,
@@ -237,9 +238,10 @@ class LatteFlow(Contestant):
                 guidance_scale=self.guidance_scale,
                 num_images_per_prompt=self.batch,
                 output_type="pt",
-                callback_on_step_end=lambda *_: mark("step") or {},
-            )
+                callback_on_step_end=_at_step_end(mark),
+            ).images
             mark("decode")
+            return images
 
         return paint
 
@@ -262,11 +264,12 @@ class Floor(LatteFlow):
         like = weights[0][0]
         inputs = {w.shape[1]: torch.randn(tokens, w.shape[1]).to(like) for group in weights for w in group}
 
-        def paint(num_steps: int, mark: Mark) -> None:
+        def paint(num_steps: int, mark: Mark) -> torch.Tensor:
             for step in range(num_steps):
                 for weight in weights[step * self.num_experts // num_steps]:
-                    nn.functional.linear(inputs[weight.shape[1]], weight)
+                    output = nn.functional.linear(inputs[weight.shape[1]], weight)
                 mark("step")
+            return output
 
         return paint
 
@@ -326,10 +329,12 @@ class DiT(Contestant):
         pipe.set_progress_bar_config(disable=True)
         step = pipe.scheduler.step
 
-        def paint(num_steps: int, mark: Mark) -> None:
+        def paint(num_steps: int, mark: Mark) -> torch.Tensor:
             pipe.scheduler.step = _then(step, mark, "step")
-            pipe([1] * self.batch, self.guidance_scale, num_inference_steps=num_steps, output_type="pt")
+            labels = [1] * self.batch
+            images = pipe(labels, self.guidance_scale, num_inference_steps=num_steps, output_type="pt").images
             mark("decode")
+            return images
 
         return paint
 
@@ -368,8 +373,8 @@ class Sana(Contestant):
         embeds = torch.randn(1, 300, self.size_of("transformer")["caption_channels"]).to(like)
         mask = torch.ones(1, 300, device=like.device)
 
-        def paint(num_steps: int, mark: Mark) -> None:
-            pipe(
+        def paint(num_steps: int, mark: Mark) -> torch.Tensor:
+            images = pipe(
                 negative_prompt=None,
                 prompt_embeds=embeds,
                 prompt_attention_mask=mask,
@@ -382,9 +387,10 @@ class Sana(Contestant):
                 num_images_per_prompt=self.batch,
                 use_resolution_binning=False,
                 output_type="pt",
-                callback_on_step_end=lambda *_: mark("step") or {},
-            )
+                callback_on_step_end=_at_step_end(mark),
+            ).images
             mark("decode")
+            return images
 
         return paint
 
@@ -431,11 +437,12 @@ class Janus(Contestant):
             pad_token_id=pad,
             eos_token_id=pad,
             do_sample=True,
+            guidance_scale=self.guidance_scale,
             max_length=prompt.shape[1] + num_tokens,
             generation_kwargs={"boi_token_id": image},
         )
 
-        def paint(num_steps: int, mark: Mark) -> None:
+        def paint(num_steps: int, mark: Mark) -> torch.Tensor:
             marks = iter(["prefill"] + ["step"] * num_steps)
 
             def scores_are_there(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -448,11 +455,11 @@ class Janus(Contestant):
                 attention_mask=torch.ones_like(prompt),
                 generation_mode="image",
                 generation_config=generation,
-                guidance_scale=self.guidance_scale,
                 logits_processor=LogitsProcessorList([scores_are_there]),
             )
-            model.decode_image_tokens(nn.functional.pad(tokens, (0, num_tokens - tokens.shape[1])))
+            images = model.decode_image_tokens(nn.functional.pad(tokens, (0, num_tokens - tokens.shape[1])))
             mark("decode")
+            return images
 
         return paint
 
@@ -520,6 +527,16 @@ def _then(function: Callable, mark: Mark, part: str) -> Callable:
         result = function(*args, **kwargs)
         mark(part)
         return result
+
+    return marked
+
+
+def _at_step_end(mark: Mark) -> Callable[..., dict]:
+    """A `callback_on_step_end` that marks the step."""
+
+    def marked(*_: Any) -> dict:
+        mark("step")
+        return {}
 
     return marked
 

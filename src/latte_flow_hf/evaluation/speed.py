@@ -77,7 +77,7 @@ class Suite:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name, least in (("rounds", 1), ("measured_steps", 2), ("warmup", 0), ("threads", 1)):
+        for name, least in (("rounds", 1), ("measured_steps", 2), ("warmup", 1), ("threads", 1)):
             value = getattr(self, name)
             if (name, value) in (("measured_steps", "all"), ("threads", None)):
                 continue
@@ -193,7 +193,6 @@ def _begin(suite: Suite, path: Path) -> dict:
     # As JSON gives it back: without tuples.
     new = json.loads(json.dumps(new))
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         return new
     old = json.loads(path.read_text())
     # More rounds and other ratios change nothing of what was measured.
@@ -249,7 +248,7 @@ class _Processes:
         self.live: dict[str, tuple[Any, Connection]] = {}
         # A server that has imported everything once, and from which processes start at once.
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        self.context = multiprocessing.get_context(method)
+        self.context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
             self.context.set_forkserver_preload([__name__])
         available = self._available()
@@ -375,7 +374,9 @@ class _Turns:
         if contestant.compile:
             paint = contestant.prepare(networks, compiled=True)
         for _ in range(suite.warmup):
-            paint(min(2, steps), lambda part: None)
+            picture = paint(min(2, steps), lambda part: None)
+        # Overflowing numbers would be timed as something else.
+        assert torch.isfinite(picture).all(), f"{contestant.kind} paints numbers that are not finite."
         return facts, paint
 
 
@@ -524,12 +525,12 @@ def as_markdown(suite: Suite, results: dict) -> str:
         f"# {suite.name}",
         "",
         f"{environment.get('gpu') or environment['cpu']}, {environment['threads']} threads of {environment['cores']} "
-        f"cores, {suite.dtype}, {suite.rounds} rounds in turns, load average {min(loads)} to {max(loads)}; {versions}.",
+        f"cores, {suite.dtype}, {suite.rounds} rounds, load average {min(loads)} to {max(loads)}; {versions}.",
         "",
         "Seconds a picture: median over the rounds (least to most). `~`: extrapolated from fewer steps than a picture "
         "has. Peak: memory beyond the weights.",
         "",
-        "| contestant | pixels | steps | prefill | step | loop | decode | picture | TFLOPs | parameters a step | peak |",
+        "| contestant | pixels | steps | prefill | step | loop | decode | picture | TFLOPs | step's parameters | peak |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in suite.contestants:
@@ -590,6 +591,7 @@ def _draw(suite: Suite, results: dict, path: Path) -> None:
 
 def _write(path: Path, text: str) -> None:
     """A file that is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name("." + path.name)
     partial.write_text(text)
     partial.rename(path)
