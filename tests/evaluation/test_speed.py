@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs(latte, tmp_path, monk
 def test_a_contestant_that_fails_is_named_and_the_rest_is_kept(latte, tmp_path):
     odd = {**latte.contestants["latte-k1"], "pixels": 70}
     suite = replace(latte, contestants={"good": latte.contestants["latte-k2"], "odd": odd})
-    with pytest.raises(RuntimeError, match="contestant 'odd' failed:(.|\n)*multiple of 32, got 70"):
+    with pytest.raises(RuntimeError, match=r"(?s)contestant 'odd' failed:.*multiple of 32, got 70"):
         run_suite(suite, tmp_path)
     assert len(json.loads((tmp_path / "results.json").read_text())["rounds"]["good"]) == 1
 
@@ -134,7 +134,8 @@ def test_flops_of_a_quarter_of_the_layers(tiny):
         with torch.no_grad():
             flops[kind, num_experts] = count_flops(contestant.prepare(networks), 4)
     loops = {key: sum(parts["steps"]) for key, parts in flops.items()}
-    assert 0.25 <= loops["latte_flow", 4] / loops["latte_flow", 1] <= 0.26
+    # A little below a quarter: the last layer of a group hands no scores on.
+    assert 0.24 <= loops["latte_flow", 4] / loops["latte_flow", 1] <= 0.26
     layer = 2 * width * width + 2 * width * (width // 2) + 3 * width * ff
     assert flops["floor", 4]["steps"] == [2 * 2 * 64 * (7 * layer + 2 * width * 4)] * 4
     assert loops["floor", 4] < loops["latte_flow", 4]

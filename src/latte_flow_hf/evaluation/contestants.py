@@ -2,7 +2,7 @@
 """What `latte-flow bench` lets run against each other: this model, its bare matrix products, and what else paints.
 
 What is unusual here: every contestant is the stock class at its published size with random weights, timed through the
-call a user would make (`pipe(...)`, `model.generate(...)`). `paint(num_steps, mark)` makes one such call of `num_steps`
+call a user would make (`pipe(...)`, `model.generate(...)`). `paint(num_steps, mark)` makes one such call with so many
 steps and returns the picture; `mark("prefill")`, `mark("step")` and `mark("decode")` are called where that part of it
 has ended.
 

@@ -521,6 +521,8 @@ def as_markdown(suite: Suite, results: dict) -> str:
     environment, facts, summary = results["environment"], results["facts"], results["summary"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     loads = [turn["load_average"] for turns in results["rounds"].values() for turn in turns]
+    columns = ["contestant", "pixels", "steps", "prefill", "step", "loop", "decode", "picture", "TFLOPs a picture"]
+    columns += ["parameters a step", "peak"]
     lines = [
         f"# {suite.name}",
         "",
@@ -530,8 +532,8 @@ def as_markdown(suite: Suite, results: dict) -> str:
         "Seconds a picture: median over the rounds (least to most). `~`: extrapolated from fewer steps than a picture "
         "has. Peak: memory beyond the weights.",
         "",
-        "| contestant | pixels | steps | prefill | step | loop | decode | picture | TFLOPs | step's parameters | peak |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| " + " | ".join(columns) + " |",
+        "|---" * len(columns) + "|",
     ]
     for name in suite.contestants:
         fact, found = facts[name], summary["contestants"][name]
