@@ -54,6 +54,7 @@ def test_every_kind_has_its_turns_and_is_reported(tiny, measured):
     assert json.loads((folder / "results.json").read_text()) == results
     report = (folder / "results.md").read_text()
     assert all(report.count(f"| {name} |") == 1 for name in tiny.contestants)
+    assert report.count("is not at its published size") == len(tiny.contestants) - 1
     assert "| loop flops | latte-k2 / latte-k1 |" in report and "at most 0.55 | yes |" in report
     assert Image.open(folder / "results.png").width > 500
     assert sorted(path.name for path in folder.iterdir()) == ["results.json", "results.md", "results.png"]

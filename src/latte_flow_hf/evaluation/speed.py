@@ -301,6 +301,8 @@ class _Processes:
     def _stop(self, family: str) -> None:
         process, connection = self.live.pop(family)
         connection.close()
+        # Also where it is at work: after an interrupt nobody waits for its answer.
+        process.terminate()
         process.join()
 
     def _available(self) -> int:
@@ -311,7 +313,7 @@ class _Processes:
 
 def _serve(connection: Connection, suite: Suite, given: dict[str, dict]) -> None:
     """A family's process: answers each name that comes with one turn of that contestant."""
-    # An interrupt ends the process by its closed connection.
+    # An interrupt is the parent's matter: it ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
@@ -520,6 +522,7 @@ def as_markdown(suite: Suite, results: dict) -> str:
     """The report: where it ran, a row a contestant, a row a ratio."""
     environment, facts, summary = results["environment"], results["facts"], results["summary"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    rounds = max(len(turns) for turns in results["rounds"].values())
     loads = [turn["load_average"] for turns in results["rounds"].values() for turn in turns]
     columns = ["contestant", "pixels", "steps", "prefill", "step", "loop", "decode", "picture", "TFLOPs a picture"]
     columns += ["parameters a step", "peak"]
@@ -527,7 +530,7 @@ def as_markdown(suite: Suite, results: dict) -> str:
         f"# {suite.name}",
         "",
         f"{environment.get('gpu') or environment['cpu']}, {environment['threads']} threads of {environment['cores']} "
-        f"cores, {suite.dtype}, {suite.rounds} rounds, load average {min(loads)} to {max(loads)}; {versions}.",
+        f"cores, {suite.dtype}, {rounds} round(s), load average {min(loads)} to {max(loads)}; {versions}.",
         "",
         "Seconds a picture: median over the rounds (least to most). `~`: extrapolated from fewer steps than a picture "
         "has. Peak: memory beyond the weights.",
@@ -561,6 +564,8 @@ def as_markdown(suite: Suite, results: dict) -> str:
     notes = sorted({(fact["kind"], fact["note"]) for fact in facts.values() if fact["note"]})
     lines += ["", "What is left out or differs from the published model:", ""]
     lines += [f"- `{kind}`: {note}." for kind, note in notes]
+    resized = {name: given["sizes"] for name, given in suite.contestants.items() if given.get("sizes")}
+    lines += [f"- {name} is not at its published size: {json.dumps(sizes)}." for name, sizes in resized.items()]
     return "\n".join(lines) + "\n"
 
 
