@@ -224,9 +224,7 @@ def build_vision(recipe: Recipe, work_dir: Path) -> dict[str, torch.Tensor]:
             settings["max_steps"] * settings["per_device_train_batch_size"],
             grid=IMAGE_SIZE // (vision.patch_size * vision.spatial_merge_size),
         )
-        model = VisionWithLoss(
-            backbone.model.visual, backbone.config.text_config.hidden_size, pictures.num_labels
-        )
+        model = VisionWithLoss(backbone.model.visual, backbone.config.text_config.hidden_size, pictures.num_labels)
 
         def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
             inputs = processor.image_processor([example["image"] for example in examples], return_tensors="pt")
