@@ -10,6 +10,7 @@ The file reads in the order data flows: embed, modulation, attention, layer, exp
 """
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -420,6 +421,14 @@ def check_files(folder: Path, *names: str) -> None:
     for name in names:
         if not any(any(folder.glob(alternative)) for alternative in name.split("|")):
             raise OSError(f"checkpoint folder {folder} holds no {name.replace('|', ' or ')}; save or fetch it again.")
+    for index in sorted(folder.glob("*.safetensors.index*.json")):
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError) as error:
+            raise OSError(f"{index} is cut off or damaged ({error!r}); save or fetch it again.") from error
+        for shard in sorted(shards):
+            if not (folder / shard).is_file():
+                raise OSError(f"checkpoint folder {folder} holds no {shard}, which {index.name} names; fetch it again.")
     for weights in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(weights, framework="pt"):
