@@ -21,7 +21,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForImageTextToText, DynamicCache
+from transformers import AutoModelForImageTextToText, DynamicCache, GenerationConfig
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -483,14 +483,24 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
 
         Raises:
             `OSError`: if a local folder lacks its configuration, or its weights are cut off.
+            `ValueError`: if the weights are not exactly the model's: what is missing would be random.
         """
         folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
         if pretrained_model_name_or_path is not None and folder.is_dir():
             check_files(folder, "config.json")
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        for what, keys in (("lack", info["missing_keys"]), ("hold, but the model does not,", info["unexpected_keys"])):
+            if keys:
+                raise ValueError(
+                    f"weights of {pretrained_model_name_or_path} {what} {sorted(keys)[:3]} ({len(keys)} in all): they are "
+                    "of another architecture than its config.json tells."
+                )
+        if model.generation_config.eos_token_id is None:
+            # Of a pipeline on the hub diffusers fetches no generation_config.json; without its end no answer would end.
+            model.generation_config = GenerationConfig.from_model_config(model.config)
         model.vlm.requires_grad_(False)
-        return loaded
+        return (model, info) if with_info else model
 
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
         """As of `PreTrainedModel`, but under the module's own names: the stock Trainer resumes by `load_state_dict`,

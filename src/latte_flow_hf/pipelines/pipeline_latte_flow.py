@@ -5,6 +5,7 @@ What is unusual here: the text encoder is the model itself (its frozen backbone)
 paints, and a prompt's encoding is the backbone's key-value cache.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from ..modeling.modeling_latte_flow import LatteFlowContext, check_files
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
@@ -81,6 +82,19 @@ class LatteFlowPipeline(DiffusionPipeline):
         if folder.is_dir():
             check_pipeline_files(folder, given=kwargs)
         return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """As of `DiffusionPipeline`, which leaves the model's generation_config.json on the hub."""
+        folder = Path(super().download(pretrained_model_name, **kwargs))
+        with contextlib.suppress(OSError):  # a model need not have one
+            GenerationConfig.from_pretrained(
+                pretrained_model_name,
+                subfolder="model",
+                revision=folder.name,  # the commit
+                **{name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if kwargs.get(name)},
+            )
+        return str(folder)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: Any) -> dict:
