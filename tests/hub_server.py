@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return action(self, body, repo, commit, **{k: v for k, v in found.groupdict().items() if k == "name"})
         return self.refuse("EntryNotFound")
 
-    do_GET = do_HEAD = do_POST = do_PUT = handle_request
+    do_GET = do_HEAD = do_POST = do_PUT = handle_request  # noqa: N815
 
     def create_repo(self, body, repo, commit):
         asked = json.loads(body)
@@ -154,9 +154,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def info(self, body, repo, commit):
         names = [{"rfilename": name} for name in self.hub.files(repo, commit)]
-        self.answer(
-            {"id": repo, "modelId": repo, "sha": commit, "private": self.hub.private[repo], "tags": [], "siblings": names}
-        )
+        about = {"id": repo, "sha": commit, "private": self.hub.private[repo], "tags": [], "siblings": names}
+        self.answer(about)
 
     def tree(self, body, repo, commit, name=None):
         below = f"{name}/" if name else ""

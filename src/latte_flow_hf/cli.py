@@ -218,3 +218,18 @@ def evaluate(
         measured = {"seed": seed, **call, "painting": painting, "variety": variety, "understanding": understanding}
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(measured, indent=1))
+
+
+@_verb
+def publish(
+    folder: Annotated[Path, typer.Argument(help="A saved pipeline.")],
+    repo_id: Annotated[str, typer.Option(help="Where to: user/name; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Only you may see it.")] = False,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Let it load without this package, with trust_remote_code=True.")
+    ] = False,
+) -> None:
+    """Send a pipeline to the hub, with a model card if it has none. Log in by `hf auth login`, or set HF_TOKEN."""
+    from latte_flow_hf.publishing import publish
+
+    typer.echo(f"published {publish(folder, repo_id, private=private or None, with_code=with_code)}")

@@ -1,8 +1,8 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """Pipelines that carry their own code, and their way to the hub.
 
-What is unusual here: code goes along as single files. Of a custom component diffusers fetches one file and none of those
-that it imports, so a class travels together with the modules of this package that it needs, joined when it is saved.
+What is unusual here: code goes along as single files. Of a custom component diffusers fetches one file and none of
+those that it imports, so a class travels together with the modules of this package that it needs, joined when saved.
 """
 
 import ast
@@ -30,7 +30,7 @@ _COMPONENTS = {
     "processor": LatteFlowProcessor,
     "scheduler": LatteFlowScheduler,
 }
-_AUTO_CLASSES = {
+_AUTO_CLASSES: dict[str, dict[str, type]] = {
     "model/config.json": {
         "AutoConfig": LatteFlowConfig,
         "AutoModel": LatteFlowForConditionalGeneration,
@@ -50,13 +50,14 @@ def join_modules(name: str) -> str:
     Returns:
         `str`: the sources, each after those that it needs, without their imports of each other.
     """
-    sources: dict[str, str] = {}
+    seen: set[str] = set()
+    sources: list[str] = []
     meanings: dict[str, str] = {}
 
     def add(name: str) -> None:
-        if name in sources:
+        if name in seen:
             return
-        sources[name] = ""  # keeps its place from being taken twice
+        seen.add(name)
         module = importlib.import_module(name)
         assert module.__file__ is not None
         text = Path(module.__file__).read_text(encoding="utf-8")
@@ -65,17 +66,15 @@ def join_modules(name: str) -> str:
             if isinstance(node, ast.ImportFrom) and node.level:
                 assert node.module is not None and not any(alias.asname for alias in node.names), ast.unparse(node)
                 add(resolve_name("." * node.level + node.module, module.__package__))
-                lines[node.lineno - 1 : node.end_lineno] = [
-                    " " * node.col_offset + "pass" if node.col_offset else ""
-                ] * (node.end_lineno - node.lineno + 1)
+                for number in range(node.lineno - 1, node.end_lineno or node.lineno):
+                    lines[number] = " " * node.col_offset + "pass" if node.col_offset else ""
         for bound, meaning in _bound_names(tree, name):
             # In one module a name means one thing.
             assert meanings.setdefault(bound, meaning) == meaning, f"{bound}: {meanings[bound]} and {meaning}"
-        del sources[name]
-        sources[name] = "\n".join([f"# From {name}.", *lines]) + "\n"
+        sources.append("\n".join([f"# From {name}.", *lines]) + "\n")
 
     add(name)
-    return "\n\n".join(sources.values())
+    return "\n\n".join(sources)
 
 
 def _bound_names(tree: ast.Module, module: str) -> list[tuple[str, str]]:

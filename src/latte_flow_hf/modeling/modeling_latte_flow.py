@@ -10,6 +10,7 @@ The file reads in the order data flows: embed, modulation, attention, layer, exp
 """
 
 import copy
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -428,7 +429,9 @@ def check_files(folder: Path, *names: str) -> None:
             raise OSError(f"{index} is cut off or damaged ({error!r}); save or fetch it again.") from error
         for shard in sorted(shards):
             if not (folder / shard).is_file():
-                raise OSError(f"checkpoint folder {folder} holds no {shard}, which {index.name} names; fetch it again.")
+                raise OSError(
+                    f"checkpoint folder {folder} holds no {shard}, which {index.name} names; fetch it again."
+                )
     for weights in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(weights, framework="pt"):
@@ -493,11 +496,11 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         for what, keys in (("lack", info["missing_keys"]), ("hold, but the model does not,", info["unexpected_keys"])):
             if keys:
                 raise ValueError(
-                    f"weights of {pretrained_model_name_or_path} {what} {sorted(keys)[:3]} ({len(keys)} in all): they are "
-                    "of another architecture than its config.json tells."
+                    f"weights of {pretrained_model_name_or_path} {what} {sorted(keys)[:3]} ({len(keys)} in all): "
+                    "they are of another architecture than its config.json tells."
                 )
         if model.generation_config.eos_token_id is None:
-            # Of a pipeline on the hub diffusers fetches no generation_config.json; without its end no answer would end.
+            # Of a pipeline on the hub diffusers fetches no generation_config.json; no answer would end.
             model.generation_config = GenerationConfig.from_model_config(model.config)
         model.vlm.requires_grad_(False)
         return (model, info) if with_info else model
@@ -506,6 +509,9 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         """As of `PreTrainedModel`, but under the module's own names: the stock Trainer resumes by `load_state_dict`,
         which would pass over a backbone that is stored under its original ones."""
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+    # diffusers reads it to know what to pass: without it neither `variant` nor `max_shard_size`.
+    save_pretrained.__signature__ = inspect.signature(PreTrainedModel.save_pretrained)  # type: ignore[attr-defined]
 
     @classmethod
     def from_vlm(cls, vlm: PreTrainedModel, **config: Any) -> "LatteFlowForConditionalGeneration":

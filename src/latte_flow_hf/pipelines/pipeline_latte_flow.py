@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderDC, AutoencoderKL, DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import logging
@@ -55,13 +55,14 @@ class LatteFlowPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "model->vae"
     _callback_tensor_inputs = ["latents"]
 
-    # diffusers compares components with these annotations. A checkpoint that carries its own code has each of its classes
-    # twice, once in the pipeline's file and once in the component's, hence the base classes.
+    # diffusers compares components with these annotations. A checkpoint that carries its own code has each of its
+    # classes twice, once in the pipeline's file and once in the component's, hence the base classes; `from_pipe` wants
+    # a vae's very class, hence the two usual ones.
     def __init__(
         self,
         model: PreTrainedModel,
         processor: ProcessorMixin,
-        vae: torch.nn.Module,
+        vae: AutoencoderDC | AutoencoderKL | torch.nn.Module,
         scheduler: LatteFlowScheduler,
     ):
         super().__init__()
@@ -98,8 +99,8 @@ class LatteFlowPipeline(DiffusionPipeline):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: Any) -> dict:
-        """As of `ConfigMixin`; where this package is installed, code that a checkpoint carries is never run: its classes
-        are the package's own."""
+        """As of `ConfigMixin`; where this package is installed, code that a checkpoint carries does not run: the
+        package's own classes take its place."""
         config = super()._dict_from_json_file(json_file)
         if "latte_flow_hf" in LOADABLE_CLASSES and isinstance(config.get("_class_name"), list):
             config["_class_name"] = config["_class_name"][1]
@@ -431,6 +432,8 @@ class LatteFlowPipeline(DiffusionPipeline):
         if not torch.isfinite(pixels).all():
             _check_finite(latents, self.model)
             _check_finite(pixels, self.vae)
+        if (pixels.amax((1, 2, 3)) - pixels.amin((1, 2, 3)) < 2 / 255).any():
+            logger.warning("A picture is of one even colour: weights that do not fit together paint so.")
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
     @torch.no_grad()
