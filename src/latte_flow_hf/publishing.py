@@ -9,8 +9,10 @@ import ast
 import importlib
 import json
 import tempfile
+from collections.abc import Iterator
 from importlib.util import resolve_name
 from pathlib import Path
+from types import ModuleType
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
@@ -52,7 +54,7 @@ def join_modules(name: str) -> str:
     """
     seen: set[str] = set()
     sources: list[str] = []
-    meanings: dict[str, str] = {}
+    meanings: dict[str, object] = {}
 
     def add(name: str) -> None:
         if name in seen:
@@ -68,7 +70,7 @@ def join_modules(name: str) -> str:
                 add(resolve_name("." * node.level + node.module, module.__package__))
                 for number in range(node.lineno - 1, node.end_lineno or node.lineno):
                     lines[number] = " " * node.col_offset + "pass" if node.col_offset else ""
-        for bound, meaning in _bound_names(tree, name):
+        for bound, meaning in _bound_names(tree, module):
             # In one module a name means one thing.
             assert meanings.setdefault(bound, meaning) == meaning, f"{bound}: {meanings[bound]} and {meaning}"
         sources.append("\n".join([f"# From {name}.", *lines]) + "\n")
@@ -77,20 +79,18 @@ def join_modules(name: str) -> str:
     return "\n\n".join(sources)
 
 
-def _bound_names(tree: ast.Module, module: str) -> list[tuple[str, str]]:
-    """What a module binds at its top level: each name and where it comes from."""
-    found = []
+def _bound_names(tree: ast.Module, module: ModuleType) -> Iterator[tuple[str, object]]:
+    """What a module binds at its top level: each name with the thing itself, or the text of an assignment."""
     for node in tree.body:
-        if isinstance(node, ast.Import):
-            found += [(alias.asname or alias.name.partition(".")[0], alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found += [(alias.asname or alias.name, alias.name) for alias in node.names]
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                yield ast.unparse(target), ast.unparse(node)
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            found.append((node.name, f"{module}.{node.name}"))
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found += [(target.id, ast.unparse(node)) for target in targets if isinstance(target, ast.Name)]
-    return found
+            yield node.name, getattr(module, node.name)
+        elif isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level):
+            for alias in node.names:
+                name = alias.asname or alias.name.partition(".")[0]
+                yield name, getattr(module, name)
 
 
 def code_files(folder: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
     AutoTokenizer,
+    pipeline,
 )
 
 from latte_flow_hf import (
@@ -65,6 +66,14 @@ def test_tokenizer_and_image_processor(saved, pipe, picture):
     image_processor = AutoImageProcessor.from_pretrained(saved, subfolder="processor")
     one, other = (p(images=picture, return_tensors="pt") for p in (image_processor, pipe.processor.image_processor))
     assert torch.equal(one["pixel_values"], other["pixel_values"])
+
+
+def test_task_pipeline_of_transformers(saved, pipe, picture):
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "what is it?"}]
+    messages = [{"role": "user", "content": content}]
+    task = pipeline("image-text-to-text", model=str(saved / "model"), processor=str(saved / "processor"))
+    (answer,) = task(text=messages, max_new_tokens=8, return_full_text=False)
+    assert answer["generated_text"].strip() == pipe.chat(messages, max_new_tokens=8)
 
 
 # The pipeline.
@@ -171,6 +180,11 @@ def test_weights_of_another_architecture_are_refused(saved, tmp_path, door):
     (folder / "config.json").write_text(json.dumps({**config, "num_experts": 1, "expert_boundaries": None}))
     with pytest.raises(ValueError, match=r"lack .*layers\.2\.self_attn\.residual_gate"):
         door.from_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "latent_channels": 8}))
+    with pytest.raises(ValueError, match=r"hold in another shape .*tower\.head\.proj.*4.*8"):
+        door.from_pretrained(folder)
+    resized = door.from_pretrained(folder, ignore_mismatched_sizes=True)
+    assert resized.tower.head.proj.out_features == 8
 
 
 def test_loading_information_is_still_given(saved):

@@ -492,8 +492,15 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         if pretrained_model_name_or_path is not None and folder.is_dir():
             check_files(folder, "config.json")
         with_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        for what, keys in (("lack", info["missing_keys"]), ("hold, but the model does not,", info["unexpected_keys"])):
+        any_shape = kwargs.pop("ignore_mismatched_sizes", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        for what, keys in (
+            ("lack", info["missing_keys"]),
+            ("hold, but the model does not,", info["unexpected_keys"]),
+            ("hold in another shape (theirs, the model's)", () if any_shape else info["mismatched_keys"]),
+        ):
             if keys:
                 raise ValueError(
                     f"weights of {pretrained_model_name_or_path} {what} {sorted(keys)[:3]} ({len(keys)} in all): "

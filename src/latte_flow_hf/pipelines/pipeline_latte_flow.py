@@ -32,7 +32,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 # What a component's folder must hold; weights may be in shards, or of a variant.
 _COMPONENT_FILES = {
-    "model": ("config.json", "model.safetensors|model*.safetensors"),
+    "model": ("config.json", "model.safetensors|model.*.safetensors|model.safetensors.index*.json"),
     "processor": ("processor_config.json|preprocessor_config.json", "tokenizer.json|vocab.json"),
     "scheduler": ("scheduler_config.json",),
     "vae": ("config.json", "diffusion_pytorch_model.safetensors|diffusion_pytorch_model*"),
