@@ -88,6 +88,7 @@ def test_task_pipeline_of_transformers(saved, pipe, picture):
         {"low_cpu_mem_usage": True},
         {"low_cpu_mem_usage": False},
         {"device_map": "cpu"},
+        {"device_map": "balanced"},
         {"use_safetensors": True},
         {"dtype": torch.float32},
     ],

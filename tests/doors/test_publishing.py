@@ -79,6 +79,7 @@ def test_where_the_package_is_installed_carried_code_does_not_run(carried, tmp_p
 
 WITHOUT = """
 from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 def check(name, number):
@@ -105,6 +106,15 @@ out, names = sys.argv[2], sys.argv[3:]
 for number, name in enumerate(names):
     check(name, number)
     print("checked", name)
+snapshot_download("user/carried")
+"""
+
+WITHOUT_OFFLINE = """
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+
+folder = snapshot_download("user/carried")
+np.save(f"{sys.argv[2]}/offline.npy", paint(DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)))
 """
 
 PUSH = """
@@ -206,7 +216,8 @@ def test_code_that_goes_along_needs_no_package(pushed, hub, carried, run_child, 
     said = run_child(WITHOUT, tmp_path, carried, "user/carried", package=False, **hub.environment)
     assert said.count("checked") == 2
     assert "Expected types" not in said  # diffusers' warning of a component of another class
-    assert_pictures(tmp_path, 2, expected)
+    run_child(WITHOUT_OFFLINE, tmp_path, package=False, **{**hub.environment, "HF_HUB_OFFLINE": "1"})
+    assert_pictures(tmp_path, 3, expected)
 
 
 REPUBLISH = """
