@@ -351,3 +351,18 @@ def bench(
     asked = Suite.from_yaml(suite)
     typer.echo(as_markdown(asked, run_suite(asked, output)))
     typer.echo(f"wrote {output}")
+
+
+@_verb
+def publish(
+    folder: Annotated[Path, typer.Argument(help="A saved pipeline.")],
+    repo_id: Annotated[str, typer.Option(help="Where to: user/name; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Only you may see it.")] = False,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Let it load without this package, with trust_remote_code=True.")
+    ] = False,
+) -> None:
+    """Send a pipeline to the hub, with a model card if it has none. Log in by `hf auth login`, or set HF_TOKEN."""
+    from latte_flow_hf.publishing import publish
+
+    typer.echo(f"published {publish(folder, repo_id, private=private or None, with_code=with_code)}")

@@ -11,6 +11,8 @@ The file reads in the order data flows: embed, modulation, attention, layer, exp
 
 import copy
 import importlib.util
+import inspect
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForImageTextToText, DynamicCache
+from transformers import AutoModelForImageTextToText, DynamicCache, GenerationConfig
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
@@ -537,6 +539,16 @@ def check_files(folder: Path, *names: str) -> None:
     for name in names:
         if not any(any(folder.glob(alternative)) for alternative in name.split("|")):
             raise OSError(f"checkpoint folder {folder} holds no {name.replace('|', ' or ')}; save or fetch it again.")
+    for index in sorted(folder.glob("*.safetensors.index*.json")):
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError) as error:
+            raise OSError(f"{index} is cut off or damaged ({error!r}); save or fetch it again.") from error
+        for shard in sorted(shards):
+            if not (folder / shard).is_file():
+                raise OSError(
+                    f"checkpoint folder {folder} holds no {shard}, which {index.name} names; fetch it again."
+                )
     for weights in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(weights, framework="pt"):
@@ -607,19 +619,39 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
 
         Raises:
             `OSError`: if a local folder lacks its configuration, or its weights are cut off.
+            `ValueError`: if the weights are not exactly the model's: what is missing would be random.
         """
         folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
         if pretrained_model_name_or_path is not None and folder.is_dir():
             check_files(folder, "config.json")
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        with_info = kwargs.pop("output_loading_info", False)
+        any_shape = kwargs.pop("ignore_mismatched_sizes", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        for what, keys in (
+            ("lack", info["missing_keys"]),
+            ("hold, but the model does not,", info["unexpected_keys"]),
+            ("hold in another shape (theirs, the model's)", () if any_shape else info["mismatched_keys"]),
+        ):
+            if keys:
+                raise ValueError(
+                    f"weights of {pretrained_model_name_or_path} {what} {sorted(keys)[:3]} ({len(keys)} in all): "
+                    "they are of another architecture than its config.json tells."
+                )
+        if model.generation_config.eos_token_id is None:
+            # Of a pipeline on the hub diffusers fetches no generation_config.json; no answer would end.
+            model.generation_config = GenerationConfig.from_model_config(model.config)
         model.vlm.requires_grad_(False)
-        return loaded
+        return (model, info) if with_info else model
 
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
         """As of `PreTrainedModel`, but under the module's own names: the stock Trainer resumes by `load_state_dict`,
         which would pass over a backbone that is stored under its original ones."""
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+    # diffusers reads it to know what to pass: without it neither `variant` nor `max_shard_size`.
+    save_pretrained.__signature__ = inspect.signature(PreTrainedModel.save_pretrained)  # type: ignore[attr-defined]
 
     @classmethod
     def from_vlm(cls, vlm: PreTrainedModel, **config: Any) -> "LatteFlowForConditionalGeneration":

@@ -5,9 +5,11 @@ What is unusual here: the text encoder is the model itself (its frozen backbone)
 paints, and a prompt's encoding is the backbone's key-value cache.
 """
 
+import contextlib
 import inspect
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +18,24 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
-from ..modeling.modeling_latte_flow import LatteFlowContext, LatteFlowForConditionalGeneration, check_files
-from ..modeling.processing_latte_flow import LatteFlowProcessor
+from ..modeling.modeling_latte_flow import LatteFlowContext, check_files
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
 from .pipeline_output import LatteFlowPipelineOutput
 
 
+logger = logging.get_logger(__name__)
+
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-# What a component's folder must hold. (The model checks its own weights; they may be in shards.)
+# What a component's folder must hold; weights may be in shards, or of a variant.
 _COMPONENT_FILES = {
-    "model": ("config.json",),
+    "model": ("config.json", "model.safetensors|model.*.safetensors|model.safetensors.index*.json"),
     "processor": ("processor_config.json|preprocessor_config.json", "tokenizer.json|vocab.json"),
     "scheduler": ("scheduler_config.json",),
     "vae": ("config.json", "diffusion_pytorch_model.safetensors|diffusion_pytorch_model*"),
@@ -56,10 +62,12 @@ class LatteFlowPipeline(DiffusionPipeline):
     _optional_components = ["processor", "vae"]
     _unconditional: tuple[tuple, LatteFlowContext] | None
 
+    # diffusers compares components with these annotations. A checkpoint that carries its own code has each of its
+    # classes twice, once in the pipeline's file and once in the component's, hence the base classes.
     def __init__(
         self,
-        model: LatteFlowForConditionalGeneration,
-        processor: LatteFlowProcessor | None,
+        model: PreTrainedModel,
+        processor: ProcessorMixin | None,
         vae: torch.nn.Module | None,
         scheduler: LatteFlowScheduler,
     ):
@@ -85,17 +93,38 @@ class LatteFlowPipeline(DiffusionPipeline):
         """
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir():
-            check_files(folder, "model_index.json")
-            saved = cls.load_config(folder)
-            for component, names in _COMPONENT_FILES.items():
-                if component not in kwargs and saved.get(component) != [None, None]:
-                    check_files(folder / component, *names)
+            check_pipeline_files(folder, given=kwargs)
         return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "LatteFlowPipeline":
         """As of `DiffusionPipeline`, with any autoencoder: it hands on only those whose very class is annotated."""
         return super().from_pipe(pipeline, **{"vae": getattr(pipeline, "vae", None), **kwargs})
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """As of `DiffusionPipeline`, which leaves the model's generation_config.json on the hub."""
+        folder = Path(super().download(pretrained_model_name, **kwargs))
+        with contextlib.suppress(OSError):  # a model need not have one
+            GenerationConfig.from_pretrained(
+                pretrained_model_name,
+                subfolder="model",
+                revision=folder.name,  # the commit
+                **{name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if kwargs.get(name)},
+            )
+        return str(folder)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict:
+        """As of `ConfigMixin`; where this package is installed, code that a checkpoint carries does not run: the
+        package's own classes take its place."""
+        config = super()._dict_from_json_file(json_file)
+        if "latte_flow_hf" in LOADABLE_CLASSES and isinstance(config.get("_class_name"), list):
+            config["_class_name"] = config["_class_name"][1]
+            for name, entry in config.items():
+                if name in _COMPONENT_FILES and str(entry[1]).startswith("LatteFlow"):
+                    config[name] = ["latte_flow_hf", entry[1]]
+        return config
 
     def _check_components(self) -> None:
         """What does not fit together must not paint."""
@@ -447,7 +476,15 @@ class LatteFlowPipeline(DiffusionPipeline):
                 progress.update()
 
         # 5. Decode
-        images = latents if output_type == "latent" else self.decode_latents(latents, output_type)
+        if negative is not None and torch.equal(unconditional, conditional):
+            logger.warning(
+                "The prompt changed nothing against the negative one: the two are the same, or the tower is untrained."
+            )
+        if output_type == "latent":
+            _check_finite(latents, self.model)
+            images = latents
+        else:
+            images = self.decode_latents(latents, output_type)
         self.maybe_free_model_hooks()
         return LatteFlowPipelineOutput(images=images) if return_dict else (images,)
 
@@ -455,11 +492,20 @@ class LatteFlowPipeline(DiffusionPipeline):
     generate = __call__
 
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
-        """Scaled latents (batch, channels, height, width) -> pictures of `output_type`."""
+        """Scaled latents (batch, channels, height, width) -> pictures of `output_type`.
+
+        Raises:
+            `ValueError`: if pixels are not finite: the model or the autoencoder left the range of its dtype.
+        """
         self._check_has("vae")
-        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        latents = latents + (getattr(self.vae.config, "shift_factor", None) or 0.0)
-        pixels = self.vae.decode(latents, return_dict=False)[0]
+        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        scaled = scaled + (getattr(self.vae.config, "shift_factor", None) or 0.0)
+        pixels = self.vae.decode(scaled, return_dict=False)[0]
+        if not torch.isfinite(pixels).all():
+            _check_finite(latents, self.model)
+            _check_finite(pixels, self.vae)
+        if (pixels.amax((1, 2, 3)) - pixels.amin((1, 2, 3)) < 2 / 255).any():
+            logger.warning("A picture is of one even colour: weights that do not fit together paint so.")
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
     @torch.no_grad()
@@ -481,6 +527,31 @@ class LatteFlowPipeline(DiffusionPipeline):
         if self.vae is not None and getattr(self.vae, "_group_offload_block_modules", None) is None:
             self.vae._group_offload_block_modules = ["encoder", "decoder", "quant_conv", "post_quant_conv"]
         super().enable_group_offload(*args, **kwargs)
+
+
+def check_pipeline_files(folder: Path, given: Container[str] = ()) -> None:
+    """Refuse a local pipeline that is not whole.
+
+    Args:
+        folder (`Path`): the pipeline's.
+        given (container of `str`): names of components that need no files.
+
+    Raises:
+        `OSError`: with the path of the file that is missing or cut off.
+    """
+    check_files(folder, "model_index.json")
+    saved = json.loads((folder / "model_index.json").read_text())
+    for component, names in _COMPONENT_FILES.items():
+        if component not in given and saved.get(component) != [None, None]:
+            check_files(folder / component, *names)
+
+
+def _check_finite(result: torch.Tensor, module: torch.nn.Module) -> None:
+    if not torch.isfinite(result).all():
+        raise ValueError(
+            f"{type(module).__name__} gave numbers that are not finite in dtype {module.dtype}: "
+            "dtype=torch.float32 or torch.bfloat16 would do; if they do not, its weights are damaged."
+        )
 
 
 def encode_pixels(vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
