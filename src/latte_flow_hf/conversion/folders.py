@@ -182,9 +182,10 @@ def one_velocity(config: LatteFlowConfig, tensors: dict[str, StoredTensor]) -> s
     model = meta_model(config)
     dtype = tensors["tower.head.proj.weight"].dtype
     model.tower.to(dtype)
-    rotary = model.get_decoder().rotary_emb
-    model.get_decoder().rotary_emb = type(rotary)(config=rotary.config)
+    # The rotary frequencies are stored nowhere: they are worked out anew, out of accelerate's sight.
+    rotary, model.tower.rotary_emb = model.tower.rotary_emb, torch.nn.Identity()
     attach_align_device_hook(model.tower, torch.device("cpu"), offload=True, weights_map=_Lazy(tensors, "tower."))
+    model.tower.rotary_emb = type(rotary)(config=rotary.config)
     attention = model.tower.layers[0].self_attn
     generator = torch.Generator().manual_seed(0)
     shape = (1, attention.num_heads // attention.num_key_value_groups, 4, attention.head_dim)
