@@ -20,6 +20,7 @@ from PIL import Image
 from ..modeling.modeling_latte_flow import LatteFlowContext, LatteFlowForConditionalGeneration, check_files
 from ..modeling.processing_latte_flow import LatteFlowProcessor
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
+from .lora import LatteFlowLoraMixin
 from .pipeline_output import LatteFlowPipelineOutput
 
 
@@ -34,7 +35,7 @@ _COMPONENT_FILES = {
 }
 
 
-class LatteFlowPipeline(DiffusionPipeline):
+class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
     """Paints from a prompt or a conversation, and chats, with one LaTtE-Flow model.
 
     Args:
