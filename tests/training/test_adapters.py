@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from latte_flow_hf import LatteFlowConfig, LatteFlowForConditionalGeneration
+from latte_flow_hf import LatteFlowConfig, LatteFlowForConditionalGeneration, tiny_checkpoint
 from latte_flow_hf.modeling.adapters import read_adapter_mark
 from latte_flow_hf.tinyworld.build import hash_parameters
 from latte_flow_hf.training import PaintingCollator, encode_prompts, expert_lora_config, train_only_experts
@@ -274,3 +275,30 @@ def test_an_adapter_folder_loads_with_its_base_model(four, contexts, tmp_path):
     with torch.no_grad():
         expected = adapted.get_base_model().eval().predict_velocity(latents, 700.0, contexts.rows(index))
         assert torch.equal(loaded.predict_velocity(latents, 700.0, contexts.rows(index)), expected)
+
+
+def test_the_guide_runs(tmp_path, monkeypatch):
+    """Every line of Python in the guide, in its order, at small size."""
+    guide = Path(__file__).parents[2] / "docs" / "guides" / "teach_an_expert_with_lora.md"
+    code = "\n".join(re.findall(r"```python\n(.*?)```", guide.read_text(), flags=re.DOTALL))
+    for large, small in {
+        "num_pictures = 4000": "num_pictures = 8",
+        "max_steps=600": "max_steps=2",
+        "per_device_train_batch_size=64": "per_device_train_batch_size=4",
+        'pipe("an orange circle", ': 'pipe("an orange circle", num_inference_steps=4, ',
+    }.items():
+        assert code.count(large) == 1
+        code = code.replace(large, small)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(code, str(guide), "exec"), names)
+    assert (tmp_path / "outputs" / "orange-adapter" / "adapter_config.json").exists()
+    assert (tmp_path / "outputs" / "orange.png").exists()
+    assert names["model"].training_experts == [3]
+    plain = LatteFlowForConditionalGeneration.from_pretrained(tiny_checkpoint(), subfolder="model")
+    fused = LatteFlowForConditionalGeneration.from_pretrained(tmp_path / "outputs" / "orange-checkpoint" / "model")
+    changed = {
+        name for (name, old), new in zip(plain.named_parameters(), fused.parameters()) if not torch.equal(old, new)
+    }
+    # Experts 2 and 3 of 4, with 2 layers each.
+    assert changed and all(layer_of(name) in (4, 5, 6, 7) for name in changed)
