@@ -554,7 +554,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
     def _load_from_state_dict(self, *args: Any) -> None:
         # The way of peft's own loading, `PeftModel.from_pretrained` among it.
         for name, adapter in (getattr(self, "peft_config", None) or {}).items():
-            check_adapter(self.config, adapter.target_modules, name)
+            check_adapter(self.config, getattr(adapter, "target_modules", None), name)
         super()._load_from_state_dict(*args)
 
     @property

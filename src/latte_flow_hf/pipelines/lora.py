@@ -119,11 +119,6 @@ class LatteFlowLoraMixin(LoraBaseMixin):
         """Subtract what `fuse_lora` added; the weights are then the old ones up to rounding."""
         super().unfuse_lora(components=list(components), **kwargs)
 
-    def get_active_adapters(self) -> list[str]:
-        """The names of the adapters that act now."""
-        # A layer that a deleted adapter never touched still lists it.
-        return [name for name in super().get_active_adapters() if name in self._adapters()]
-
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """Remove adapters; what was active of the others stays active.
 
@@ -142,6 +137,7 @@ class LatteFlowLoraMixin(LoraBaseMixin):
             # peft warns that it chooses another active adapter, layer by layer; here they are chosen for all.
             warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
             super().delete_adapters(names)
+        # For all layers: one that a deleted adapter never touched still lists it.
         self.model.set_adapter(active)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
