@@ -82,6 +82,21 @@ class LatteFlowConfig(PreTrainedConfig):
             self.expert_boundaries = uniform_boundaries(self.num_experts)
         self.expert_boundaries = check_boundaries(self.expert_boundaries, self.num_experts)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LatteFlowConfig":
+        """As of `PreTrainedConfig`, which would take defaults in place of another model's: 72 billion parameters.
+
+        Raises:
+            `ValueError`: if `config_dict` is another model's.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"model_type must be {cls.model_type!r}, got {model_type!r}; a backbone becomes a "
+                " LaTtE-Flow model by LatteFlowForConditionalGeneration.from_vlm."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def text_config(self) -> PreTrainedConfig:
         """The backbone's text configuration: generic code of transformers looks for it under this name."""

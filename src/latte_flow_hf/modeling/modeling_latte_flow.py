@@ -29,6 +29,7 @@ from transformers.modeling_outputs import ModelOutput
 
 # `PreTrainedModel` must be visible here: diffusers looks in a component's defining module for the base class it knows.
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .adapters import check_adapter
@@ -304,6 +305,14 @@ class LatteFlowLayer(GradientCheckpointingLayer):
         is_first (`bool`): whether it opens its group: then there is no attention map to reuse.
     """
 
+    # Which modules start from the backbone's layer, and from which of its modules. All others are new.
+    copied_modules = {
+        **{name: name for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")},
+        "mlp": "mlp",
+        "attention_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+    }
+
     def __init__(self, config: LatteFlowConfig, like: nn.Module, is_first: bool):
         super().__init__()
         self.attention_norm = _rms_norm_like(like.input_layernorm)
@@ -316,11 +325,8 @@ class LatteFlowLayer(GradientCheckpointingLayer):
 
     def copy_from(self, layer: nn.Module) -> None:
         """Take over the weights of the backbone's decoder layer."""
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            getattr(self.self_attn, name).load_state_dict(getattr(layer.self_attn, name).state_dict())
-        self.mlp.load_state_dict(layer.mlp.state_dict())
-        self.attention_norm.load_state_dict(layer.input_layernorm.state_dict())
-        self.mlp_norm.load_state_dict(layer.post_attention_layernorm.state_dict())
+        for name, source in self.copied_modules.items():
+            self.get_submodule(name).load_state_dict(layer.get_submodule(source).state_dict())
 
     def forward(
         self, hidden_states: torch.Tensor, timestep_embedding: torch.Tensor, **attention: Any
@@ -610,6 +616,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             kwargs = generation_config.update(**kwargs)
         return self.vlm.generate(inputs, generation_config=generation_config, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -634,7 +641,8 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             generator (`torch.Generator`, *optional*): source of the noise and the timesteps.
 
         Raises:
-            `ValueError`: if `latents` does not fit the model or the number of prompts.
+            `ValueError`: if `latents` does not fit the model or the number of prompts, `noise` is not like `latents`,
+                or there is neither `input_ids` nor `context` to paint from.
         """
         if latents is None:
             return self.vlm(
@@ -645,7 +653,6 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
                 labels=labels,
                 **kwargs,
             )
-        return_dict = kwargs.pop("return_dict", True)
         text = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -661,7 +668,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             spoken = self.vlm(labels=labels, **text)
             output.lm_loss, output.logits = spoken.loss, spoken.logits
             output.loss = flow_loss + spoken.loss
-        return output if return_dict else output.to_tuple()
+        return output
 
     def flow_loss(
         self,
@@ -687,6 +694,8 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
                 device=latents.device if generator is None else generator.device,
                 dtype=latents.dtype,
             ).to(latents.device)
+        elif noise.shape != latents.shape:
+            raise ValueError(f"noise must be of shape {tuple(latents.shape)}, as latents, got {tuple(noise.shape)}.")
         experts = self.training_experts
         boundaries = self.config.expert_boundaries
         order = torch.arange(max(len(latents), len(experts)), device=latents.device) % len(latents)
@@ -723,9 +732,27 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
 
         Returns:
             [`LatteFlowContext`]: B prompts.
+
+        Raises:
+            `ValueError`: if there are no `input_ids`, the mask is not of their shape, pictures come without
+                `mm_token_type_ids`, or something else is given in place of tokens.
         """
+        if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
+            found = None if input_ids is None else tuple(input_ids.shape)
+            raise ValueError(f"input_ids must be the prompts' tokens, (batch, length), got {found}.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        elif attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must be of shape {tuple(input_ids.shape)}, as input_ids, got "
+                f"{tuple(attention_mask.shape)}."
+            )
+        if vision.get("image_grid_thw") is not None and mm_token_type_ids is None:
+            raise ValueError("mm_token_type_ids must be given with pictures, as the processor gives them; got None.")
+        vision.pop("use_cache", None)  # a context is a cache, also where a training loop wants none of the backbone's
+        for name in ("inputs_embeds", "position_ids", "past_key_values"):
+            if vision.pop(name, None) is not None:
+                raise ValueError(f"{name} must be left out: a context is made from the prompts' tokens alone.")
         if vision.get("image_grid_thw") is not None:
             position_ids, _ = self.get_rope_index(
                 input_ids,
@@ -770,7 +797,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         """The velocity (noise - data) at `latents`, by the expert that owns `timestep` alone.
 
         Args:
-            latents (`torch.Tensor`): (B, C, height, width), noisy.
+            latents (`torch.Tensor`): (B, C, height, width), noisy; taken in the tower's dtype, that of the velocity.
             timestep (`float` or `torch.Tensor`): 0 to 1000, one for all or (B,); all of one expert.
             context ([`LatteFlowContext`]): the B prompts.
             expert (`int`, *optional*): which one, for callers that know it; read off `timestep` if not given, which
@@ -781,6 +808,8 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
                 or a shape does not fit.
         """
         self._check_latents(latents, context)
+        # That of a norm: no quantization touches it.
+        latents = latents.to(self.tower.head.norm.weight.dtype)
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).reshape(-1)
         if len(timestep) not in (1, len(latents)):
             raise ValueError(f"timestep must be one, or one for each of {len(latents)} latents, got {len(timestep)}.")
@@ -865,7 +894,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
 
     def _check_latents(self, latents: torch.Tensor, context: LatteFlowContext) -> None:
         channels, patch_size = self.config.latent_channels, self.config.latent_patch_size
-        if latents.ndim != 4 or latents.shape[1] != channels:
+        if latents.ndim != 4 or latents.shape[1] != channels or not latents.numel():
             raise ValueError(f"latents must be (batch, {channels}, height, width), got {tuple(latents.shape)}.")
         if latents.shape[2] % patch_size or latents.shape[3] % patch_size:
             raise ValueError(f"latents' sides must be multiples of {patch_size}, got {tuple(latents.shape[2:])}.")
