@@ -106,6 +106,11 @@ class LatteFlowConfig(PreTrainedConfig):
         return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
 
     @property
+    def has_mrope(self) -> bool:
+        """Whether the backbone's positions have three axes, as in Qwen2-VL."""
+        return "mrope_section" in (getattr(self.text_config, "rope_parameters", None) or {})
+
+    @property
     def layers_per_expert(self) -> int:
         """M = L / K."""
         return self.text_config.num_hidden_layers // self.num_experts

@@ -10,6 +10,7 @@ The file reads in the order data flows: embed, modulation, attention, layer, exp
 """
 
 import copy
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, DynamicCache
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
@@ -184,6 +186,76 @@ def eager_attention_forward(
     return torch.matmul(weights, repeat_heads(value, query.shape[1])).transpose(1, 2), weights
 
 
+def xformers_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The same through xFormers' `memory_efficient_attention`, which gives no map."""
+    from xformers.ops import memory_efficient_attention
+
+    query, key, value = (
+        states.transpose(1, 2)
+        for states in (query, repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1]))
+    )
+    if attention_mask is not None:
+        # Rows must begin at multiples of 16 bytes: a wider tensor, cut.
+        num_keys = key.shape[1]
+        wide = attention_mask.expand(-1, query.shape[2], -1, -1)
+        attention_mask = nn.functional.pad(wide, (0, -num_keys % 8)).contiguous()[..., :num_keys]
+    output = memory_efficient_attention(
+        query,
+        key,
+        value,
+        attn_bias=attention_mask,
+        p=dropout if module.training else 0.0,
+        scale=scaling,
+        op=getattr(module, "xformers_op", None),
+    )
+    return output, None
+
+
+# The backbone, too, runs with `set_attn_implementation("xformers")`: its masks are then eager's, numbers to be added.
+ALL_ATTENTION_FUNCTIONS.register("xformers", xformers_attention_forward)
+ALL_MASK_ATTENTION_FUNCTIONS.register("xformers", eager_mask)
+
+
+def check_attention(implementation: str, residual_attention: str | None) -> None:
+    """Refuse an attention implementation that the tower cannot be right with.
+
+    Args:
+        implementation (`str`): transformers' name of it, as `set_attn_implementation` takes it.
+        residual_attention (`str` or `None`): the model's.
+
+    Raises:
+        `ValueError`: if its kernel cannot add the residual, or has nothing to run on.
+        `ImportError`: if it is xFormers, and that is not installed.
+    """
+    backbone = (
+        f'attn_implementation={{"": "sdpa", "vlm_config": {implementation!r}}} would run it in the backbone alone.'
+    )
+    if residual_attention == "probabilities" and implementation not in ("eager", "sdpa"):
+        raise ValueError(
+            f"attn_implementation {implementation!r} never shows the attention map, to which "
+            f"residual_attention='probabilities' adds; {backbone}"
+        )
+    if residual_attention == "scores" and "flash" in implementation:
+        raise ValueError(
+            f"attn_implementation {implementation!r} takes no numbers to add to the scores, which "
+            f"residual_attention='scores' needs; 'sdpa' or 'flex_attention' would do, and {backbone}"
+        )
+    if implementation == "xformers":
+        if not torch.cuda.is_available():
+            raise ValueError("attn_implementation 'xformers' needs a GPU, and torch finds none; 'sdpa' would do.")
+        if importlib.util.find_spec("xformers") is None:
+            raise ImportError("xformers is not installed: pip install 'latte_flow_hf[xformers]'")
+
+
 class LatteFlowAttention(nn.Module):
     """Latents attend to the prompt's cached keys and values and, in both directions, to each other.
 
@@ -254,9 +326,17 @@ class LatteFlowAttention(nn.Module):
         if keep and self.config.residual_attention == "scores":
             kept = torch.matmul(query, repeat_heads(key, self.num_heads).transpose(2, 3)) * self.scaling
             kept = kept if residual is None else kept + residual
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        implementation = self.config._attn_implementation
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         bias = self._bias(context_bias, residual, query, context_keys.shape[2])
-        output, _ = attention(self, query, all_keys, all_values, bias, scaling=self.scaling, dropout=0.0)
+        form: dict[str, Any] = {"attention_mask": bias}
+        if bias is not None and implementation == "flex_attention":
+            # Its mask is read for the first head alone; the bias has one for every head.
+            form = {"attention_mask": None, "position_bias": bias.expand(batch, self.num_heads, -1, -1)}
+        elif bias is not None and "flash" in implementation:
+            # There is no residual (`check_attention`): all queries and heads see the same keys, (B, T + N).
+            form = {"attention_mask": bias[:, 0, 0] == 0}
+        output, _ = attention(self, query, all_keys, all_values, scaling=self.scaling, dropout=0.0, **form)
         return self.o_proj(output.reshape(batch, length, -1)), kept
 
     def _bias(
@@ -329,13 +409,20 @@ class LatteFlowLayer(GradientCheckpointingLayer):
             self.get_submodule(name).load_state_dict(layer.get_submodule(source).state_dict())
 
     def forward(
-        self, hidden_states: torch.Tensor, timestep_embedding: torch.Tensor, **attention: Any
+        self,
+        hidden_states: torch.Tensor,
+        timestep_embedding: torch.Tensor,
+        previous: torch.Tensor | None = None,
+        **attention: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, N, D) -> (B, N, D), and what the next layer reuses; `attention` as in [`LatteFlowAttention`]."""
+        """(B, N, D) -> (B, N, D), and what the next layer reuses; `attention` as in [`LatteFlowAttention`].
+
+        What carries gradients goes by position: gradient checkpointing with `use_reentrant=True` sees nothing else.
+        """
         modulation = self.modulation(timestep_embedding).unsqueeze(1)
         attention_scale, mlp_scale_in, mlp_shift_in, mlp_scale = modulation.chunk(4, dim=-1)
         attended, kept = self.self_attn(
-            self.attention_norm(hidden_states), timestep_embedding=timestep_embedding, **attention
+            self.attention_norm(hidden_states), timestep_embedding=timestep_embedding, previous=previous, **attention
         )
         hidden_states = hidden_states + attention_scale * self.attention_post_norm(attended)
         fed = self.mlp((1.0 + mlp_scale_in) * self.mlp_norm(hidden_states) + mlp_shift_in)
@@ -371,6 +458,8 @@ class LatteFlowTower(nn.Module):
         self.config = config
         self.latent_embedding = LatteFlowLatentEmbedding(config)
         self.timestep_embedding = LatteFlowTimestepEmbedding(config)
+        # The backbone's, but its own: when the backbone is off-loaded the tower needs nothing of it.
+        self.rotary_emb = copy.deepcopy(decoder.rotary_emb)
         self.layers = nn.ModuleList(
             LatteFlowLayer(config, layer, is_first=index % config.layers_per_expert == 0)
             for index, layer in enumerate(decoder.layers)
@@ -388,10 +477,10 @@ class LatteFlowTower(nn.Module):
         timestep: torch.Tensor,
         expert: int,
         context: LatteFlowContext,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         """Velocity of `latents` (B, C, height, width) by the layers of one expert alone; `timestep` is (B,)."""
         timestep_embedding = self.timestep_embedding(timestep)
+        position_embeddings = self._latent_position_embeddings(latents, context.next_position)
         hidden_states = self.latent_embedding(latents)
         context_bias = None
         if context.padded:
@@ -402,15 +491,37 @@ class LatteFlowTower(nn.Module):
         for index in layers:
             hidden_states, kept = self.layers[index](
                 hidden_states,
-                timestep_embedding=timestep_embedding,
+                timestep_embedding,
+                kept,
                 context_keys=context.keys[index],
                 context_values=context.values[index],
                 context_bias=context_bias,
                 position_embeddings=position_embeddings,
-                previous=kept,
                 keep=index + 1 in layers,
             )
         return self.head(hidden_states, timestep_embedding, *latents.shape[2:])
+
+    def _latent_position_embeddings(
+        self, latents: torch.Tensor, next_position: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The backbone's rotary embedding of the latents, right after the prompt: cos and sin, (B, N, d) each.
+
+        The frequencies go to rows and columns in turn. Chosen: Qwen2-VL's own M-RoPE gives columns its lowest ones
+        alone, by which neighbours cannot be told apart (Qwen3-VL interleaves for the same reason). Keys of text carry
+        one position on every axis, so that they meet this order and the backbone's alike.
+        """
+        patch_size = self.config.latent_patch_size
+        height, width = latents.shape[2] // patch_size, latents.shape[3] // patch_size
+        tokens = torch.arange(height * width, device=latents.device)
+
+        def along(offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            position = next_position[:, None] + offset
+            return self.rotary_emb(latents, position.expand(3, -1, -1) if self.config.has_mrope else position)
+
+        rows, columns = along(tokens // width), along(tokens % width)
+        of_rows = torch.arange(rows[0].shape[-1] // 2, device=latents.device) % 2 == 0
+        cos, sin = (torch.where(torch.cat([of_rows, of_rows]), row, column) for row, column in zip(rows, columns))
+        return cos, sin
 
 
 def check_files(folder: Path, *names: str) -> None:
@@ -447,7 +558,23 @@ class LatteFlowPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LatteFlowLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
+    # diffusers' group off-loading: the tower goes layer by layer, the backbone as a whole.
+    _group_offload_block_modules = ["vlm", "tower"]
+    # What no quantizer may touch (patterns of names): small, and every layer's size hangs on it.
+    _keep_in_fp32_modules = [
+        r"tower\.(timestep_embedding|latent_embedding|head)",
+        r"tower\.layers\.\d+\.(modulation|self_attn\.residual_gate)",
+    ]
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
+        """As of `PreTrainedModel`, but what is not quantized has the dtype of all the rest, also in float16."""
+        plan = super()._get_dtype_plan(dtype)
+        return {
+            name: kept for name, kept in plan.items() if name not in LatteFlowPreTrainedModel._keep_in_fp32_modules
+        }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -513,11 +640,27 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         model.config.vlm_config = vlm.config
         model.vlm = vlm.requires_grad_(False).eval()
         model.tower.to(device=vlm.device, dtype=vlm.dtype)
+        model.tower.rotary_emb = copy.deepcopy(vlm.get_decoder().rotary_emb)
         for layer, source in zip(model.tower.layers, vlm.get_decoder().layers):
             layer.copy_from(source)
         if vlm.generation_config is not None:
             model.generation_config = copy.deepcopy(vlm.generation_config)
         return model
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        """As of `PreTrainedModel`, which asks here whenever one is chosen; `check_attention` says what is refused."""
+        if attn_implementation is not None:
+            check_attention(attn_implementation, self.config.residual_attention)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
+        """What `pipe.enable_xformers_memory_efficient_attention()` and its counterpart call: xFormers in the tower."""
+        if valid:
+            self.set_attn_implementation({"": "xformers"})
+        elif self.config._attn_implementation == "xformers":
+            self.set_attn_implementation({"": "sdpa"})
+        for layer in self.tower.layers:
+            layer.self_attn.xformers_op = attention_op
 
     def load_adapter(
         self,
@@ -762,18 +905,19 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             )
         else:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-            if self._has_mrope:
+            if self.config.has_mrope:
                 position_ids = position_ids.expand(3, -1, -1)
         # A cache without a config keeps every key, also of layers with a sliding window.
         cache = DynamicCache()
-        # The base model: the language head has nothing to say about a context.
-        self.vlm.base_model(
+        # Off-load hooks listen to `forward`, hence the whole backbone; its language head sees one token.
+        self.vlm(
             input_ids=input_ids,
             attention_mask=attention_mask,
             mm_token_type_ids=mm_token_type_ids,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
+            logits_to_keep=1,
             **vision,
         )
         last = position_ids.amax(dim=0) if position_ids.ndim == 3 else position_ids
@@ -820,8 +964,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             (expert,) = owners
         elif not 0 <= expert < self.config.num_experts:
             raise ValueError(f"expert must be from 0 to {self.config.num_experts - 1}, got {expert}.")
-        position_embeddings = self._latent_position_embeddings(latents, context.next_position)
-        return self.tower(latents, timestep.expand(len(latents)), expert, context, position_embeddings)
+        return self.tower(latents, timestep.expand(len(latents)), expert, context)
 
     def expert_of(self, timestep: float) -> int:
         """The expert that owns `timestep`; expert 0 owns the noisiest.
@@ -842,7 +985,13 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         return self.tower.expert_layers(expert)
 
     def chat(
-        self, processor: Any, messages: str | list[dict], images: Any = None, streamer: Any = None, **generate: Any
+        self,
+        processor: Any,
+        messages: str | list[dict],
+        images: Any = None,
+        streamer: Any = None,
+        device: torch.device | None = None,
+        **generate: Any,
     ) -> str:
         """Answer a question or go on with a conversation.
 
@@ -852,6 +1001,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             images (*optional*): one picture or a list of them (PIL image, array, path or URL) that go before the
                 question; only with a string.
             streamer (*optional*): a transformers streamer that gets the tokens as they come.
+            device (`torch.device`, *optional*): where the model runs, if its weights wait elsewhere (off-loaded).
             generate: arguments of `generate`; `max_new_tokens` is 256 unless given.
 
         Returns:
@@ -860,37 +1010,11 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         Raises:
             `ValueError`: if `messages` is empty, or an image is none.
         """
-        inputs = processor.encode_conversations([processor.conversation(messages, images)]).to(self.device)
+        inputs = processor.encode_conversations([processor.conversation(messages, images)])
+        inputs = inputs.to(self.device if device is None else device)
         tokens = self.generate(**inputs, streamer=streamer, **{"max_new_tokens": 256, **generate})
         answer = tokens[0, inputs["input_ids"].shape[1] :]
         return processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
-
-    @property
-    def _has_mrope(self) -> bool:
-        return "mrope_section" in (getattr(self.config.text_config, "rope_parameters", None) or {})
-
-    def _latent_position_embeddings(
-        self, latents: torch.Tensor, next_position: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The backbone's rotary embedding of the latents, right after the prompt: cos and sin, (B, N, d) each.
-
-        The frequencies go to rows and columns in turn. Chosen: Qwen2-VL's own M-RoPE gives columns its lowest ones
-        alone, by which neighbours cannot be told apart (Qwen3-VL interleaves for the same reason). Keys of text carry
-        one position on every axis, so that they meet this order and the backbone's alike.
-        """
-        rotary = self.get_decoder().rotary_emb
-        patch_size = self.config.latent_patch_size
-        height, width = latents.shape[2] // patch_size, latents.shape[3] // patch_size
-        tokens = torch.arange(height * width, device=latents.device)
-
-        def along(offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            position = next_position[:, None] + offset
-            return rotary(latents, position.expand(3, -1, -1) if self._has_mrope else position)
-
-        rows, columns = along(tokens // width), along(tokens % width)
-        of_rows = torch.arange(rows[0].shape[-1] // 2, device=latents.device) % 2 == 0
-        cos, sin = (torch.where(torch.cat([of_rows, of_rows]), row, column) for row, column in zip(rows, columns))
-        return cos, sin
 
     def _check_latents(self, latents: torch.Tensor, context: LatteFlowContext) -> None:
         channels, patch_size = self.config.latent_channels, self.config.latent_patch_size

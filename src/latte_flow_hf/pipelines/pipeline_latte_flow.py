@@ -473,7 +473,15 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
     def chat(self, messages: str | list[dict], images: Any = None, **kwargs: Any) -> str:
         """Ask the same model, also about what was painted; as [`LatteFlowForConditionalGeneration.chat`]."""
         self._check_has("processor")
-        return self.model.chat(self.processor, messages, images=images, **kwargs)
+        answer = self.model.chat(self.processor, messages, images=images, device=self._execution_device, **kwargs)
+        self.maybe_free_model_hooks()
+        return answer
+
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As of `DiffusionPipeline`, which alone would wait for the autoencoder's `forward`; `decode` is not it."""
+        if self.vae is not None and getattr(self.vae, "_group_offload_block_modules", None) is None:
+            self.vae._group_offload_block_modules = ["encoder", "decoder", "quant_conv", "post_quant_conv"]
+        super().enable_group_offload(*args, **kwargs)
 
 
 def encode_pixels(vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
