@@ -39,7 +39,7 @@ from latte_flow_hf.training import PaintingCollator, encode_prompts, expert_lora
 
 @dataclass(frozen=True)
 class Settings:
-    """What `benchmarks/lora_experts.yaml` holds.
+    """What `recipes/tinyworld/lora_experts.yaml` holds.
 
     Args:
         seed (`int`): of pictures, initial weights and noise.

@@ -12,12 +12,12 @@ import yaml
 from latte_flow_hf.tinyworld.shapes import draw_scene, place_objects
 
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def lora_experts():
-    spec = importlib.util.spec_from_file_location("lora_experts", FOLDER / "lora_experts.py")
+    spec = importlib.util.spec_from_file_location("lora_experts", ROOT / "benchmarks" / "lora_experts.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -26,7 +26,7 @@ def lora_experts():
 
 @pytest.fixture
 def settings() -> dict:
-    settings = yaml.safe_load((FOLDER / "lora_experts.yaml").read_text())
+    settings = yaml.safe_load((ROOT / "recipes" / "tinyworld" / "lora_experts.yaml").read_text())
     settings["rows"] = ["none", "all", "1"]
     settings["data"]["num_pictures"] = 12
     settings["training"].update(max_steps=2, per_device_train_batch_size=4, warmup_steps=0, disable_tqdm=True)
