@@ -53,7 +53,7 @@ def test_a_gate_that_comes_changes_no_velocity(pipeline_folder, model, tmp_path,
     attention, alone = other.tower.layers[2].self_attn, model.tower.layers[2].self_attn
     hidden = torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(0))
     embedded = torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
-    position = model._latent_position_embeddings(torch.zeros(1, 4, 8, 8), context.next_position)
+    position = model.tower._latent_position_embeddings(torch.zeros(1, 4, 8, 8), context.next_position)
     arguments = (hidden, context.keys[2], context.values[2], None, position, embedded)
     previous = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():

@@ -33,7 +33,9 @@ from transformers.modeling_outputs import ModelOutput
 # `PreTrainedModel` must be visible here: diffusers looks in a component's defining module for the base class it knows.
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
+from transformers.utils.peft_utils import find_adapter_config_file
 
+from .adapters import check_adapter
 from .configuration_latte_flow import LatteFlowConfig
 from .flow_matching import draw_expert_sigmas, expert_of_sigma, interpolate, velocity_loss, velocity_target
 
@@ -98,7 +100,7 @@ class LatteFlowModelOutput(ModelOutput):
     Args:
         loss (`torch.Tensor`): scalar, the sum of what was asked for.
         flow_loss (`torch.Tensor`): scalar, the velocity's mean squared error summed over the experts (paper).
-        expert_losses (`torch.Tensor`): (K,), each expert's own share of it, without gradients.
+        expert_losses (`torch.Tensor`): (K,), each expert's own share of it, without gradients; 0 if it does not learn.
         lm_loss (`torch.Tensor`, *optional*): scalar, the backbone's own loss on `labels`.
         logits (`torch.Tensor`, *optional*): (B, T, vocabulary), with `labels` only.
     """
@@ -623,7 +625,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         """
         folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
         if pretrained_model_name_or_path is not None and folder.is_dir():
-            check_files(folder, "config.json")
+            check_files(folder, "config.json|adapter_config.json")
         with_info = kwargs.pop("output_loading_info", False)
         any_shape = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
@@ -690,6 +692,65 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             self.set_attn_implementation({"": "sdpa"})
         for layer in self.tower.layers:
             layer.self_attn.xformers_op = attention_op
+
+    def load_adapter(
+        self,
+        peft_model_id: str | None = None,
+        adapter_name: str | None = None,
+        peft_config: Any = None,
+        load_config: Any = None,
+        adapter_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As of `PreTrainedModel`, for adapters of this model alone.
+
+        Raises:
+            `ValueError`: if the adapter was made for another number of experts, of layers or another width.
+        """
+        name = peft_model_id or adapter_name or "default"
+        if peft_config is not None:
+            check_adapter(self.config, getattr(peft_config, "target_modules", None), name)
+        elif peft_model_id is not None:
+            download = {**(load_config.download_kwargs if load_config else {}), **(adapter_kwargs or {})}
+            file = find_adapter_config_file(peft_model_id, **download)
+            if file is not None:
+                check_adapter(self.config, json.loads(Path(file).read_text()).get("target_modules"), name)
+        before = set(getattr(self, "peft_config", ()))
+        try:
+            return super().load_adapter(
+                peft_model_id,
+                adapter_name,
+                peft_config,
+                load_config=load_config,
+                adapter_kwargs=adapter_kwargs,
+                **kwargs,
+            )
+        except Exception:
+            # Its layers are in place by now, and its weights are not.
+            for added in set(getattr(self, "peft_config", ())) - before:
+                self.delete_adapter(added)
+            raise
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # The way of peft's own loading, `PeftModel.from_pretrained` among it.
+        for name, adapter in (getattr(self, "peft_config", None) or {}).items():
+            check_adapter(self.config, getattr(adapter, "target_modules", None), name)
+        super()._load_from_state_dict(*args)
+
+    @property
+    def training_experts(self) -> list[int]:
+        """The experts that a training step goes to: those with a trainable weight of their own, adapters included.
+
+        All of them if what they share is trainable too (it answers for every interval), or if nothing is.
+        """
+
+        def learns(module: nn.Module) -> bool:
+            return any(parameter.requires_grad for parameter in module.parameters())
+
+        experts = range(self.config.num_experts)
+        own = [k for k in experts if any(learns(self.tower.layers[i]) for i in self.expert_layers(k))]
+        shared = any(learns(module) for name, module in self.tower.named_children() if name != "layers")
+        return own if own and not shared else list(experts)
 
     def train(self, mode: bool = True) -> "LatteFlowForConditionalGeneration":
         """Training mode for the tower alone: a frozen backbone stays as it is (and in training keeps no cache)."""
@@ -793,10 +854,11 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         """The velocity's mean squared error, summed over the experts, each on timesteps of its interval (paper).
 
         The batch is split over the experts (chosen: a step then costs what one expert costs): example i goes to expert
-        i mod K. A batch smaller than K is gone through again from its start, so that no expert is left out.
+        i mod K. A batch smaller than K is gone through again from its start, so that no expert is left out. Experts
+        that do not learn ([`~LatteFlowForConditionalGeneration.training_experts`]) get no example.
 
         Returns:
-            The sum (scalar), and the summands (K,) without gradients.
+            The sum (scalar), and the summands (K,) without gradients, 0 where no example went.
         """
         self._check_latents(latents, context)
         if noise is None:
@@ -808,12 +870,12 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             ).to(latents.device)
         elif noise.shape != latents.shape:
             raise ValueError(f"noise must be of shape {tuple(latents.shape)}, as latents, got {tuple(noise.shape)}.")
-        num_experts = self.config.num_experts
+        experts = self.training_experts
         boundaries = self.config.expert_boundaries
-        order = torch.arange(max(len(latents), num_experts), device=latents.device) % len(latents)
+        order = torch.arange(max(len(latents), len(experts)), device=latents.device) % len(latents)
         losses = []
-        for expert in range(num_experts):
-            rows = order[expert::num_experts]
+        for place, expert in enumerate(experts):
+            rows = order[place :: len(experts)]
             interval = (boundaries[expert], boundaries[expert + 1])
             sigma = draw_expert_sigmas(len(rows), interval, generator).to(latents.device)
             data, expert_noise = latents[rows], noise[rows]
@@ -822,7 +884,9 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             )
             losses.append(velocity_loss(predicted, velocity_target(data, expert_noise)))
         stacked = torch.stack(losses)
-        return stacked.sum(), stacked.detach()
+        expert_losses = stacked.new_zeros(self.config.num_experts)
+        expert_losses[experts] = stacked.detach()
+        return stacked.sum(), expert_losses
 
     @apply_forward_hook
     @torch.no_grad()

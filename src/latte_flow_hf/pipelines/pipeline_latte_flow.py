@@ -26,6 +26,7 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from ..modeling.modeling_latte_flow import LatteFlowContext, check_files
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
+from .lora import LatteFlowLoraMixin
 from .pipeline_output import LatteFlowPipelineOutput
 
 
@@ -42,7 +43,7 @@ _COMPONENT_FILES = {
 }
 
 
-class LatteFlowPipeline(DiffusionPipeline):
+class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
     """Paints from a prompt or a conversation, and chats, with one LaTtE-Flow model.
 
     Args:

@@ -1,8 +1,16 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""What the stock Trainer needs to train a LaTtE-Flow model: examples -> batches, and callbacks."""
+"""What the stock Trainer needs to train a LaTtE-Flow model: examples -> batches, which experts learn, callbacks."""
 
+from .adapters import expert_lora_config, train_only_experts
 from .callbacks import EMACallback
 from .collator import ConversationCollator, PaintingCollator, encode_prompts
 
 
-__all__ = ["ConversationCollator", "EMACallback", "PaintingCollator", "encode_prompts"]
+__all__ = [
+    "ConversationCollator",
+    "EMACallback",
+    "PaintingCollator",
+    "encode_prompts",
+    "expert_lora_config",
+    "train_only_experts",
+]
