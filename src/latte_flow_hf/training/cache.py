@@ -41,9 +41,9 @@ def hash_module(module: torch.nn.Module) -> str:
 def _numbers_of(config: dict) -> dict:
     """A configuration without what changes no number: where it was loaded from, and by which version."""
     return {
-        key: _numbers_of(value) if isinstance(value, dict) else value
+        str(key): _numbers_of(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if not key.startswith("_") and key != "transformers_version"
+        if not str(key).startswith("_") and key != "transformers_version"
     }
 
 

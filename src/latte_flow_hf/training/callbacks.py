@@ -161,12 +161,15 @@ class LossCallback(TrainerCallback):
         if not control.should_log or not self._losses:
             return
         mean = self.trainer.accelerator.reduce(torch.stack(self._losses).mean(dim=0), reduction="mean")
-        logs = {f"expert_{expert}_loss": loss for expert, loss in enumerate(mean.tolist())}
+        # It is zero for an expert that does not learn.
+        logs = {f"expert_{expert}_loss": loss for expert, loss in enumerate(mean.tolist()) if loss}
         if self._lm_losses:
             lm_loss = self.trainer.accelerator.reduce(torch.stack(self._lm_losses).mean(), reduction="mean")
             logs["lm_loss"] = lm_loss.item()
         self._losses, self._lm_losses = [], []
         self.trainer.log(logs)
+        # Logging crosses out the wish to log, and the Trainer has its own to say.
+        control.should_log = True
 
     def on_train_end(self, args, state, control, **kwargs):
         self._remove_hooks()
@@ -187,7 +190,8 @@ class CheckpointCallback(TrainerCallback):
 
     The Trainer writes a checkpoint file by file. This callback marks it once everything is in it, refuses to mark
     weights that are no numbers, and only then removes older ones: leave the Trainer's `save_total_limit` unset.
-    [`last_checkpoint`] finds the newest marked one.
+    [`last_checkpoint`] finds the newest marked one. On resume it sees to two things that the Trainer leaves undone:
+    the dataset's own epoch, and the random state where the data is not passed over by the Trainer.
 
     Args:
         trainer (`Trainer`): the trainer that it is added to.
@@ -197,6 +201,20 @@ class CheckpointCallback(TrainerCallback):
     def __init__(self, trainer: Trainer, keep: int = 2):
         self.trainer, self.keep = trainer, keep
         self.saving = False  # between a step's end and the end of its saving
+        self._resumed_at = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._resumed_at = state.global_step
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # accelerate's loaders tell a dataset its epoch, but not over several processes, nor in a resumed epoch.
+        if hasattr(self.trainer.train_dataset, "set_epoch"):
+            self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        # The Trainer restores it before the loader starts, which draws from it.
+        if args.ignore_data_skip and state.global_step == self._resumed_at > 0:
+            self.trainer._load_rng_state(str(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
 
     def on_step_end(self, args, state, control, **kwargs):
         self.saving = control.should_save

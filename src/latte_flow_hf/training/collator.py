@@ -126,7 +126,8 @@ class PictureEncoder:
 
     def latents(self, images: list[Any]) -> torch.Tensor:
         """Pictures of one size -> (B, C, height, width), on the CPU."""
-        return torch.cat([self.pipe.encode_images(chunk).cpu() for chunk in _chunks(images, self.batch_size)])
+        latents = [self.pipe.encode_images(chunk).cpu() for chunk in _chunks(images, self.batch_size)]
+        return torch.cat(latents).contiguous()
 
     def each_context(self, prompts: list[str]) -> list[LatteFlowContext]:
         """Each prompt's context alone, without padding."""

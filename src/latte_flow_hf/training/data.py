@@ -99,7 +99,7 @@ class Rows:
 
     @property
     def is_stream(self) -> bool:
-        return not hasattr(self.rows, "__getitem__")
+        return not hasattr(self.rows, "__len__")
 
     def name(self, row: dict, place: int) -> str:
         """The picture's path or key, else its place."""
@@ -214,6 +214,8 @@ class CaptionedPictures(Dataset):
         return len(self.rows.rows)
 
     def __getitem__(self, place: int) -> dict:
+        if not 0 <= place < len(self):
+            raise IndexError(place)  # what ends a loop over it
         for step in range(len(self)):
             found = (place + step) % len(self)
             row = self.rows.rows[found]
@@ -288,7 +290,7 @@ def understanding_examples(settings: dict, seed: int, conversation: Callable) ->
     import datasets
 
     rows = datasets.load_dataset(**source)
-    if "messages" not in (rows.column_names or []) or not hasattr(rows, "__getitem__") or not len(rows):
+    if "messages" not in (rows.column_names or []) or not hasattr(rows, "__len__") or not len(rows):
         raise ValueError(f"understanding: {source} must hold a column `messages`, not be empty, and not stream.")
     return Conversing(rows, conversation)
 

@@ -273,14 +273,12 @@ def choose_trainable(model: LatteFlowForConditionalGeneration, trainable: str | 
     Raises:
         `ValueError`: if there is no such expert.
     """
-    model.requires_grad_(False)
     if isinstance(trainable, list):
-        for expert in trainable:
-            if not isinstance(expert, int):
-                raise ValueError(f"trainable must list experts by number, got {expert!r}.")
-            for layer in model.expert_layers(expert):
-                model.tower.layers[layer].requires_grad_(True)
+        from .adapters import train_only_experts
+
+        train_only_experts(model, trainable)
         return
+    model.requires_grad_(False)
     model.tower.requires_grad_(True)
     if trainable == "vlm":
         model.vlm.get_decoder().requires_grad_(True)
@@ -381,6 +379,8 @@ def _arguments(recipe: Recipe, run_dir: Path) -> tuple[TrainingArguments, int]:
             "training: dataloader_num_workers needs a cache (with its contexts): without one, pictures and prompts are "
             "encoded by the model's own parts, in the main process."
         )
+    if settings.get("dataloader_persistent_workers"):
+        raise ValueError("training: dataloader_persistent_workers would keep every epoch's draws the same: leave it out.")
     # Each process reads its own share: batches hold more than tensors.
     settings["accelerator_config"] = {"dispatch_batches": False, **(settings.get("accelerator_config") or {})}
     try:
