@@ -1,7 +1,6 @@
 """Recipes end to end on a small random pipeline: what they refuse, what they leave, and going on after a stop."""
 
 import json
-import os
 import resource
 import shutil
 import signal
@@ -91,8 +90,7 @@ def tower(pipe: LatteFlowPipeline) -> str:
 
 
 def log(work_dir: Path) -> list[dict]:
-    folder = last_checkpoint(work_dir / "work" / "checkpoints")
-    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return json.loads((work_dir / "work" / "log.json").read_text())
 
 
 def test_from_the_cache_equals_without_it(sections, tmp_path, caplog):
@@ -213,3 +211,178 @@ def test_other_sources_give_the_same_pictures(sections, pictures, tmp_path, layo
     assert len(found) == 12
     for one, other in zip(expected, found):
         assert one["image"].tobytes() == other["image"].tobytes() and one["prompt"] == other["prompt"]
+
+
+def test_sample_grids_are_whole_and_leave_the_run_as_it_was(sections, tmp_path):
+    plain = run(sections(), tmp_path / "plain")
+    samples = {"prompts": ["a red circle"] * 5, "every_steps": 3, "call": {"num_inference_steps": 2, "height": 32, "width": 32}}
+    painted = run(sections(samples=samples), tmp_path / "painted")
+    assert tower(painted) == tower(plain)
+    folder = tmp_path / "painted" / "work" / "samples"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-3.png", "step-6.png"]
+    assert Image.open(folder / "step-6.png").size == (4 * 32, 2 * 32)
+    # The averages paint: the last grid is what the finished pipeline gives.
+    painted.set_progress_bar_config(disable=True)
+    first = painted("a red circle", generator=torch.Generator().manual_seed(0), **samples["call"]).images[0]
+    assert first.tobytes() == Image.open(folder / "step-6.png").crop((0, 0, 32, 32)).tobytes()
+
+
+def test_conversations_teach_the_backbone_only_where_it_learns(sections, pipeline, tmp_path):
+    before = hash_module(LatteFlowPipeline.from_pretrained(pipeline).model.vlm)
+    understanding = {"source": {"path": "tinyworld", "num_conversations": 20}, "share": 0.5}
+    short = {"max_steps": 2, "gradient_accumulation_steps": 2}
+    frozen = run(sections(understanding=understanding, training=short), tmp_path / "frozen")
+    taught = run(sections(understanding=understanding, training=short, trainable="vlm"), tmp_path / "taught")
+    assert hash_module(frozen.model.vlm) == before != hash_module(taught.model.vlm)
+    for folder in ("frozen", "taught"):
+        (entry,) = [entry for entry in log(tmp_path / folder) if "lm_loss" in entry]
+        (total,) = [entry["loss"] for entry in log(tmp_path / folder) if "loss" in entry]
+        parts = entry["lm_loss"] + entry["expert_0_loss"] + entry["expert_1_loss"]
+        assert total == pytest.approx(parts, rel=1e-4)
+    with pytest.raises(ValueError, match="contexts cannot be cached while the backbone learns"):
+        Recipe.from_dict(sections(trainable="vlm", data={"cache": "cache"}))
+
+
+def test_accumulation_and_checkpointing_give_the_gradients_of_the_plain_step(model, processor):
+    """Half batches through the Trainer's own step, divided by their number, against one pass."""
+    import copy
+
+    from transformers import Trainer, TrainingArguments
+
+    from latte_flow_hf.training import PaintingCollator, encode_prompts
+
+    contexts = encode_prompts(model, processor, ["a red circle", ""])
+    batch = PaintingCollator(contexts, 0.0)([{"latents": torch.randn(4, 4, 4), "prompt": 0}] * 4)
+    gradients = []
+    for checkpointing in (False, True):
+        learner = copy.deepcopy(model).train()
+        arguments = TrainingArguments(gradient_checkpointing=checkpointing, gradient_accumulation_steps=2, report_to=[])
+        trainer = Trainer(learner, arguments)
+        if checkpointing:
+            learner.gradient_checkpointing_enable()
+        trainer.current_gradient_accumulation_steps = 2
+        torch.manual_seed(0)
+        loss = trainer.training_step(learner, dict(batch), num_items_in_batch=None)
+        torch.manual_seed(0)
+        assert loss == pytest.approx(model(**batch).loss.item() / 2, rel=1e-5)
+        gradients.append([parameter.grad for parameter in learner.tower.parameters()])
+    for plain, checkpointed in zip(*gradients):
+        assert plain is not None
+        torch.testing.assert_close(plain, checkpointed)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"modle": {}}, "unknown field 'modle'; did you mean 'model'"),
+        ({"data": {"cach": "x"}}, "data: unknown field 'cach'; did you mean 'cache'"),
+        ({"training": {"learnin_rate": 1}}, "training: unknown field 'learnin_rate'; did you mean 'learning_rate'"),
+        ({"training": {"learning_rate": "fast"}}, "learning_rate must be a number, got 'fast'"),
+        ({"model": {"pipeline": None, "backbone": "a", "autoencoder": "b", "experts": {"num_expert": 2}}}, "num_experts"),
+        ({"model": {"backbone": "a"}}, "give either `pipeline`, or `backbone` and `autoencoder`"),
+        ({"data": {"flip": "yes"}}, "data: flip must be bool, got 'yes'"),
+        ({"seed": True}, "seed must be int, got True"),
+        ({"prompt_dropout": 2}, "prompt_dropout must be from 0 to 1"),
+        ({"trainable": "all"}, "trainable must be experts, vlm, or a list"),
+        ({"data": {"source": {}}}, "data: give `source`"),
+        ({"model": {"dtype": "float"}, "ema": {"decy": 1}}, "did you mean 'decay'"),
+    ],
+)
+def test_a_recipe_is_checked_before_anything_is_loaded(sections, change, words):
+    made = sections()
+    for name, value in change.items():
+        made[name] = {**made.get(name, {}), **value} if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+        Recipe.from_dict(made)
+
+
+def test_a_missing_section_is_named(sections):
+    made = sections()
+    del made["data"]
+    with pytest.raises(ValueError, match="the section 'data' is missing"):
+        Recipe.from_dict(made)
+
+
+def test_unusable_data_is_refused_in_plain_words(sections, pictures, pipeline, tmp_path):
+    def fails(words: str, **change) -> None:
+        with pytest.raises((ValueError, OSError), match=words):
+            run(sections(**change), tmp_path / "refused")
+        assert not list((tmp_path / "refused").rglob("model.safetensors"))
+
+    fails("caption names the column 'words'; there are", data={"caption": "words"})
+    fails("either `caption` or `label`", data={"label": "text"})
+    fails("which is .* knows no names", data={"caption": None, "label": "text"})
+    fails("1 pictures cannot be read, max_unreadable is 0: .*05.png", data={"max_unreadable": 0})
+    fails("size must be a positive multiple of 8, got 30", data={"size": 30})
+    fails("needs a cache", training={"dataloader_num_workers": 2})
+    fails("must be one of .*uniform", model={"timestep_sampling": "normal"})
+    source = sections()["data"]["source"]
+    fails("give `max_steps`", data={"source": {**source, "streaming": True}}, training={"max_steps": -1})
+
+    # Captions that are not there, folders that are empty.
+    uncaptioned = tmp_path / "uncaptioned"
+    shutil.copytree(pictures, uncaptioned)
+    lines = [json.loads(line) for line in (uncaptioned / "metadata.jsonl").read_text().splitlines()]
+    lines[3]["text"] = None
+    (uncaptioned / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    fails("03.png has no caption", data={"source": {**source, "data_dir": str(uncaptioned)}})
+    (tmp_path / "empty").mkdir()
+    fails("", data={"source": {**source, "data_dir": str(tmp_path / "empty")}})
+    fails("nowhere", model={"pipeline": str(tmp_path / "nowhere")})
+
+
+def test_a_cache_of_something_else_is_refused(sections, make_vae, model, processor, tmp_path):
+    cached = sections(data={"cache": str(tmp_path / "cache")}, training={"max_steps": 1})
+    first = run(cached, tmp_path / "first")
+    other = tmp_path / "other"
+    vae = make_vae()
+    with torch.no_grad():
+        next(vae.parameters()).add_(1e-3)
+    LatteFlowPipeline(model, processor, vae, first.scheduler).save_pretrained(other)
+    with pytest.raises(ValueError, match="cache .* was made by another autoencoder; remove it"):
+        run({**cached, "model": {"pipeline": str(other)}}, tmp_path / "second")
+    with pytest.raises(ValueError, match="was made by another size"):
+        run({**cached, "data": {**cached["data"], "size": 64}}, tmp_path / "third")
+    # Experts are no part of it: the tower that learned takes the same cache.
+    run({**cached, "model": {"pipeline": str(tmp_path / "first" / "out")}}, tmp_path / "fourth")
+
+
+def test_an_interrupted_cache_goes_on(sections, tmp_path, monkeypatch):
+    from latte_flow_hf.training import cache
+
+    monkeypatch.setattr(cache, "SHARD_SIZE", 4)
+    recipe = sections(data={"cache": str(tmp_path / "cache")})
+    plain = run(sections(), tmp_path / "plain")
+    run({**recipe, "training": {**recipe["training"], "max_steps": 1}}, tmp_path / "first")
+    # What a kill leaves: no index, a shard that is not there, half of another under its temporary name.
+    (tmp_path / "cache" / "index.json").unlink()
+    lost = tmp_path / "cache" / "latents-000000004.safetensors"
+    lost.rename(lost.with_suffix(".partial"))
+    kept = tmp_path / "cache" / "latents-000000000.safetensors"
+    before = kept.stat().st_mtime_ns
+    assert tower(run(recipe, tmp_path / "second")) == tower(plain)
+    assert kept.stat().st_mtime_ns == before and lost.exists()
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_of_this_repository_are_read(file):
+    sections = read_sections(file)
+    assert is_recipe(sections) == (file.name != "checkpoint.yaml")
+    if is_recipe(sections):
+        Recipe.from_dict(sections)
+
+
+def test_the_command_trains_by_the_tiny_recipe_and_refuses_a_misspelt_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = read_sections(RECIPES / "tinyworld" / "experts.yaml")
+    made["data"]["source"]["num_pictures"] = 16
+    made["training"].update(max_steps=2, per_device_train_batch_size=4, disable_tqdm=True)
+    Path("small.yaml").write_text(yaml.safe_dump(made))
+    result = CliRunner().invoke(app, ["train", "small.yaml", "-o", "out"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == "wrote out" and Path("runs/small/log.json").exists()
+    Path("wrong.yaml").write_text(yaml.safe_dump({**made, "modell": {}}))
+    result = CliRunner().invoke(app, ["train", "wrong.yaml", "-o", "other"])
+    assert result.exit_code == 1 and "did you mean 'model'" in result.stderr
+    result = CliRunner().invoke(app, ["train", "small.yaml", "-o", "out"])
+    assert result.exit_code == 1 and "exists" in result.stderr

@@ -6,6 +6,7 @@ checkpoints and whole cache shards count.
 """
 
 import difflib
+import json
 import logging
 import shutil
 import types
@@ -298,7 +299,8 @@ def train(recipe: Recipe, work_dir: Path, output_dir: Path) -> Path:
     """Train by a recipe; started again, it goes on from the last whole checkpoint in `work_dir`.
 
     Returns:
-        `output_dir`, which appears whole: a pipeline, or with `lora` a PEFT adapter.
+        `output_dir`, which appears whole: a pipeline, or with `lora` a PEFT adapter. What was logged is in
+        `log.json` of `work_dir`.
 
     Raises:
         `ValueError`: if `output_dir` exists, the recipe does not fit the model, or the data is not usable.
@@ -355,6 +357,7 @@ def train(recipe: Recipe, work_dir: Path, output_dir: Path) -> Path:
     if unreadable.names:
         logger.warning(f"{len(unreadable.names)} unreadable pictures were skipped: {', '.join(unreadable.names)}")
     if PartialState().is_main_process:
+        (work_dir / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
         partial = output_dir.with_name(output_dir.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.parent.mkdir(parents=True, exist_ok=True)
