@@ -34,9 +34,9 @@ def seconds(folder: Path, options: argparse.Namespace, cache: Path | None) -> fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=512)
+    parser.add_argument("--pictures", type=int, default=2000)
     parser.add_argument("--encode-batch-size", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

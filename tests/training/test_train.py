@@ -194,10 +194,14 @@ def test_other_sources_give_the_same_pictures(sections, pictures, tmp_path, layo
     captions = [json.loads(line)["text"] for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     if layout == "parquet":
         rows = [(pictures / f"{n:02d}.png").read_bytes() for n in range(12)]
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=sorted(set(captions)))})
+        features = datasets.Features(
+            {"image": datasets.Image(), "label": datasets.ClassLabel(names=sorted(set(captions)))}
+        )
         made = {"image": [{"bytes": row, "path": None} for row in rows], "label": captions}
         datasets.Dataset.from_dict(made, features=features).to_parquet(tmp_path / "rows.parquet")
-        settings = DataSettings({**source, "path": "parquet", "data_files": str(tmp_path / "rows.parquet")}, label="label", size=32)
+        settings = DataSettings(
+            {**source, "path": "parquet", "data_files": str(tmp_path / "rows.parquet")}, label="label", size=32
+        )
     else:
         with tarfile.open(tmp_path / "shard-0.tar", "w") as tar:
             for number, caption in enumerate(captions):
@@ -215,7 +219,11 @@ def test_other_sources_give_the_same_pictures(sections, pictures, tmp_path, layo
 
 def test_sample_grids_are_whole_and_leave_the_run_as_it_was(sections, tmp_path):
     plain = run(sections(), tmp_path / "plain")
-    samples = {"prompts": ["a red circle"] * 5, "every_steps": 3, "call": {"num_inference_steps": 2, "height": 32, "width": 32}}
+    samples = {
+        "prompts": ["a red circle"] * 5,
+        "every_steps": 3,
+        "call": {"num_inference_steps": 2, "height": 32, "width": 32},
+    }
     painted = run(sections(samples=samples), tmp_path / "painted")
     assert tower(painted) == tower(plain)
     folder = tmp_path / "painted" / "work" / "samples"
@@ -256,7 +264,9 @@ def test_accumulation_and_checkpointing_give_the_gradients_of_the_plain_step(mod
     gradients = []
     for checkpointing in (False, True):
         learner = copy.deepcopy(model).train()
-        arguments = TrainingArguments(gradient_checkpointing=checkpointing, gradient_accumulation_steps=2, report_to=[])
+        arguments = TrainingArguments(
+            gradient_checkpointing=checkpointing, gradient_accumulation_steps=2, report_to=[]
+        )
         trainer = Trainer(learner, arguments)
         if checkpointing:
             learner.gradient_checkpointing_enable()
@@ -278,7 +288,10 @@ def test_accumulation_and_checkpointing_give_the_gradients_of_the_plain_step(mod
         ({"data": {"cach": "x"}}, "data: unknown field 'cach'; did you mean 'cache'"),
         ({"training": {"learnin_rate": 1}}, "training: unknown field 'learnin_rate'; did you mean 'learning_rate'"),
         ({"training": {"learning_rate": "fast"}}, "learning_rate must be a number, got 'fast'"),
-        ({"model": {"pipeline": None, "backbone": "a", "autoencoder": "b", "experts": {"num_expert": 2}}}, "num_experts"),
+        (
+            {"model": {"pipeline": None, "backbone": "a", "autoencoder": "b", "experts": {"num_expert": 2}}},
+            "num_experts",
+        ),
         ({"model": {"backbone": "a"}}, "give either `pipeline`, or `backbone` and `autoencoder`"),
         ({"data": {"flip": "yes"}}, "data: flip must be bool, got 'yes'"),
         ({"seed": True}, "seed must be int, got True"),
@@ -339,7 +352,7 @@ def test_a_cache_of_something_else_is_refused(sections, make_vae, model, process
     with torch.no_grad():
         next(vae.parameters()).add_(1e-3)
     LatteFlowPipeline(model, processor, vae, first.scheduler).save_pretrained(other)
-    with pytest.raises(ValueError, match="cache .* was made by another autoencoder; remove it"):
+    with pytest.raises(ValueError, match=r"cache .* was made by another autoencoder; remove it"):
         run({**cached, "model": {"pipeline": str(other)}}, tmp_path / "second")
     with pytest.raises(ValueError, match="was made by another size"):
         run({**cached, "data": {**cached["data"], "size": 64}}, tmp_path / "third")

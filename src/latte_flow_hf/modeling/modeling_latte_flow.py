@@ -620,9 +620,11 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             "image_grid_thw": image_grid_thw,
             **kwargs,
         }
-        if not isinstance(context, LatteFlowContext):
-            context = self.encode_context(**(text if context is None else context))
-        flow_loss, expert_losses = self.flow_loss(latents, context, noise, generator)
+        if isinstance(context, LatteFlowContext):
+            encoded = context
+        else:
+            encoded = self.encode_context(**(text if context is None else context))
+        flow_loss, expert_losses = self.flow_loss(latents, encoded, noise, generator)
         output = LatteFlowModelOutput(loss=flow_loss, flow_loss=flow_loss, expert_losses=expert_losses)
         if labels is not None:
             spoken = self.vlm(labels=labels, **text)

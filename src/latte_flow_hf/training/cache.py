@@ -1,9 +1,9 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """Latents and contexts, computed once and kept on disk.
 
-A cache is a folder of safetensors shards. A shard appears whole or not at all, so that an interrupted run goes on where
-it stopped; `index.json` is written last. `made_by.json` is written first and tells what the numbers depend on: a cache
-that another autoencoder, backbone, processor, size or source made is refused.
+A cache is a folder of safetensors shards. A shard appears whole or not at all, so that an interrupted run goes on
+where it stopped; `index.json` is written last. `made_by.json` is written first and tells what the numbers depend on: a
+cache that another autoencoder, backbone, processor, size or source made is refused.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..modeling.modeling_latte_flow import LatteFlowContext
 from .collator import PictureEncoder
-from .data import Rows, UnreadablePicture, Unreadable, example_seed
+from .data import Rows, Unreadable, UnreadablePictureError, example_seed
 
 
 # Pictures, or prompts, in a shard.
@@ -123,7 +123,7 @@ def _encode_pictures(path: Path, places: range, rows: Rows, encoder: PictureEnco
         row = rows.rows[place]
         try:
             images.append(rows.picture(row))
-        except UnreadablePicture as error:
+        except UnreadablePictureError as error:
             broken[rows.name(row, place)] = str(error)
             continue
         kept.append(place)

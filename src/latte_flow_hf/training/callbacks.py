@@ -123,8 +123,9 @@ class LossCallback(TrainerCallback):
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self._names: list[str] | None = None
-        self._losses: list[torch.Tensor] = []  # since the last log
-        self._lm_losses: list[torch.Tensor] = []
+        self._losses: list[torch.Tensor] = []  # of the running step's batches: the experts', and the backbone's
+        self._steps: list[torch.Tensor] = []  # of the steps since the last log
+        self._num_experts = 0
         self._hooks: list[Any] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -142,14 +143,14 @@ class LossCallback(TrainerCallback):
         losses = getattr(output, "expert_losses", None)
         if losses is None or not model.training:
             return
-        self._losses.append(losses)
-        if output.lm_loss is not None:
-            self._lm_losses.append(output.lm_loss.detach())
+        self._num_experts = len(losses)
+        spoken = [] if output.lm_loss is None else [output.lm_loss.detach()]
+        self._losses.append(torch.stack([*losses, *spoken]))
         if not torch.isfinite(output.loss.detach()):
             step = self.trainer.state.global_step + 1
             found = {f"expert {expert}": loss for expert, loss in enumerate(losses.tolist())}
-            if output.lm_loss is not None:
-                found["understanding"] = output.lm_loss.item()
+            if spoken:
+                found["understanding"] = spoken[0].item()
             wrong = {name: loss for name, loss in found.items() if not abs(loss) < float("inf")} or found
             self._remove_hooks()
             batch = "" if self._names is None else f"; the batch is {_shortened(self._names)}"
@@ -158,15 +159,17 @@ class LossCallback(TrainerCallback):
             )
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not control.should_log or not self._losses:
+        if self._losses:
+            self._steps.append(torch.stack(self._losses).mean(dim=0))
+            self._losses = []
+        if not control.should_log or not self._steps:
             return
-        mean = self.trainer.accelerator.reduce(torch.stack(self._losses).mean(dim=0), reduction="mean")
+        means = self.trainer.accelerator.reduce(torch.stack(self._steps).mean(dim=0), reduction="mean").tolist()
+        self._steps = []
         # It is zero for an expert that does not learn.
-        logs = {f"expert_{expert}_loss": loss for expert, loss in enumerate(mean.tolist()) if loss}
-        if self._lm_losses:
-            lm_loss = self.trainer.accelerator.reduce(torch.stack(self._lm_losses).mean(), reduction="mean")
-            logs["lm_loss"] = lm_loss.item()
-        self._losses, self._lm_losses = [], []
+        logs = {f"expert_{expert}_loss": loss for expert, loss in enumerate(means[: self._num_experts]) if loss}
+        if len(means) > self._num_experts:
+            logs["lm_loss"] = means[-1]
         self.trainer.log(logs)
         # Logging crosses out the wish to log, and the Trainer has its own to say.
         control.should_log = True

@@ -60,8 +60,8 @@ class PaintingCollator:
         prompt_dropout (`float`): how often a prompt is replaced by the unconditional one, for classifier-free
             guidance; 0 to 1.
         encoder (`Callable`, *optional*): a list of pictures -> latents (B, C, height, width).
-        conversations (`Sequence`, *optional*): examples of [`ConversationCollator`]; each batch draws some of them, and
-            `forward` then adds the backbone's own loss. They teach nothing while the backbone is frozen.
+        conversations (`Sequence`, *optional*): examples of [`ConversationCollator`]; each batch draws some of them,
+            and `forward` then adds the backbone's own loss. They teach nothing while the backbone is frozen.
         conversation_collator ([`ConversationCollator`], *optional*): goes with them.
         conversation_share (`float`, defaults to 0.25): conversations for each picture of the batch; at least one.
     """
@@ -112,9 +112,9 @@ class PictureEncoder:
 
     Args:
         pipe ([`LatteFlowPipeline`]): the pipeline.
-        batch_size (`int`, defaults to 1): how many go through at once. With 1 a picture or a prompt gives the same bits
-            in whatever company it comes, hence training from a cache equals training without it; more is faster on an
-            accelerator and equal up to rounding.
+        batch_size (`int`, defaults to 1): how many go through at once. With 1 a picture or a prompt gives the same
+            bits in whatever company it comes, hence training from a cache equals training without it; more is faster
+            on an accelerator and equal up to rounding.
     """
 
     # So many contexts are kept at hand: the names of ImageNet's classes fit.

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, IterableDataset
 logger = logging.getLogger(__name__)
 
 
-class UnreadablePicture(Exception):
+class UnreadablePictureError(Exception):
     """A picture that cannot be decoded; its message is the reason."""
 
 
@@ -35,7 +35,8 @@ class DataSettings:
         caption (`str`, *optional*): the captions' column; a dot leads into a dict, as in `json.caption`.
         label (`str`, *optional*): in place of `caption`, a column of class labels, whose names become the prompts.
         prompt (`str`, defaults to `"{}"`): what the caption or the label's name is put into.
-        size (`int`, *optional*): side in pixels, after resizing and a crop at the centre; the pipeline's own if left out.
+        size (`int`, *optional*): side in pixels, after resizing and a crop at the centre; the pipeline's own if left
+            out.
         flip (`bool`, defaults to `False`): whether half of the pictures are mirrored, drawn anew each epoch.
         max_unreadable (`int`, defaults to 100): how many pictures may be unreadable before the run stops.
         shuffle_buffer (`int`, defaults to 1000): of a stream; anything else is shuffled whole.
@@ -132,17 +133,18 @@ class Rows:
         """Decoded, resized and cropped at the centre to `size` x `size`, RGB.
 
         Raises:
-            `UnreadablePicture`: if it cannot be decoded to its end.
+            `UnreadablePictureError`: if it cannot be decoded to its end.
         """
         image, size = row.get(self.settings.image), self.settings.size
+        assert size is not None
         try:
             if isinstance(image, dict):
                 image = Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"])
             if not isinstance(image, Image.Image):
-                raise UnreadablePicture(f"it is {type(image).__name__}, not a picture")
+                raise UnreadablePictureError(f"it is {type(image).__name__}, not a picture")
             image = ImageOps.exif_transpose(image).convert("RGB")
         except (OSError, SyntaxError, ValueError, TypeError, AttributeError, Image.DecompressionBombError) as error:
-            raise UnreadablePicture(str(error)) from error
+            raise UnreadablePictureError(str(error)) from error
         if image.size == (size, size):
             return image
         return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
@@ -221,7 +223,7 @@ class CaptionedPictures(Dataset):
             row = self.rows.rows[found]
             try:
                 image = self.rows.picture(row)
-            except UnreadablePicture as error:
+            except UnreadablePictureError as error:
                 self.unreadable.add(self.rows.name(row, found), str(error))
                 continue
             seed = example_seed(self.seed, self.epoch, place)
@@ -254,7 +256,7 @@ class CaptionedStream(IterableDataset):
                 waiting.append(example_seed(self.seed, epoch, place))
                 try:
                     image = self.rows.picture(row)
-                except UnreadablePicture as error:
+                except UnreadablePictureError as error:
                     self.unreadable.add(self.rows.name(row, place), str(error))
                     continue
                 readable = place

@@ -164,9 +164,7 @@ class Recipe:
         if not 0.0 <= self.prompt_dropout <= 1.0:
             raise ValueError(f"{where}: prompt_dropout must be from 0 to 1, got {self.prompt_dropout}.")
         if isinstance(self.trainable, str) and self.trainable not in ("experts", "vlm"):
-            raise ValueError(
-                f"{where}: trainable must be experts, vlm, or a list of experts, got {self.trainable!r}."
-            )
+            raise ValueError(f"{where}: trainable must be experts, vlm, or a list of experts, got {self.trainable!r}.")
         if self.trainable == "vlm" and self.lora is None and self.data.cache and self.data.cache_contexts:
             raise ValueError(
                 f"{where}: contexts cannot be cached while the backbone learns: set `cache_contexts: false`."
@@ -208,7 +206,7 @@ def _number(value: Any, where: str) -> float:
         raise ValueError(f"{where} must be a number, got {value!r}.") from error
 
 
-def _checked(cls: type, found: Any, where: str) -> Any:
+def _checked(cls: Any, found: Any, where: str) -> Any:
     """A dataclass from a dict, its nested ones too; every field's name and type checked."""
     if not isinstance(found, dict):
         raise ValueError(f"{where} must hold fields, got {found!r}.")
@@ -349,8 +347,8 @@ def train(recipe: Recipe, work_dir: Path, output_dir: Path) -> Path:
             raise
         kept = last_checkpoint(Path(arguments.output_dir))
         raise OSError(
-            f"saving the checkpoint of step {trainer.state.global_step} failed ({error}); the last good one is {kept}: "
-            "make room and start again."
+            f"saving the checkpoint of step {trainer.state.global_step} failed ({error}); the last good one is "
+            f"{kept}: make room and start again."
         ) from error
     if before is not None and hash_module(pipe.model.vlm) != before:
         raise RuntimeError("the frozen backbone changed during training.")
@@ -379,11 +377,13 @@ def _arguments(recipe: Recipe, run_dir: Path) -> tuple[TrainingArguments, int]:
         settings["ignore_data_skip"] = True
     if settings.get("dataloader_num_workers") and (recipe.data.source.get("streaming") or not _is_cached(recipe)):
         raise ValueError(
-            "training: dataloader_num_workers needs a cache (with its contexts): without one, pictures and prompts are "
-            "encoded by the model's own parts, in the main process."
+            "training: dataloader_num_workers needs a cache (with its contexts): without one, pictures and prompts "
+            "are encoded by the model's own parts, in the main process."
         )
     if settings.get("dataloader_persistent_workers"):
-        raise ValueError("training: dataloader_persistent_workers would keep every epoch's draws the same: leave it out.")
+        raise ValueError(
+            "training: dataloader_persistent_workers would keep every epoch's draws the same: leave it out."
+        )
     # Each process reads its own share: batches hold more than tensors.
     settings["accelerator_config"] = {"dispatch_batches": False, **(settings.get("accelerator_config") or {})}
     try:
@@ -439,9 +439,7 @@ def _examples(
     if recipe.understanding is not None:
         processor = pipe.processor
         conversations = {
-            "conversations": understanding_examples(
-                recipe.understanding.source, recipe.seed, processor.conversation
-            ),
+            "conversations": understanding_examples(recipe.understanding.source, recipe.seed, processor.conversation),
             "conversation_collator": ConversationCollator(processor),
             "conversation_share": recipe.understanding.share,
         }
