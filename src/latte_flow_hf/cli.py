@@ -38,7 +38,7 @@ def _verb(function, group: typer.Typer = app, name: str | None = None):
     def wrapped(*args, **kwargs):
         try:
             return function(*args, **kwargs)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             typer.secho(f"Error: {error}", fg="red", err=True)
             raise typer.Exit(1) from error
 
@@ -190,16 +190,27 @@ def info(model: Model = None) -> None:
 
 @_verb
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file, such as recipes/tinyworld/checkpoint.yaml.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the finished pipeline; must not exist.")],
-    work_dir: Annotated[Path, typer.Option(help="Folder for what a resumed run goes on from.")] = Path(
-        "runs/tinyworld"
-    ),
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, such as those in recipes/.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the finished pipeline or adapter; must not exist.")
+    ],
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder for what a resumed run goes on from; runs/ and the recipe's name if left out."),
+    ] = None,
 ) -> None:
-    """Train a checkpoint by a recipe; started again, it goes on where it was stopped."""
-    from latte_flow_hf.tinyworld.build import Recipe, build_checkpoint
+    """Train by a recipe; started again, it goes on where it was stopped."""
+    from latte_flow_hf.training.train import Recipe, is_recipe, read_sections
+    from latte_flow_hf.training.train import train as train_by
 
-    typer.echo(f"wrote {build_checkpoint(Recipe.from_yaml(recipe), work_dir, output)}")
+    sections = read_sections(recipe)
+    if is_recipe(sections):
+        made = train_by(Recipe.from_dict(sections, f"recipe {recipe}"), work_dir or Path("runs", recipe.stem), output)
+    else:
+        from latte_flow_hf.tinyworld import build
+
+        made = build.build_checkpoint(build.Recipe.from_yaml(recipe), work_dir or Path("runs/tinyworld"), output)
+    typer.echo(f"wrote {made}")
 
 
 @_verb
@@ -366,3 +377,8 @@ def publish(
     from latte_flow_hf.publishing import publish
 
     typer.echo(f"published {publish(folder, repo_id, private=private or None, with_code=with_code)}")
+
+
+# `accelerate launch -m latte_flow_hf.cli train ...`
+if __name__ == "__main__":
+    app()

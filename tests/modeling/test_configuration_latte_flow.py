@@ -134,3 +134,8 @@ def test_boundaries_fall_from_one_to_zero(boundaries):
     with pytest.raises(ValueError, match="expert_boundaries must be 3 strictly falling sigmas") as caught:
         LatteFlowConfig(vlm_config=vlm_config(), num_experts=2, expert_boundaries=boundaries)
     assert f"got {boundaries}; [1.0, 0.5, 0.0] would do" in str(caught.value)
+
+
+def test_timestep_sampling_is_one_of_two():
+    with pytest.raises(ValueError, match=r"timestep_sampling must be one of .*, got 'normal'"):
+        LatteFlowConfig(vlm_config=vlm_config(), timestep_sampling="normal")

@@ -201,3 +201,33 @@ def test_check_boundaries_gives_floats_back():
     found = check_boundaries((1, np.float64(0.25), 0), 2)
     assert found == [1.0, 0.25, 0.0]
     assert all(type(b) is float for b in found)
+
+
+@pytest.mark.parametrize("interval", [(1.0, 0.75), (0.5, 0.25), (0.25, 0.0), (1.0, 0.0)])
+def test_logit_normal_draws_are_stratified_by_probability_inside_the_interval(interval):
+    """The oracle is scipy's normal distribution of the logit."""
+    from scipy.special import logit
+    from scipy.stats import norm
+
+    high, low = interval
+    with np.errstate(divide="ignore"):
+        top, bottom = norm.cdf(logit(high)), norm.cdf(logit(low))
+    for seed in range(5):
+        sigmas = draw_expert_sigmas(64, interval, torch.Generator().manual_seed(seed), "logit_normal")
+        assert sigmas.dtype == torch.float32 and (sigmas <= high).all() and (sigmas > low).all()
+        part = (top - norm.cdf(logit(sigmas.double().numpy()))) / (top - bottom) * 64
+        index = np.arange(64)
+        # The ends are cut to the interval's inside.
+        assert (part[1:-1] >= index[1:-1] - 1e-2).all() and (part[1:-1] <= index[1:-1] + 1 + 1e-2).all()
+
+
+def test_the_model_draws_as_its_configuration_says(model, encode):
+    """Beside each other in one seed: the same noise, other timesteps, hence another loss."""
+    import copy
+
+    other = copy.deepcopy(model)
+    other.config.timestep_sampling = "logit_normal"
+    latents = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    inputs = encode(*["a red circle"] * 4)
+    losses = [m(**inputs, latents=latents, generator=torch.Generator().manual_seed(1)).loss for m in (model, other)]
+    assert losses[0] != losses[1]

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .flow_matching import check_boundaries, uniform_boundaries
+from .flow_matching import TIMESTEP_SAMPLINGS, check_boundaries, uniform_boundaries
 
 
 RESIDUAL_ATTENTION_MODES = ("scores", "probabilities", None)
@@ -35,6 +35,9 @@ class LatteFlowConfig(PreTrainedConfig):
             Size of the sinusoidal embedding of the timestep.
         timestep_embed_dim (`int`, *optional*):
             Size of the timestep embedding that modulates the layers; the backbone's width if not given.
+        timestep_sampling (`str`, defaults to `"uniform"`):
+            How training draws timesteps inside each expert's interval: `"uniform"`, or `"logit_normal"` (chosen: the
+            sources are silent). It stands here, and only here, because `forward` draws them.
 
     Raises:
         `ValueError`: if `num_experts` does not divide the backbone's layers, or another value is out of range.
@@ -52,6 +55,7 @@ class LatteFlowConfig(PreTrainedConfig):
     residual_attention: str | None = "scores"
     timestep_frequency_dim: int = 256
     timestep_embed_dim: int = None  # type: ignore[assignment]
+    timestep_sampling: str = "uniform"
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -77,6 +81,10 @@ class LatteFlowConfig(PreTrainedConfig):
         if self.residual_attention not in RESIDUAL_ATTENTION_MODES:
             raise ValueError(
                 f"residual_attention must be one of {list(RESIDUAL_ATTENTION_MODES)}, got {self.residual_attention!r}."
+            )
+        if self.timestep_sampling not in TIMESTEP_SAMPLINGS:
+            raise ValueError(
+                f"timestep_sampling must be one of {list(TIMESTEP_SAMPLINGS)}, got {self.timestep_sampling!r}."
             )
         if self.expert_boundaries is None:
             self.expert_boundaries = uniform_boundaries(self.num_experts)

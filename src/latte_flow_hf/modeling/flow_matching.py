@@ -15,6 +15,8 @@ from torch import nn
 # Sigmas reach us as float32 and through `timestep = 1000 * sigma`: what is this close to a boundary is on it.
 BOUNDARY_TOLERANCE = 1e-5
 
+TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
+
 
 def interpolate(data: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
     """The straight path: x_sigma = (1 - sigma) * data + sigma * noise. (Paper: flow matching.)"""
@@ -76,16 +78,24 @@ def expert_of_sigma(sigma: float, boundaries: Sequence[float], ends_step: bool =
 
 
 def draw_expert_sigmas(
-    count: int, interval: tuple[float, float], generator: torch.Generator | None = None
+    count: int,
+    interval: tuple[float, float],
+    generator: torch.Generator | None = None,
+    sampling: str = "uniform",
 ) -> torch.Tensor:
-    """`count` sigmas of one expert, stratified: the j-th is uniform in the j-th of `count` equal parts.
+    """`count` sigmas of one expert, stratified: the j-th falls into the j-th of `count` parts of equal probability.
 
-    sigma_j = high - (high - low) * (j + u_j) / count with u_j uniform in [0, 1), so high >= sigma > low.
+    uniform: sigma_j = high - (high - low) * (j + u_j) / count with u_j uniform in [0, 1), so high >= sigma > low.
+
+    logit_normal: sigma_j = F^-1(F(high) - (F(high) - F(low)) * (j + u_j) / count), F the distribution of a sigma whose
+    logit is standard normal. (Chosen: the density of Stable Diffusion 3, cut to the interval, so that inside it each
+    expert sees what one network for all timesteps would see there.)
 
     Args:
         count (`int`): how many.
         interval (`tuple[float, float]`): the expert's boundaries, (high, low).
         generator (`torch.Generator`, *optional*): where the randomness comes from.
+        sampling (`str`, defaults to `"uniform"`): or `"logit_normal"`.
 
     Returns:
         `torch.Tensor` of shape (count,), float32, falling, on the generator's device (the CPU without one).
@@ -93,9 +103,14 @@ def draw_expert_sigmas(
     high, low = interval
     device = None if generator is None else generator.device
     uniform = torch.rand(count, generator=generator, device=device)
-    sigma = high - (high - low) * (torch.arange(count, device=device) + uniform) / count
+    part = torch.arange(count, device=device) + uniform
+    if sampling == "logit_normal":
+        top, bottom = torch.special.ndtr(torch.tensor(interval, dtype=torch.float64).logit()).tolist()
+        sigma = torch.special.ndtri(top - (top - bottom) * part.double() / count).sigmoid().float()
+    else:
+        sigma = high - (high - low) * part / count
     # In float32 the last part can round to `low` itself, which belongs to the next expert.
-    return sigma.clamp(min=low + BOUNDARY_TOLERANCE)
+    return sigma.clamp(min=low + BOUNDARY_TOLERANCE, max=high)
 
 
 def _per_example(sigma: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor | float:

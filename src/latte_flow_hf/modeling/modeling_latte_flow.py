@@ -13,7 +13,7 @@ import copy
 import importlib.util
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,32 @@ class LatteFlowContext:
             self.next_position.index_select(0, index),
             self.padded,
         )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "LatteFlowContext":
+        """The same prompts on another device; accelerate's data loaders move a batch by this name."""
+        return LatteFlowContext(
+            tuple(keys.to(device, non_blocking=non_blocking) for keys in self.keys),
+            tuple(values.to(device, non_blocking=non_blocking) for values in self.values),
+            self.attention_mask.to(device, non_blocking=non_blocking),
+            self.next_position.to(device, non_blocking=non_blocking),
+            self.padded,
+        )
+
+    def split(self) -> list["LatteFlowContext"]:
+        """Each prompt alone, its padding on the left taken off; `cat` puts them together again."""
+        alone = []
+        for row, length in enumerate(self.attention_mask.sum(dim=1).tolist()):
+            kept = slice(self.attention_mask.shape[1] - length, None)
+            alone.append(
+                LatteFlowContext(
+                    tuple(keys[row : row + 1, :, kept] for keys in self.keys),
+                    tuple(values[row : row + 1, :, kept] for values in self.values),
+                    self.attention_mask[row : row + 1, kept],
+                    self.next_position[row : row + 1],
+                    padded=False,
+                )
+            )
+        return alone
 
     @classmethod
     def cat(cls, contexts: Sequence["LatteFlowContext"]) -> "LatteFlowContext":
@@ -587,6 +613,9 @@ class LatteFlowPreTrainedModel(PreTrainedModel):
             name: kept for name, kept in plan.items() if name not in LatteFlowPreTrainedModel._keep_in_fp32_modules
         }
 
+    # The loss is a mean of means: the Trainer divides it by the number of accumulated batches, not by a token count.
+    accepts_loss_kwargs = False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -800,7 +829,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         labels: torch.LongTensor | None = None,
         latents: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
-        context: LatteFlowContext | None = None,
+        context: LatteFlowContext | Mapping[str, torch.Tensor] | None = None,
         generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple:
@@ -811,7 +840,8 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             latents (`torch.Tensor`, *optional*): (B, C, height, width), clean latents of the pictures that the
                 prompts describe, scaled as the pipeline scales them.
             noise (`torch.Tensor`, *optional*): like `latents`; drawn if not given.
-            context ([`LatteFlowContext`], *optional*): the prompts, encoded before; then nothing else is needed.
+            context ([`LatteFlowContext`] or a mapping, *optional*): the prompts, encoded before, or the arguments of
+                `encode_context`; then nothing else is needed, and `input_ids` may be of other examples, with `labels`.
             generator (`torch.Generator`, *optional*): source of the noise and the timesteps.
 
         Raises:
@@ -834,9 +864,11 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             "image_grid_thw": image_grid_thw,
             **kwargs,
         }
-        if context is None:
-            context = self.encode_context(**text)
-        flow_loss, expert_losses = self.flow_loss(latents, context, noise, generator)
+        if isinstance(context, LatteFlowContext):
+            encoded = context
+        else:
+            encoded = self.encode_context(**(text if context is None else context))
+        flow_loss, expert_losses = self.flow_loss(latents, encoded, noise, generator)
         output = LatteFlowModelOutput(loss=flow_loss, flow_loss=flow_loss, expert_losses=expert_losses)
         if labels is not None:
             spoken = self.vlm(labels=labels, **text)
@@ -877,7 +909,8 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         for place, expert in enumerate(experts):
             rows = order[place :: len(experts)]
             interval = (boundaries[expert], boundaries[expert + 1])
-            sigma = draw_expert_sigmas(len(rows), interval, generator).to(latents.device)
+            sigma = draw_expert_sigmas(len(rows), interval, generator, self.config.timestep_sampling)
+            sigma = sigma.to(latents.device)
             data, expert_noise = latents[rows], noise[rows]
             predicted = self.predict_velocity(
                 interpolate(data, expert_noise, sigma), 1000.0 * sigma, context.rows(rows), expert=expert

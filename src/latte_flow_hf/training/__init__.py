@@ -2,15 +2,20 @@
 """What the stock Trainer needs to train a LaTtE-Flow model: examples -> batches, which experts learn, callbacks."""
 
 from .adapters import expert_lora_config, train_only_experts
-from .callbacks import EMACallback
-from .collator import ConversationCollator, PaintingCollator, encode_prompts
+from .callbacks import CheckpointCallback, EMACallback, LossCallback, SampleCallback, last_checkpoint
+from .collator import ConversationCollator, PaintingCollator, PictureEncoder, encode_prompts
 
 
 __all__ = [
+    "CheckpointCallback",
     "ConversationCollator",
     "EMACallback",
+    "LossCallback",
     "PaintingCollator",
+    "PictureEncoder",
+    "SampleCallback",
     "encode_prompts",
     "expert_lora_config",
+    "last_checkpoint",
     "train_only_experts",
 ]
