@@ -521,7 +521,7 @@ def test_latents_positions_continue_after_the_prompt(make_model, encode, picture
     contexts = [model.encode_context(**encode("a red circle", image=i)) for i in (None, picture)]
     context = LatteFlowContext.cat(contexts)
     seen = []
-    rotary = model.get_decoder().rotary_emb
+    rotary = model.tower.rotary_emb
     handle = rotary.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append([*args, *kwargs.values()]), with_kwargs=True
     )

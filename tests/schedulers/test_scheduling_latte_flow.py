@@ -237,7 +237,10 @@ def test_config_round_trip(tmp_path, boundaries):
     # None is written as what it stands for: the pipeline compares numbers.
     assert written["expert_boundaries"] == (boundaries or [1.0, 0.75, 0.5, 0.25, 0.0])
     for again in (LatteFlowScheduler.from_pretrained(tmp_path), LatteFlowScheduler.from_config(scheduler.config)):
-        assert type(again) is LatteFlowScheduler and dict(again.config) == dict(scheduler.config)
+        assert type(again) is LatteFlowScheduler
+        # diffusers' own notes on the configuration (what was left at its default) begin with an underscore.
+        found, expected = ({k: v for k, v in each.config.items() if k[0] != "_"} for each in (again, scheduler))
+        assert found == expected
         for each in (again, scheduler):
             each.set_timesteps(9)
         assert_same_steps(again, scheduler)

@@ -10,6 +10,7 @@ from latte_flow_hf.tinyworld.shapes import (
     RELATIONS,
     Scene,
     SceneObject,
+    WiderObject,
     draw_scene,
     place_objects,
     sample_scene,
@@ -90,3 +91,25 @@ def test_drawing_depends_on_the_generator_alone():
 def test_what_is_not_in_the_world_is_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_the_oracle_reads_the_wider_world_as_well():
+    rng = np.random.default_rng(8)
+    everything = [WiderObject(colour, shape) for colour in WiderObject.colours for shape in WiderObject.shapes]
+    right = []
+    for index in range(1000):
+        first, second = rng.choice(len(everything), size=2, replace=False)
+        scene = Scene((everything[first],))
+        if index % 2:
+            scene = Scene((everything[first], everything[second]), list(RELATIONS)[index // 2 % 4])
+        right.append(read_scene(draw_scene(scene, place_objects(scene, rng)), WiderObject) == scene.canonical)
+    assert np.mean(right) >= 0.995
+
+
+def test_the_wider_world_leaves_the_embedded_one_alone():
+    new = Scene((WiderObject("orange", "star"), WiderObject("red", "circle")), "above")
+    assert new.prompt == "an orange star above a red circle"
+    assert len(ALL_OBJECTS) == 24 and not any(item.colour == "orange" or item.shape == "star" for item in ALL_OBJECTS)
+    old = SceneObject("red", "circle")
+    places = [(30.0, 30.0, 12.0)]
+    assert draw_scene(Scene((old,)), places).tobytes() == draw_scene(Scene(new.objects[1:]), places).tobytes()

@@ -5,6 +5,7 @@ Prompts and pictures come from seeds that no training uses, held-out digits and 
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,14 @@ def painting_prompts(seed: int, one: int = 100, two: int = 200, held_out: int = 
     }
 
 
-def evaluate_painting(pipe: Any, prompts: dict, seed: int, batch_size: int = 50, **call: Any) -> dict:
+def evaluate_painting(
+    pipe: Any,
+    prompts: dict,
+    seed: int,
+    batch_size: int = 50,
+    judge: Callable[[Image.Image, str], bool] = shows,
+    **call: Any,
+) -> dict:
     """Paint every prompt once and read the pictures back.
 
     Args:
@@ -41,6 +49,7 @@ def evaluate_painting(pipe: Any, prompts: dict, seed: int, batch_size: int = 50,
         prompts (`dict`): lists of prompts by kind, as of `painting_prompts`.
         seed (`int`): picture i of a kind starts from the noise of seed + i.
         batch_size (`int`): pictures painted at once.
+        judge (*optional*): says whether a picture shows what a prompt asks for; the oracle of the embedded world.
         call: more arguments of the pipeline, such as `guidance_scale` and `num_inference_steps`.
 
     Returns:
@@ -54,7 +63,7 @@ def evaluate_painting(pipe: Any, prompts: dict, seed: int, batch_size: int = 50,
             generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
             images = pipe(batch, generator=generators, **call).images
             judged = zip(range(start, start + len(batch)), batch, images)
-            wrong += [{"index": i, "prompt": prompt} for i, prompt, image in judged if not shows(image, prompt)]
+            wrong += [{"index": i, "prompt": prompt} for i, prompt, image in judged if not judge(image, prompt)]
         results[kind] = {"right": 1 - len(wrong) / len(asked), "count": len(asked), "wrong": wrong}
     return results
 

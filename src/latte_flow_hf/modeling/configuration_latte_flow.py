@@ -90,6 +90,21 @@ class LatteFlowConfig(PreTrainedConfig):
             self.expert_boundaries = uniform_boundaries(self.num_experts)
         self.expert_boundaries = check_boundaries(self.expert_boundaries, self.num_experts)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LatteFlowConfig":
+        """As of `PreTrainedConfig`, which would take defaults in place of another model's: 72 billion parameters.
+
+        Raises:
+            `ValueError`: if `config_dict` is another model's.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"model_type must be {cls.model_type!r}, got {model_type!r}; a backbone becomes a "
+                " LaTtE-Flow model by LatteFlowForConditionalGeneration.from_vlm."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def text_config(self) -> PreTrainedConfig:
         """The backbone's text configuration: generic code of transformers looks for it under this name."""
@@ -97,6 +112,11 @@ class LatteFlowConfig(PreTrainedConfig):
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
+
+    @property
+    def has_mrope(self) -> bool:
+        """Whether the backbone's positions have three axes, as in Qwen2-VL."""
+        return "mrope_section" in (getattr(self.text_config, "rope_parameters", None) or {})
 
     @property
     def layers_per_expert(self) -> int:

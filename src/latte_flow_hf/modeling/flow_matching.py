@@ -61,10 +61,11 @@ def check_boundaries(boundaries: Sequence[float], num_experts: int) -> list[floa
     return found
 
 
-def expert_of_sigma(sigma: float, boundaries: Sequence[float]) -> int:
+def expert_of_sigma(sigma: float, boundaries: Sequence[float], ends_step: bool = False) -> int:
     """The expert k with boundaries[k] >= sigma > boundaries[k + 1]; the last one owns 0 too.
 
-    A solver step that starts on a boundary runs below it, hence belongs to the expert below.
+    A solver step that starts on a boundary runs below it, hence belongs to the expert below; an evaluation where a
+    step ends (`ends_step`, a corrector's) belongs to the expert above.
 
     Raises:
         `ValueError`: if sigma is not in [0, 1].
@@ -72,7 +73,8 @@ def expert_of_sigma(sigma: float, boundaries: Sequence[float]) -> int:
     sigma = float(sigma)
     if not -BOUNDARY_TOLERANCE <= sigma <= 1.0 + BOUNDARY_TOLERANCE:
         raise ValueError(f"sigma must be from 0 to 1 (a timestep from 0 to 1000), got {sigma} ({1000 * sigma}).")
-    return sum(sigma <= boundary + BOUNDARY_TOLERANCE for boundary in boundaries[1:-1])
+    tolerance = -BOUNDARY_TOLERANCE if ends_step else BOUNDARY_TOLERANCE
+    return sum(sigma <= boundary + tolerance for boundary in boundaries[1:-1])
 
 
 def draw_expert_sigmas(

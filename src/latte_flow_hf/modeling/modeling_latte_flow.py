@@ -10,6 +10,9 @@ The file reads in the order data flows: embed, modulation, attention, layer, exp
 """
 
 import copy
+import importlib.util
+import inspect
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +23,19 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForImageTextToText, DynamicCache
+from transformers import AutoModelForImageTextToText, DynamicCache, GenerationConfig
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 # `PreTrainedModel` must be visible here: diffusers looks in a component's defining module for the base class it knows.
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.peft_utils import find_adapter_config_file
 
+from .adapters import check_adapter
 from .configuration_latte_flow import LatteFlowConfig
 from .flow_matching import draw_expert_sigmas, expert_of_sigma, interpolate, velocity_loss, velocity_target
 
@@ -119,7 +126,7 @@ class LatteFlowModelOutput(ModelOutput):
     Args:
         loss (`torch.Tensor`): scalar, the sum of what was asked for.
         flow_loss (`torch.Tensor`): scalar, the velocity's mean squared error summed over the experts (paper).
-        expert_losses (`torch.Tensor`): (K,), each expert's own share of it, without gradients.
+        expert_losses (`torch.Tensor`): (K,), each expert's own share of it, without gradients; 0 if it does not learn.
         lm_loss (`torch.Tensor`, *optional*): scalar, the backbone's own loss on `labels`.
         logits (`torch.Tensor`, *optional*): (B, T, vocabulary), with `labels` only.
     """
@@ -206,6 +213,76 @@ def eager_attention_forward(
     return torch.matmul(weights, repeat_heads(value, query.shape[1])).transpose(1, 2), weights
 
 
+def xformers_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The same through xFormers' `memory_efficient_attention`, which gives no map."""
+    from xformers.ops import memory_efficient_attention
+
+    query, key, value = (
+        states.transpose(1, 2)
+        for states in (query, repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1]))
+    )
+    if attention_mask is not None:
+        # Rows must begin at multiples of 16 bytes: a wider tensor, cut.
+        num_keys = key.shape[1]
+        wide = attention_mask.expand(-1, query.shape[2], -1, -1)
+        attention_mask = nn.functional.pad(wide, (0, -num_keys % 8)).contiguous()[..., :num_keys]
+    output = memory_efficient_attention(
+        query,
+        key,
+        value,
+        attn_bias=attention_mask,
+        p=dropout if module.training else 0.0,
+        scale=scaling,
+        op=getattr(module, "xformers_op", None),
+    )
+    return output, None
+
+
+# The backbone, too, runs with `set_attn_implementation("xformers")`: its masks are then eager's, numbers to be added.
+ALL_ATTENTION_FUNCTIONS.register("xformers", xformers_attention_forward)
+ALL_MASK_ATTENTION_FUNCTIONS.register("xformers", eager_mask)
+
+
+def check_attention(implementation: str, residual_attention: str | None) -> None:
+    """Refuse an attention implementation that the tower cannot be right with.
+
+    Args:
+        implementation (`str`): transformers' name of it, as `set_attn_implementation` takes it.
+        residual_attention (`str` or `None`): the model's.
+
+    Raises:
+        `ValueError`: if its kernel cannot add the residual, or has nothing to run on.
+        `ImportError`: if it is xFormers, and that is not installed.
+    """
+    backbone = (
+        f'attn_implementation={{"": "sdpa", "vlm_config": {implementation!r}}} would run it in the backbone alone.'
+    )
+    if residual_attention == "probabilities" and implementation not in ("eager", "sdpa"):
+        raise ValueError(
+            f"attn_implementation {implementation!r} never shows the attention map, to which "
+            f"residual_attention='probabilities' adds; {backbone}"
+        )
+    if residual_attention == "scores" and "flash" in implementation:
+        raise ValueError(
+            f"attn_implementation {implementation!r} takes no numbers to add to the scores, which "
+            f"residual_attention='scores' needs; 'sdpa' or 'flex_attention' would do, and {backbone}"
+        )
+    if implementation == "xformers":
+        if not torch.cuda.is_available():
+            raise ValueError("attn_implementation 'xformers' needs a GPU, and torch finds none; 'sdpa' would do.")
+        if importlib.util.find_spec("xformers") is None:
+            raise ImportError("xformers is not installed: pip install 'latte_flow_hf[xformers]'")
+
+
 class LatteFlowAttention(nn.Module):
     """Latents attend to the prompt's cached keys and values and, in both directions, to each other.
 
@@ -276,9 +353,17 @@ class LatteFlowAttention(nn.Module):
         if keep and self.config.residual_attention == "scores":
             kept = torch.matmul(query, repeat_heads(key, self.num_heads).transpose(2, 3)) * self.scaling
             kept = kept if residual is None else kept + residual
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        implementation = self.config._attn_implementation
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         bias = self._bias(context_bias, residual, query, context_keys.shape[2])
-        output, _ = attention(self, query, all_keys, all_values, bias, scaling=self.scaling, dropout=0.0)
+        form: dict[str, Any] = {"attention_mask": bias}
+        if bias is not None and implementation == "flex_attention":
+            # Its mask is read for the first head alone; the bias has one for every head.
+            form = {"attention_mask": None, "position_bias": bias.expand(batch, self.num_heads, -1, -1)}
+        elif bias is not None and "flash" in implementation:
+            # There is no residual (`check_attention`): all queries and heads see the same keys, (B, T + N).
+            form = {"attention_mask": bias[:, 0, 0] == 0}
+        output, _ = attention(self, query, all_keys, all_values, scaling=self.scaling, dropout=0.0, **form)
         return self.o_proj(output.reshape(batch, length, -1)), kept
 
     def _bias(
@@ -327,6 +412,14 @@ class LatteFlowLayer(GradientCheckpointingLayer):
         is_first (`bool`): whether it opens its group: then there is no attention map to reuse.
     """
 
+    # Which modules start from the backbone's layer, and from which of its modules. All others are new.
+    copied_modules = {
+        **{name: name for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")},
+        "mlp": "mlp",
+        "attention_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+    }
+
     def __init__(self, config: LatteFlowConfig, like: nn.Module, is_first: bool):
         super().__init__()
         self.attention_norm = _rms_norm_like(like.input_layernorm)
@@ -339,20 +432,24 @@ class LatteFlowLayer(GradientCheckpointingLayer):
 
     def copy_from(self, layer: nn.Module) -> None:
         """Take over the weights of the backbone's decoder layer."""
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            getattr(self.self_attn, name).load_state_dict(getattr(layer.self_attn, name).state_dict())
-        self.mlp.load_state_dict(layer.mlp.state_dict())
-        self.attention_norm.load_state_dict(layer.input_layernorm.state_dict())
-        self.mlp_norm.load_state_dict(layer.post_attention_layernorm.state_dict())
+        for name, source in self.copied_modules.items():
+            self.get_submodule(name).load_state_dict(layer.get_submodule(source).state_dict())
 
     def forward(
-        self, hidden_states: torch.Tensor, timestep_embedding: torch.Tensor, **attention: Any
+        self,
+        hidden_states: torch.Tensor,
+        timestep_embedding: torch.Tensor,
+        previous: torch.Tensor | None = None,
+        **attention: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, N, D) -> (B, N, D), and what the next layer reuses; `attention` as in [`LatteFlowAttention`]."""
+        """(B, N, D) -> (B, N, D), and what the next layer reuses; `attention` as in [`LatteFlowAttention`].
+
+        What carries gradients goes by position: gradient checkpointing with `use_reentrant=True` sees nothing else.
+        """
         modulation = self.modulation(timestep_embedding).unsqueeze(1)
         attention_scale, mlp_scale_in, mlp_shift_in, mlp_scale = modulation.chunk(4, dim=-1)
         attended, kept = self.self_attn(
-            self.attention_norm(hidden_states), timestep_embedding=timestep_embedding, **attention
+            self.attention_norm(hidden_states), timestep_embedding=timestep_embedding, previous=previous, **attention
         )
         hidden_states = hidden_states + attention_scale * self.attention_post_norm(attended)
         fed = self.mlp((1.0 + mlp_scale_in) * self.mlp_norm(hidden_states) + mlp_shift_in)
@@ -388,6 +485,8 @@ class LatteFlowTower(nn.Module):
         self.config = config
         self.latent_embedding = LatteFlowLatentEmbedding(config)
         self.timestep_embedding = LatteFlowTimestepEmbedding(config)
+        # The backbone's, but its own: when the backbone is off-loaded the tower needs nothing of it.
+        self.rotary_emb = copy.deepcopy(decoder.rotary_emb)
         self.layers = nn.ModuleList(
             LatteFlowLayer(config, layer, is_first=index % config.layers_per_expert == 0)
             for index, layer in enumerate(decoder.layers)
@@ -405,10 +504,10 @@ class LatteFlowTower(nn.Module):
         timestep: torch.Tensor,
         expert: int,
         context: LatteFlowContext,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         """Velocity of `latents` (B, C, height, width) by the layers of one expert alone; `timestep` is (B,)."""
         timestep_embedding = self.timestep_embedding(timestep)
+        position_embeddings = self._latent_position_embeddings(latents, context.next_position)
         hidden_states = self.latent_embedding(latents)
         context_bias = None
         if context.padded:
@@ -419,15 +518,37 @@ class LatteFlowTower(nn.Module):
         for index in layers:
             hidden_states, kept = self.layers[index](
                 hidden_states,
-                timestep_embedding=timestep_embedding,
+                timestep_embedding,
+                kept,
                 context_keys=context.keys[index],
                 context_values=context.values[index],
                 context_bias=context_bias,
                 position_embeddings=position_embeddings,
-                previous=kept,
                 keep=index + 1 in layers,
             )
         return self.head(hidden_states, timestep_embedding, *latents.shape[2:])
+
+    def _latent_position_embeddings(
+        self, latents: torch.Tensor, next_position: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The backbone's rotary embedding of the latents, right after the prompt: cos and sin, (B, N, d) each.
+
+        The frequencies go to rows and columns in turn. Chosen: Qwen2-VL's own M-RoPE gives columns its lowest ones
+        alone, by which neighbours cannot be told apart (Qwen3-VL interleaves for the same reason). Keys of text carry
+        one position on every axis, so that they meet this order and the backbone's alike.
+        """
+        patch_size = self.config.latent_patch_size
+        height, width = latents.shape[2] // patch_size, latents.shape[3] // patch_size
+        tokens = torch.arange(height * width, device=latents.device)
+
+        def along(offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            position = next_position[:, None] + offset
+            return self.rotary_emb(latents, position.expand(3, -1, -1) if self.config.has_mrope else position)
+
+        rows, columns = along(tokens // width), along(tokens % width)
+        of_rows = torch.arange(rows[0].shape[-1] // 2, device=latents.device) % 2 == 0
+        cos, sin = (torch.where(torch.cat([of_rows, of_rows]), row, column) for row, column in zip(rows, columns))
+        return cos, sin
 
 
 def check_files(folder: Path, *names: str) -> None:
@@ -446,6 +567,16 @@ def check_files(folder: Path, *names: str) -> None:
     for name in names:
         if not any(any(folder.glob(alternative)) for alternative in name.split("|")):
             raise OSError(f"checkpoint folder {folder} holds no {name.replace('|', ' or ')}; save or fetch it again.")
+    for index in sorted(folder.glob("*.safetensors.index*.json")):
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError) as error:
+            raise OSError(f"{index} is cut off or damaged ({error!r}); save or fetch it again.") from error
+        for shard in sorted(shards):
+            if not (folder / shard).is_file():
+                raise OSError(
+                    f"checkpoint folder {folder} holds no {shard}, which {index.name} names; fetch it again."
+                )
     for weights in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(weights, framework="pt"):
@@ -464,7 +595,24 @@ class LatteFlowPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LatteFlowLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
+    # diffusers' group off-loading: the tower goes layer by layer, the backbone as a whole.
+    _group_offload_block_modules = ["vlm", "tower"]
+    # What no quantizer may touch (patterns of names): small, and every layer's size hangs on it.
+    _keep_in_fp32_modules = [
+        r"tower\.(timestep_embedding|latent_embedding|head)",
+        r"tower\.layers\.\d+\.(modulation|self_attn\.residual_gate)",
+    ]
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
+        """As of `PreTrainedModel`, but what is not quantized has the dtype of all the rest, also in float16."""
+        plan = super()._get_dtype_plan(dtype)
+        return {
+            name: kept for name, kept in plan.items() if name not in LatteFlowPreTrainedModel._keep_in_fp32_modules
+        }
+
     # The loss is a mean of means: the Trainer divides it by the number of accumulated batches, not by a token count.
     accepts_loss_kwargs = False
 
@@ -502,19 +650,39 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
 
         Raises:
             `OSError`: if a local folder lacks its configuration, or its weights are cut off.
+            `ValueError`: if the weights are not exactly the model's: what is missing would be random.
         """
         folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
         if pretrained_model_name_or_path is not None and folder.is_dir():
-            check_files(folder, "config.json")
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+            check_files(folder, "config.json|adapter_config.json")
+        with_info = kwargs.pop("output_loading_info", False)
+        any_shape = kwargs.pop("ignore_mismatched_sizes", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        for what, keys in (
+            ("lack", info["missing_keys"]),
+            ("hold, but the model does not,", info["unexpected_keys"]),
+            ("hold in another shape (theirs, the model's)", () if any_shape else info["mismatched_keys"]),
+        ):
+            if keys:
+                raise ValueError(
+                    f"weights of {pretrained_model_name_or_path} {what} {sorted(keys)[:3]} ({len(keys)} in all): "
+                    "they are of another architecture than its config.json tells."
+                )
+        if model.generation_config.eos_token_id is None:
+            # Of a pipeline on the hub diffusers fetches no generation_config.json; no answer would end.
+            model.generation_config = GenerationConfig.from_model_config(model.config)
         model.vlm.requires_grad_(False)
-        return loaded
+        return (model, info) if with_info else model
 
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
         """As of `PreTrainedModel`, but under the module's own names: the stock Trainer resumes by `load_state_dict`,
         which would pass over a backbone that is stored under its original ones."""
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+    # diffusers reads it to know what to pass: without it neither `variant` nor `max_shard_size`.
+    save_pretrained.__signature__ = inspect.signature(PreTrainedModel.save_pretrained)  # type: ignore[attr-defined]
 
     @classmethod
     def from_vlm(cls, vlm: PreTrainedModel, **config: Any) -> "LatteFlowForConditionalGeneration":
@@ -532,11 +700,86 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         model.config.vlm_config = vlm.config
         model.vlm = vlm.requires_grad_(False).eval()
         model.tower.to(device=vlm.device, dtype=vlm.dtype)
+        model.tower.rotary_emb = copy.deepcopy(vlm.get_decoder().rotary_emb)
         for layer, source in zip(model.tower.layers, vlm.get_decoder().layers):
             layer.copy_from(source)
         if vlm.generation_config is not None:
             model.generation_config = copy.deepcopy(vlm.generation_config)
         return model
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        """As of `PreTrainedModel`, which asks here whenever one is chosen; `check_attention` says what is refused."""
+        if attn_implementation is not None:
+            check_attention(attn_implementation, self.config.residual_attention)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
+        """What `pipe.enable_xformers_memory_efficient_attention()` and its counterpart call: xFormers in the tower."""
+        if valid:
+            self.set_attn_implementation({"": "xformers"})
+        elif self.config._attn_implementation == "xformers":
+            self.set_attn_implementation({"": "sdpa"})
+        for layer in self.tower.layers:
+            layer.self_attn.xformers_op = attention_op
+
+    def load_adapter(
+        self,
+        peft_model_id: str | None = None,
+        adapter_name: str | None = None,
+        peft_config: Any = None,
+        load_config: Any = None,
+        adapter_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As of `PreTrainedModel`, for adapters of this model alone.
+
+        Raises:
+            `ValueError`: if the adapter was made for another number of experts, of layers or another width.
+        """
+        name = peft_model_id or adapter_name or "default"
+        if peft_config is not None:
+            check_adapter(self.config, getattr(peft_config, "target_modules", None), name)
+        elif peft_model_id is not None:
+            download = {**(load_config.download_kwargs if load_config else {}), **(adapter_kwargs or {})}
+            file = find_adapter_config_file(peft_model_id, **download)
+            if file is not None:
+                check_adapter(self.config, json.loads(Path(file).read_text()).get("target_modules"), name)
+        before = set(getattr(self, "peft_config", ()))
+        try:
+            return super().load_adapter(
+                peft_model_id,
+                adapter_name,
+                peft_config,
+                load_config=load_config,
+                adapter_kwargs=adapter_kwargs,
+                **kwargs,
+            )
+        except Exception:
+            # Its layers are in place by now, and its weights are not.
+            for added in set(getattr(self, "peft_config", ())) - before:
+                self.delete_adapter(added)
+            raise
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # The way of peft's own loading, `PeftModel.from_pretrained` among it.
+        for name, adapter in (getattr(self, "peft_config", None) or {}).items():
+            check_adapter(self.config, getattr(adapter, "target_modules", None), name)
+        super()._load_from_state_dict(*args)
+
+    @property
+    def training_experts(self) -> list[int]:
+        """The experts that a training step goes to: those with a trainable weight of their own, adapters included.
+
+        All of them if what they share is trainable too (it answers for every interval), or if nothing is.
+        """
+
+        def learns(module: nn.Module) -> bool:
+            return any(parameter.requires_grad for parameter in module.parameters())
+
+        experts = range(self.config.num_experts)
+        own = [k for k in experts if any(learns(self.tower.layers[i]) for i in self.expert_layers(k))]
+        shared = any(learns(module) for name, module in self.tower.named_children() if name != "layers")
+        return own if own and not shared else list(experts)
 
     def train(self, mode: bool = True) -> "LatteFlowForConditionalGeneration":
         """Training mode for the tower alone: a frozen backbone stays as it is (and in training keeps no cache)."""
@@ -576,6 +819,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             kwargs = generation_config.update(**kwargs)
         return self.vlm.generate(inputs, generation_config=generation_config, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -601,7 +845,8 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             generator (`torch.Generator`, *optional*): source of the noise and the timesteps.
 
         Raises:
-            `ValueError`: if `latents` does not fit the model or the number of prompts.
+            `ValueError`: if `latents` does not fit the model or the number of prompts, `noise` is not like `latents`,
+                or there is neither `input_ids` nor `context` to paint from.
         """
         if latents is None:
             return self.vlm(
@@ -612,7 +857,6 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
                 labels=labels,
                 **kwargs,
             )
-        return_dict = kwargs.pop("return_dict", True)
         text = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -630,7 +874,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             spoken = self.vlm(labels=labels, **text)
             output.lm_loss, output.logits = spoken.loss, spoken.logits
             output.loss = flow_loss + spoken.loss
-        return output if return_dict else output.to_tuple()
+        return output
 
     def flow_loss(
         self,
@@ -642,10 +886,11 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         """The velocity's mean squared error, summed over the experts, each on timesteps of its interval (paper).
 
         The batch is split over the experts (chosen: a step then costs what one expert costs): example i goes to expert
-        i mod K. A batch smaller than K is gone through again from its start, so that no expert is left out.
+        i mod K. A batch smaller than K is gone through again from its start, so that no expert is left out. Experts
+        that do not learn ([`~LatteFlowForConditionalGeneration.training_experts`]) get no example.
 
         Returns:
-            The sum (scalar), and the summands (K,) without gradients.
+            The sum (scalar), and the summands (K,) without gradients, 0 where no example went.
         """
         self._check_latents(latents, context)
         if noise is None:
@@ -655,12 +900,14 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
                 device=latents.device if generator is None else generator.device,
                 dtype=latents.dtype,
             ).to(latents.device)
-        num_experts = self.config.num_experts
+        elif noise.shape != latents.shape:
+            raise ValueError(f"noise must be of shape {tuple(latents.shape)}, as latents, got {tuple(noise.shape)}.")
+        experts = self.training_experts
         boundaries = self.config.expert_boundaries
-        order = torch.arange(max(len(latents), num_experts), device=latents.device) % len(latents)
+        order = torch.arange(max(len(latents), len(experts)), device=latents.device) % len(latents)
         losses = []
-        for expert in range(num_experts):
-            rows = order[expert::num_experts]
+        for place, expert in enumerate(experts):
+            rows = order[place :: len(experts)]
             interval = (boundaries[expert], boundaries[expert + 1])
             sigma = draw_expert_sigmas(len(rows), interval, generator, self.config.timestep_sampling)
             sigma = sigma.to(latents.device)
@@ -670,7 +917,9 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             )
             losses.append(velocity_loss(predicted, velocity_target(data, expert_noise)))
         stacked = torch.stack(losses)
-        return stacked.sum(), stacked.detach()
+        expert_losses = stacked.new_zeros(self.config.num_experts)
+        expert_losses[experts] = stacked.detach()
+        return stacked.sum(), expert_losses
 
     @apply_forward_hook
     @torch.no_grad()
@@ -690,9 +939,27 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
 
         Returns:
             [`LatteFlowContext`]: B prompts.
+
+        Raises:
+            `ValueError`: if there are no `input_ids`, the mask is not of their shape, pictures come without
+                `mm_token_type_ids`, or something else is given in place of tokens.
         """
+        if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
+            found = None if input_ids is None else tuple(input_ids.shape)
+            raise ValueError(f"input_ids must be the prompts' tokens, (batch, length), got {found}.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        elif attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must be of shape {tuple(input_ids.shape)}, as input_ids, got "
+                f"{tuple(attention_mask.shape)}."
+            )
+        if vision.get("image_grid_thw") is not None and mm_token_type_ids is None:
+            raise ValueError("mm_token_type_ids must be given with pictures, as the processor gives them; got None.")
+        vision.pop("use_cache", None)  # a context is a cache, also where a training loop wants none of the backbone's
+        for name in ("inputs_embeds", "position_ids", "past_key_values"):
+            if vision.pop(name, None) is not None:
+                raise ValueError(f"{name} must be left out: a context is made from the prompts' tokens alone.")
         if vision.get("image_grid_thw") is not None:
             position_ids, _ = self.get_rope_index(
                 input_ids,
@@ -702,18 +969,19 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             )
         else:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-            if self._has_mrope:
+            if self.config.has_mrope:
                 position_ids = position_ids.expand(3, -1, -1)
         # A cache without a config keeps every key, also of layers with a sliding window.
         cache = DynamicCache()
-        # The base model: the language head has nothing to say about a context.
-        self.vlm.base_model(
+        # Off-load hooks listen to `forward`, hence the whole backbone; its language head sees one token.
+        self.vlm(
             input_ids=input_ids,
             attention_mask=attention_mask,
             mm_token_type_ids=mm_token_type_ids,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
+            logits_to_keep=1,
             **vision,
         )
         last = position_ids.amax(dim=0) if position_ids.ndim == 3 else position_ids
@@ -737,7 +1005,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         """The velocity (noise - data) at `latents`, by the expert that owns `timestep` alone.
 
         Args:
-            latents (`torch.Tensor`): (B, C, height, width), noisy.
+            latents (`torch.Tensor`): (B, C, height, width), noisy; taken in the tower's dtype, that of the velocity.
             timestep (`float` or `torch.Tensor`): 0 to 1000, one for all or (B,); all of one expert.
             context ([`LatteFlowContext`]): the B prompts.
             expert (`int`, *optional*): which one, for callers that know it; read off `timestep` if not given, which
@@ -748,6 +1016,8 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
                 or a shape does not fit.
         """
         self._check_latents(latents, context)
+        # That of a norm: no quantization touches it.
+        latents = latents.to(self.tower.head.norm.weight.dtype)
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).reshape(-1)
         if len(timestep) not in (1, len(latents)):
             raise ValueError(f"timestep must be one, or one for each of {len(latents)} latents, got {len(timestep)}.")
@@ -758,8 +1028,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             (expert,) = owners
         elif not 0 <= expert < self.config.num_experts:
             raise ValueError(f"expert must be from 0 to {self.config.num_experts - 1}, got {expert}.")
-        position_embeddings = self._latent_position_embeddings(latents, context.next_position)
-        return self.tower(latents, timestep.expand(len(latents)), expert, context, position_embeddings)
+        return self.tower(latents, timestep.expand(len(latents)), expert, context)
 
     def expert_of(self, timestep: float) -> int:
         """The expert that owns `timestep`; expert 0 owns the noisiest.
@@ -780,7 +1049,13 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         return self.tower.expert_layers(expert)
 
     def chat(
-        self, processor: Any, messages: str | list[dict], images: Any = None, streamer: Any = None, **generate: Any
+        self,
+        processor: Any,
+        messages: str | list[dict],
+        images: Any = None,
+        streamer: Any = None,
+        device: torch.device | None = None,
+        **generate: Any,
     ) -> str:
         """Answer a question or go on with a conversation.
 
@@ -790,6 +1065,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             images (*optional*): one picture or a list of them (PIL image, array, path or URL) that go before the
                 question; only with a string.
             streamer (*optional*): a transformers streamer that gets the tokens as they come.
+            device (`torch.device`, *optional*): where the model runs, if its weights wait elsewhere (off-loaded).
             generate: arguments of `generate`; `max_new_tokens` is 256 unless given.
 
         Returns:
@@ -798,41 +1074,15 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         Raises:
             `ValueError`: if `messages` is empty, or an image is none.
         """
-        inputs = processor.encode_conversations([processor.conversation(messages, images)]).to(self.device)
+        inputs = processor.encode_conversations([processor.conversation(messages, images)])
+        inputs = inputs.to(self.device if device is None else device)
         tokens = self.generate(**inputs, streamer=streamer, **{"max_new_tokens": 256, **generate})
         answer = tokens[0, inputs["input_ids"].shape[1] :]
         return processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
-    @property
-    def _has_mrope(self) -> bool:
-        return "mrope_section" in (getattr(self.config.text_config, "rope_parameters", None) or {})
-
-    def _latent_position_embeddings(
-        self, latents: torch.Tensor, next_position: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The backbone's rotary embedding of the latents, right after the prompt: cos and sin, (B, N, d) each.
-
-        The frequencies go to rows and columns in turn. Chosen: Qwen2-VL's own M-RoPE gives columns its lowest ones
-        alone, by which neighbours cannot be told apart (Qwen3-VL interleaves for the same reason). Keys of text carry
-        one position on every axis, so that they meet this order and the backbone's alike.
-        """
-        rotary = self.get_decoder().rotary_emb
-        patch_size = self.config.latent_patch_size
-        height, width = latents.shape[2] // patch_size, latents.shape[3] // patch_size
-        tokens = torch.arange(height * width, device=latents.device)
-
-        def along(offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            position = next_position[:, None] + offset
-            return rotary(latents, position.expand(3, -1, -1) if self._has_mrope else position)
-
-        rows, columns = along(tokens // width), along(tokens % width)
-        of_rows = torch.arange(rows[0].shape[-1] // 2, device=latents.device) % 2 == 0
-        cos, sin = (torch.where(torch.cat([of_rows, of_rows]), row, column) for row, column in zip(rows, columns))
-        return cos, sin
-
     def _check_latents(self, latents: torch.Tensor, context: LatteFlowContext) -> None:
         channels, patch_size = self.config.latent_channels, self.config.latent_patch_size
-        if latents.ndim != 4 or latents.shape[1] != channels:
+        if latents.ndim != 4 or latents.shape[1] != channels or not latents.numel():
             raise ValueError(f"latents must be (batch, {channels}, height, width), got {tuple(latents.shape)}.")
         if latents.shape[2] % patch_size or latents.shape[3] % patch_size:
             raise ValueError(f"latents' sides must be multiples of {patch_size}, got {tuple(latents.shape[2:])}.")

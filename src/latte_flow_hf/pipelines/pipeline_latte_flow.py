@@ -5,42 +5,53 @@ What is unusual here: the text encoder is the model itself (its frozen backbone)
 paints, and a prompt's encoding is the backbone's key-value cache.
 """
 
+import contextlib
+import inspect
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
-from ..modeling.modeling_latte_flow import LatteFlowContext, LatteFlowForConditionalGeneration, check_files
-from ..modeling.processing_latte_flow import LatteFlowProcessor
+from ..modeling.modeling_latte_flow import LatteFlowContext, check_files
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
+from .lora import LatteFlowLoraMixin
 from .pipeline_output import LatteFlowPipelineOutput
 
 
+logger = logging.get_logger(__name__)
+
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-# What a component's folder must hold. (The model checks its own weights; they may be in shards.)
+# What a component's folder must hold; weights may be in shards, or of a variant.
 _COMPONENT_FILES = {
-    "model": ("config.json",),
+    "model": ("config.json", "model.safetensors|model.*.safetensors|model.safetensors.index*.json"),
     "processor": ("processor_config.json|preprocessor_config.json", "tokenizer.json|vocab.json"),
     "scheduler": ("scheduler_config.json",),
     "vae": ("config.json", "diffusion_pytorch_model.safetensors|diffusion_pytorch_model*"),
 }
 
 
-class LatteFlowPipeline(DiffusionPipeline):
+class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
     """Paints from a prompt or a conversation, and chats, with one LaTtE-Flow model.
 
     Args:
         model ([`LatteFlowForConditionalGeneration`]): the frozen backbone and the generation tower.
-        processor ([`LatteFlowProcessor`]): the backbone's tokenizer, image processor and chat template.
-        vae (`AutoencoderDC`): the autoencoder; any with the same calls will do.
+        processor ([`LatteFlowProcessor`] or `None`):
+            The backbone's tokenizer, image processor and chat template; without it the call takes `context` only.
+        vae (`AutoencoderDC` or `None`):
+            The autoencoder; any with the same calls will do. Without it the call gives latents only.
         scheduler ([`LatteFlowScheduler`]): sigmas, and which expert runs at which step.
 
     Raises:
@@ -49,20 +60,30 @@ class LatteFlowPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "model->vae"
     _callback_tensor_inputs = ["latents"]
+    _optional_components = ["processor", "vae"]
+    _unconditional: tuple[tuple, LatteFlowContext] | None
 
+    # diffusers compares components with these annotations. A checkpoint that carries its own code has each of its
+    # classes twice, once in the pipeline's file and once in the component's, hence the base classes.
     def __init__(
         self,
-        model: LatteFlowForConditionalGeneration,
-        processor: LatteFlowProcessor,
-        vae: torch.nn.Module,
+        model: PreTrainedModel,
+        processor: ProcessorMixin | None,
+        vae: torch.nn.Module | None,
         scheduler: LatteFlowScheduler,
     ):
         super().__init__()
         self.register_modules(model=model, processor=processor, vae=vae, scheduler=scheduler)
         self._check_components()
-        self.vae_scale_factor = _spatial_compression(vae) if vae is not None else 32
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._unconditional: tuple[tuple, LatteFlowContext] | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A component may be exchanged at any time: what was worked out from the one before goes with it."""
+        super().__setattr__(name, value)
+        if name in ("model", "processor"):
+            self._unconditional = None
+        elif name == "vae":
+            self.vae_scale_factor = 32 if value is None else spatial_compression(value)
+            self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "LatteFlowPipeline":
@@ -73,11 +94,38 @@ class LatteFlowPipeline(DiffusionPipeline):
         """
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir():
-            check_files(folder, "model_index.json")
-            for component, names in _COMPONENT_FILES.items():
-                if component not in kwargs:
-                    check_files(folder / component, *names)
+            check_pipeline_files(folder, given=kwargs)
         return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "LatteFlowPipeline":
+        """As of `DiffusionPipeline`, with any autoencoder: it hands on only those whose very class is annotated."""
+        return super().from_pipe(pipeline, **{"vae": getattr(pipeline, "vae", None), **kwargs})
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """As of `DiffusionPipeline`, which leaves the model's generation_config.json on the hub."""
+        folder = Path(super().download(pretrained_model_name, **kwargs))
+        with contextlib.suppress(OSError):  # a model need not have one
+            GenerationConfig.from_pretrained(
+                pretrained_model_name,
+                subfolder="model",
+                revision=folder.name,  # the commit
+                **{name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if kwargs.get(name)},
+            )
+        return str(folder)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict:
+        """As of `ConfigMixin`; where this package is installed, code that a checkpoint carries does not run: the
+        package's own classes take its place."""
+        config = super()._dict_from_json_file(json_file)
+        if "latte_flow_hf" in LOADABLE_CLASSES and isinstance(config.get("_class_name"), list):
+            config["_class_name"] = config["_class_name"][1]
+            for name, entry in config.items():
+                if name in _COMPONENT_FILES and str(entry[1]).startswith("LatteFlow"):
+                    config[name] = ["latte_flow_hf", entry[1]]
+        return config
 
     def _check_components(self) -> None:
         """What does not fit together must not paint."""
@@ -96,6 +144,12 @@ class LatteFlowPipeline(DiffusionPipeline):
                 "LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries) would do."
             )
 
+    def _check_has(self, *names: str) -> None:
+        """A component that is left out must be missed by its name."""
+        for name in names:
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} is None, and this needs one: pipe.register_modules({name}=...) would do.")
+
     @property
     def default_size(self) -> int:
         """Side of a picture in pixels when none is asked for: 8x8 latent tokens, as in the paper."""
@@ -108,7 +162,7 @@ class LatteFlowPipeline(DiffusionPipeline):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the running call computes the unconditional branch."""
+        """Whether the running call computes the unconditional branch; `_guidance_scale = 1` in a callback ends it."""
         return self._guidance_scale > 1
 
     @property
@@ -135,20 +189,31 @@ class LatteFlowPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
+        context: LatteFlowContext | None = None,
+        negative_context: LatteFlowContext | None = None,
     ) -> None:
         """Refuse what cannot be right, before any heavy work.
 
         Raises:
             `ValueError`: with the name and the value of the first such argument.
         """
-        if (prompt is None) == (messages is None):
-            raise ValueError("give either `prompt` or `messages`.")
+        if sum(given is not None for given in (prompt, messages, context)) != 1:
+            raise ValueError("give either `prompt` or `messages`, or `context` in place of both.")
         for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             given = [value] if isinstance(value, str) else value
             if given is not None and not (
                 isinstance(given, (list, tuple)) and given and all(isinstance(item, str) for item in given)
             ):
                 raise ValueError(f"{name} must be a string or a non-empty list of strings, got {value!r}.")
+        if negative_prompt is not None and negative_context is not None:
+            raise ValueError("give either `negative_prompt` or `negative_context`.")
+        for name, encoded in (("context", context), ("negative_context", negative_context)):
+            if encoded is not None and (not isinstance(encoded, LatteFlowContext) or not len(encoded)):
+                raise ValueError(
+                    f"{name} must be a LatteFlowContext of one prompt or more, got {type(encoded).__name__}."
+                )
+        if context is not None and image is not None:
+            raise ValueError("`image` goes with `prompt`; a context already holds its pictures.")
         if messages is not None and image is not None:
             raise ValueError("`image` goes with `prompt`; in a conversation, put it into the messages' content.")
         if messages is not None and (not isinstance(messages, (list, tuple)) or not messages):
@@ -164,25 +229,32 @@ class LatteFlowPipeline(DiffusionPipeline):
             raise ValueError(f"num_images_per_prompt must be a positive integer, got {num_images_per_prompt!r}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {list(OUTPUT_TYPES)}, got {output_type!r}.")
+        if output_type != "latent" and self.vae is None:
+            raise ValueError(f"output_type must be 'latent' as long as vae is None, got {output_type!r}.")
+        if self.processor is None and (context is None or (guidance_scale > 1 and negative_context is None)):
+            raise ValueError(
+                "processor is None: give `context` in place of words and, with a guidance_scale above 1, "
+                "`negative_context`."
+            )
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got "
                 f"{sorted(unknown)}."
             )
-        prompts = _num_prompts(prompt, messages)
-        generators = (
-            generator if isinstance(generator, (list, tuple)) else [generator] * prompts * num_images_per_prompt
-        )
-        if len(generators) != prompts * num_images_per_prompt or not all(
-            item is None or isinstance(item, torch.Generator) for item in generators
-        ):
-            raise ValueError(
-                f"generator must be one, or one for each of {prompts * num_images_per_prompt} pictures, got "
-                f"{len(generator) if isinstance(generator, (list, tuple)) else repr(generator)}."
-            )
+        prompts = _num_prompts(prompt, messages, context)
+        pictures = prompts * num_images_per_prompt
+        generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * pictures
+        no_generator = [item for item in generators if not isinstance(item, torch.Generator)]
+        if len(generators) != pictures or (no_generator and generator is not None):
+            found = repr(no_generator[0]) if no_generator else len(generators)
+            raise ValueError(f"generator must be one, or one for each of {pictures} pictures, got {found}.")
         if isinstance(negative_prompt, (list, tuple)) and len(negative_prompt) not in (1, prompts):
             raise ValueError(f"negative_prompt must be one, or one for each of {prompts}, got {len(negative_prompt)}.")
+        if negative_context is not None and len(negative_context) not in (1, prompts):
+            raise ValueError(
+                f"negative_context must be one, or one for each of {prompts}, got {len(negative_context)}."
+            )
 
     def encode_prompt(
         self,
@@ -192,11 +264,13 @@ class LatteFlowPipeline(DiffusionPipeline):
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         do_classifier_free_guidance: bool = True,
+        context: LatteFlowContext | None = None,
+        negative_context: LatteFlowContext | None = None,
     ) -> tuple[LatteFlowContext, LatteFlowContext | None]:
         """Prefill each prompt once; the unconditional one (an empty prompt) once a pipeline.
 
         Args:
-            prompt, image, messages, negative_prompt, num_images_per_prompt: as of the call.
+            prompt, image, messages, negative_prompt, num_images_per_prompt, context, negative_context: as of the call.
             do_classifier_free_guidance (`bool`, defaults to `True`): whether to give the unconditional branch too.
 
         Returns:
@@ -205,19 +279,22 @@ class LatteFlowPipeline(DiffusionPipeline):
         Raises:
             `ValueError`: if a picture is none, or their number is not that of the prompts.
         """
-        positive = self._encode(self._conversations(prompt, image, messages))
-        num_prompts = len(positive)
+        if context is None:
+            context = self._encode(self._conversations(prompt, image, messages))
         negative = None
         if do_classifier_free_guidance:
-            if negative_prompt is None:
+            if negative_context is not None:
+                negative = negative_context
+            elif negative_prompt is None:
                 negative = self._unconditional_context()
             else:
                 negative = self._encode(self._conversations(negative_prompt, None, None))
-            negative = _repeat(negative, num_prompts // len(negative), interleave=False)
+            negative = _repeat(negative, len(context) // len(negative), interleave=False)
             negative = _repeat(negative, num_images_per_prompt)
-        return _repeat(positive, num_images_per_prompt), negative
+        return _repeat(context, num_images_per_prompt), negative
 
     def _conversations(self, prompt: str | list[str] | None, image: Any, messages: list | None) -> list[list[dict]]:
+        self._check_has("processor")
         if messages is not None:
             several = messages if isinstance(messages[0], (list, tuple)) else [messages]
             return [self.processor.conversation(conversation) for conversation in several]
@@ -234,7 +311,9 @@ class LatteFlowPipeline(DiffusionPipeline):
         return self.model.encode_context(**inputs)
 
     def _unconditional_context(self) -> LatteFlowContext:
-        key = (id(self.model), self.model.dtype, self._execution_device)
+        # Weights that were loaded or changed in place are other weights: torch counts the changes of each.
+        weights = [(id(p), 0 if p.is_inference() else p._version) for p in self.model.vlm.parameters()]
+        key = (self.model.dtype, self._execution_device, self.processor.chat_template, weights)
         if self._unconditional is None or self._unconditional[0] != key:
             self._unconditional = (key, self._encode([self.processor.conversation("")]))
         return self._unconditional[1]
@@ -282,6 +361,8 @@ class LatteFlowPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        context: LatteFlowContext | None = None,
+        negative_context: LatteFlowContext | None = None,
     ) -> LatteFlowPipelineOutput | tuple:
         """Paint.
 
@@ -308,6 +389,8 @@ class LatteFlowPipeline(DiffusionPipeline):
             callback_on_step_end (*optional*): called as (pipe, step, timestep, tensors) after each step; may return
                 changed tensors.
             callback_on_step_end_tensor_inputs (`list[str]`): which tensors it gets; `latents`.
+            context, negative_context ([`LatteFlowContext`], *optional*):
+                In place of `prompt` and `negative_prompt`: prompts already encoded, as `encode_prompt` gives them.
 
         Returns:
             [`LatteFlowPipelineOutput`], or a tuple of the pictures.
@@ -316,6 +399,9 @@ class LatteFlowPipeline(DiffusionPipeline):
             `ValueError`: if an argument cannot be right; before any heavy work.
         """
         # 1. Check everything
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        callback_on_step_end_tensor_inputs = list(callback_on_step_end_tensor_inputs or ())
         height = self.default_size if height is None else height
         width = self.default_size if width is None else width
         self.check_inputs(
@@ -330,7 +416,9 @@ class LatteFlowPipeline(DiffusionPipeline):
             num_images_per_prompt,
             generator,
             output_type,
-            list(callback_on_step_end_tensor_inputs),
+            callback_on_step_end_tensor_inputs,
+            context,
+            negative_context,
         )
         self._check_components()
         self._guidance_scale = float(guidance_scale)
@@ -338,6 +426,11 @@ class LatteFlowPipeline(DiffusionPipeline):
         device = self._execution_device
 
         # 2. Choose the steps (the scheduler checks `steps_per_expert`) and the noise
+        wanted = "sigmas" if steps_per_expert is None else "steps_per_expert"
+        if wanted not in inspect.signature(self.scheduler.set_timesteps).parameters:
+            raise ValueError(
+                f"scheduler {type(self.scheduler).__name__} takes no {wanted}; a LatteFlowScheduler would do."
+            )
         if steps_per_expert is None:
             # Evenly spaced down to one step above the data, as diffusers' flow-matching pipelines have it.
             sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
@@ -347,15 +440,21 @@ class LatteFlowPipeline(DiffusionPipeline):
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         experts = [self.model.expert_of(timestep) for timestep in timesteps.tolist()]
-        batch_size = _num_prompts(prompt, messages) * num_images_per_prompt
+        batch_size = _num_prompts(prompt, messages, context) * num_images_per_prompt
         latents = self.prepare_latents(batch_size, height, width, self.model.dtype, device, generator, latents)
 
         # 3. Encode the prompts
         context, negative = self.encode_prompt(
-            prompt, image, messages, negative_prompt, num_images_per_prompt, self.do_classifier_free_guidance
+            prompt,
+            image,
+            messages,
+            negative_prompt,
+            num_images_per_prompt,
+            self.do_classifier_free_guidance,
+            context,
+            negative_context,
         )
-        if negative is not None:
-            context = LatteFlowContext.cat([negative, context])
+        both = None if negative is None else LatteFlowContext.cat([negative, context])
 
         # 4. Denoise
         with self.progress_bar(total=len(timesteps)) as progress:
@@ -363,11 +462,14 @@ class LatteFlowPipeline(DiffusionPipeline):
                 if self._interrupt:
                     continue
                 progress.set_description(f"expert {expert} of {self.model.config.num_experts}")
-                model_input = latents if negative is None else torch.cat([latents, latents])
-                velocity = self.model.predict_velocity(model_input, timestep, context, expert=expert)
-                if negative is not None:
+                if both is not None and self.do_classifier_free_guidance:
+                    velocity = self.model.predict_velocity(
+                        torch.cat([latents, latents]), timestep, both, expert=expert
+                    )
                     unconditional, conditional = velocity.chunk(2)
                     velocity = unconditional + self.guidance_scale * (conditional - unconditional)
+                else:
+                    velocity = self.model.predict_velocity(latents, timestep, context, expert=expert)
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
@@ -375,7 +477,15 @@ class LatteFlowPipeline(DiffusionPipeline):
                 progress.update()
 
         # 5. Decode
-        images = latents if output_type == "latent" else self.decode_latents(latents, output_type)
+        if negative is not None and torch.equal(unconditional, conditional):
+            logger.warning(
+                "The prompt changed nothing against the negative one: the two are the same, or the tower is untrained."
+            )
+        if output_type == "latent":
+            _check_finite(latents, self.model)
+            images = latents
+        else:
+            images = self.decode_latents(latents, output_type)
         self.maybe_free_model_hooks()
         return LatteFlowPipelineOutput(images=images) if return_dict else (images,)
 
@@ -383,21 +493,66 @@ class LatteFlowPipeline(DiffusionPipeline):
     generate = __call__
 
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
-        """Scaled latents (batch, channels, height, width) -> pictures of `output_type`."""
-        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        latents = latents + (getattr(self.vae.config, "shift_factor", None) or 0.0)
-        pixels = self.vae.decode(latents, return_dict=False)[0]
+        """Scaled latents (batch, channels, height, width) -> pictures of `output_type`.
+
+        Raises:
+            `ValueError`: if pixels are not finite: the model or the autoencoder left the range of its dtype.
+        """
+        self._check_has("vae")
+        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        scaled = scaled + (getattr(self.vae.config, "shift_factor", None) or 0.0)
+        pixels = self.vae.decode(scaled, return_dict=False)[0]
+        if not torch.isfinite(pixels).all():
+            _check_finite(latents, self.model)
+            _check_finite(pixels, self.vae)
+        if (pixels.amax((1, 2, 3)) - pixels.amin((1, 2, 3)) < 2 / 255).any():
+            logger.warning("A picture is of one even colour: weights that do not fit together paint so.")
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
     @torch.no_grad()
     def encode_images(self, images: Image.Image | list[Image.Image]) -> torch.Tensor:
         """Pictures -> clean latents (batch, channels, height, width), scaled as the model is trained on them."""
+        self._check_has("vae")
         pixels = self.image_processor.preprocess(images).to(self._execution_device, self.vae.dtype)
         return encode_pixels(self.vae, pixels)
 
     def chat(self, messages: str | list[dict], images: Any = None, **kwargs: Any) -> str:
         """Ask the same model, also about what was painted; as [`LatteFlowForConditionalGeneration.chat`]."""
-        return self.model.chat(self.processor, messages, images=images, **kwargs)
+        self._check_has("processor")
+        answer = self.model.chat(self.processor, messages, images=images, device=self._execution_device, **kwargs)
+        self.maybe_free_model_hooks()
+        return answer
+
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As of `DiffusionPipeline`, which alone would wait for the autoencoder's `forward`; `decode` is not it."""
+        if self.vae is not None and getattr(self.vae, "_group_offload_block_modules", None) is None:
+            self.vae._group_offload_block_modules = ["encoder", "decoder", "quant_conv", "post_quant_conv"]
+        super().enable_group_offload(*args, **kwargs)
+
+
+def check_pipeline_files(folder: Path, given: Container[str] = ()) -> None:
+    """Refuse a local pipeline that is not whole.
+
+    Args:
+        folder (`Path`): the pipeline's.
+        given (container of `str`): names of components that need no files.
+
+    Raises:
+        `OSError`: with the path of the file that is missing or cut off.
+    """
+    check_files(folder, "model_index.json")
+    saved = json.loads((folder / "model_index.json").read_text())
+    for component, names in _COMPONENT_FILES.items():
+        if component not in given and saved.get(component) != [None, None]:
+            check_files(folder / component, *names)
+
+
+def _check_finite(result: torch.Tensor, module: torch.nn.Module) -> None:
+    if not torch.isfinite(result).all():
+        raise ValueError(
+            f"{type(module).__name__} gave numbers that are not finite in dtype {module.dtype}: "
+            "dtype=torch.float32 or torch.bfloat16 would do; if they do not, its weights are damaged."
+        )
 
 
 def encode_pixels(vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
@@ -407,7 +562,7 @@ def encode_pixels(vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
 
 
-def _spatial_compression(vae: torch.nn.Module) -> int:
+def spatial_compression(vae: torch.nn.Module) -> int:
     """f: how many pixels make one latent pixel, along a side."""
     if hasattr(vae, "spatial_compression_ratio"):
         return vae.spatial_compression_ratio
@@ -415,7 +570,9 @@ def _spatial_compression(vae: torch.nn.Module) -> int:
     return 2 ** (len(widths) - 1)
 
 
-def _num_prompts(prompt: str | list[str] | None, messages: list | None) -> int:
+def _num_prompts(prompt: str | list[str] | None, messages: list | None, context: LatteFlowContext | None) -> int:
+    if context is not None:
+        return len(context)
     if messages is not None:
         return len(messages) if isinstance(messages[0], (list, tuple)) else 1
     return 1 if isinstance(prompt, str) else len(prompt or [])

@@ -1,8 +1,8 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Euler steps along falling sigmas, with the expert that owns each step.
+"""Steps along falling sigmas, with the expert that owns each evaluation of the model.
 
-Every number equals `FlowMatchEulerDiscreteScheduler`'s to the bit; what is added is the copy of the experts'
-boundaries, the expert of each step, and steps that can be spent where they pay.
+With Euler every number equals `FlowMatchEulerDiscreteScheduler`'s to the bit; what is added is the copy of the
+experts' boundaries, the expert of each step, steps that can be spent where they pay, and solvers of second order.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,9 @@ from diffusers.utils import BaseOutput
 from ..modeling.flow_matching import check_boundaries, expert_of_sigma, interpolate, uniform_boundaries
 
 
+SOLVERS = ("euler", "heun", "multistep")
+
+
 @dataclass
 class LatteFlowSchedulerOutput(BaseOutput):
     """
@@ -30,7 +33,7 @@ class LatteFlowSchedulerOutput(BaseOutput):
 
 
 class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
-    """Flow-match Euler steps from sigma 1 (noise) to 0 (data), each owned by one expert.
+    """Flow-match steps from sigma 1 (noise) to 0 (data), each owned by one expert.
 
     Args:
         num_train_timesteps (`int`, defaults to 1000):
@@ -41,14 +44,17 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         expert_boundaries (`list[float]`, *optional*):
             The model's own: K + 1 falling sigmas from 1 to 0. Four uniform intervals if not given. The pipeline
             refuses a model and a scheduler that disagree.
+        solver (`str`, defaults to `"euler"`):
+            `"euler"` (the paper's); `"heun"`, which evaluates the model a second time where each step but the last
+            ends (n steps are 2n - 1 evaluations, as in diffusers); or `"multistep"`, which extrapolates the velocity
+            from the evaluation before, at no cost (Adams-Bashforth of second order).
 
     Raises:
-        `ValueError`: if the boundaries do not fall from 1 to 0, or a number is not positive.
+        `ValueError`: if the boundaries do not fall from 1 to 0, a number is not positive, or there is no such solver.
     """
 
-    _compatibles: list = []
+    _compatibles = ["FlowMatchEulerDiscreteScheduler"]
     _begin_index: int | None = None
-    order = 1
     init_noise_sigma = 1.0
 
     @register_to_config
@@ -57,7 +63,10 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
         shift: float = 1.0,
         expert_boundaries: list[float] | None = None,
+        solver: str = "euler",
     ):
+        if solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {list(SOLVERS)}, got {solver!r}.")
         if num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps must be positive, got {num_train_timesteps}.")
         if shift <= 0:
@@ -74,6 +83,11 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
     def num_experts(self) -> int:
         """K."""
         return len(self.config.expert_boundaries) - 1
+
+    @property
+    def order(self) -> int:
+        """Evaluations of the model a step."""
+        return 2 if self.config.solver == "heun" else 1
 
     @property
     def step_index(self) -> int | None:
@@ -98,7 +112,8 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Choose the steps: by their number, by their sigmas, or by a number for each expert.
 
-        Afterwards `timesteps` (n,), `sigmas` (n + 1,), the last of them 0, and `experts` (a list of n) tell them.
+        Afterwards `timesteps` (n,), `sigmas` (n + 1,), the last of them 0, and `experts` (a list of n) tell them; with
+        Heun all but the first and the last sigma come twice, where a step ends and where the next one starts.
 
         Args:
             num_inference_steps (`int`, *optional*):
@@ -150,15 +165,25 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         return shift * sigmas / (1 + (shift - 1) * sigmas)
 
     def _set_sigmas(self, sigmas: torch.Tensor, device: str | torch.device | None = None) -> None:
+        if self.config.solver == "heun":
+            sigmas = torch.cat([sigmas[:1], sigmas[1:].repeat_interleave(2)])
         self.timesteps = (sigmas * self.config.num_train_timesteps).to(device)
         self.sigmas = torch.cat([sigmas, torch.zeros(1)])
         self._step_index: int | None = None
         self._begin_index = None
+        self._previous: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def experts(self) -> list[int]:
-        """The expert of each step."""
-        return [expert_of_sigma(sigma, self.config.expert_boundaries) for sigma in self.sigmas[:-1].tolist()]
+        """The expert of each evaluation; a corrector belongs to the interval of the step that it ends."""
+        boundaries = self.config.expert_boundaries
+        return [
+            expert_of_sigma(sigma, boundaries, ends_step=self._is_corrector(index))
+            for index, sigma in enumerate(self.sigmas[:-1].tolist())
+        ]
+
+    def _is_corrector(self, index: int) -> bool:
+        return self.config.solver == "heun" and index % 2 == 1
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
         """The sample as it is: flow matching scales nothing."""
@@ -171,7 +196,11 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         sample: torch.Tensor,
         return_dict: bool = True,
     ) -> LatteFlowSchedulerOutput | tuple[torch.Tensor]:
-        """One Euler step: x_next = x + (sigma_next - sigma) * velocity, in float32.
+        """One evaluation's share of a step, in float32; h is the step's width, sigma_next - sigma, below zero.
+
+        Euler: x_next = x + h * v. Heun: the same to where the step ends, and from the velocity there
+        x_next = x + h * (v + v_there) / 2. Multistep: x_next = x + h * (v + h / (2 * h_before) * (v - v_before)), the
+        first step Euler's.
 
         Args:
             model_output (`torch.Tensor`): the velocity (noise - data) at `sample`.
@@ -185,25 +214,56 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(timestep, int) or (isinstance(timestep, torch.Tensor) and not timestep.is_floating_point()):
             raise ValueError(f"timestep must be one of `scheduler.timesteps`, not an index, got {timestep}.")
         if self._step_index is None:
-            self._step_index = self._index_of(timestep) if self._begin_index is None else self._begin_index
-        if self._step_index >= len(self.sigmas) - 1:
+            self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+        index = self._step_index
+        if index >= len(self.sigmas) - 1:
             raise ValueError(f"all {len(self.sigmas) - 1} steps are taken; call set_timesteps first.")
-        sigma, sigma_next = self.sigmas[self._step_index], self.sigmas[self._step_index + 1]
-        prev_sample = sample.to(torch.float32) + (sigma_next - sigma) * model_output
+        advance = getattr(self, f"_{self.config.solver}")
+        prev_sample = advance(index, model_output, sample.to(torch.float32)).to(model_output.dtype)
         self._step_index += 1
-        prev_sample = prev_sample.to(model_output.dtype)
         return LatteFlowSchedulerOutput(prev_sample) if return_dict else (prev_sample,)
 
-    def _index_of(self, timestep: float | torch.Tensor) -> int:
+    def _euler(self, index: int, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        return sample + (self.sigmas[index + 1] - self.sigmas[index]) * velocity
+
+    def _heun(self, index: int, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        if self._previous is None:
+            # The last step has no corrector: it would be evaluated at sigma 0.
+            if index + 2 < len(self.sigmas):
+                self._previous = velocity, sample
+            return self._euler(index, velocity, sample)
+        (velocity_before, sample_before), self._previous = self._previous, None
+        return self._euler(index - 1, 0.5 * (velocity_before + velocity), sample_before)
+
+    def _multistep(self, index: int, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        width = self.sigmas[index + 1] - self.sigmas[index]
+        extrapolated = velocity
+        if self._previous is not None:
+            velocity_before, width_before = self._previous
+            extrapolated = velocity + (width / (2 * width_before)) * (velocity - velocity_before)
+        self._previous = velocity, width
+        return sample + width * extrapolated
+
+    def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
+        """The step that starts at `timestep`.
+
+        Raises:
+            `ValueError`: if `timestep` is not one of `timesteps`.
+        """
         found = (self.timesteps == torch.as_tensor(timestep, device=self.timesteps.device)).nonzero()
         if len(found) == 0:
             raise ValueError(f"timestep must be one of `scheduler.timesteps`, got {float(timestep)}.")
-        return int(found[0])
+        # Heun's sigmas come twice; a run starts where a step does.
+        return int(found[-1])
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x_sigma = (1 - sigma) * data + sigma * noise with sigma = timestep / num_train_timesteps, (B,)."""
         sigma = timesteps.to(original_samples.device, torch.float32) / self.config.num_train_timesteps
         return interpolate(original_samples, noise, sigma)
+
+    def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """`add_noise` under the name and in the order of diffusers' flow-matching schedulers."""
+        return self.add_noise(sample, noise, timestep)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

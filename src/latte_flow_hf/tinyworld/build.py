@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Builds the embedded checkpoint from nothing: tokenizer, autoencoder, vision tower, backbone, experts.
+"""Builds the embedded checkpoint from nothing: tokenizer, autoencoder, vision tower, language, backbone, experts.
 
 Each stage is the stock Trainer over a stock class; it leaves a finished folder in the working directory, which appears
 whole or not at all. Started again, a finished stage is skipped and an unfinished one goes on from its last checkpoint.
@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,8 @@ class Recipe:
         tokenizer (`dict`): `vocab_size`.
         autoencoder (`dict`): arguments of `AutoencoderDC`.
         autoencoder_loss (`dict`): `latent_noise`, `latent_penalty`.
-        autoencoder_training, vision_training, backbone_training, experts_training (`dict`): `TrainingArguments` each.
+        autoencoder_training, vision_training, language_training, backbone_training, experts_training (`dict`):
+            `TrainingArguments` each.
         backbone (`dict`): arguments of `Qwen2VLConfig`, token ids left out.
         experts (`dict`): arguments of `LatteFlowForConditionalGeneration.from_vlm`.
         experts_data (`dict`): `num_pictures`, `prompt_dropout`, `ema_decay`.
@@ -75,6 +77,7 @@ class Recipe:
     autoencoder_training: dict
     backbone: dict
     vision_training: dict
+    language_training: dict
     backbone_training: dict
     experts: dict
     experts_data: dict
@@ -224,9 +227,7 @@ def build_vision(recipe: Recipe, work_dir: Path) -> dict[str, torch.Tensor]:
             settings["max_steps"] * settings["per_device_train_batch_size"],
             grid=IMAGE_SIZE // (vision.patch_size * vision.spatial_merge_size),
         )
-        model = VisionWithLoss(
-            backbone.model.visual, backbone.config.text_config.hidden_size, pictures.num_labels
-        )
+        model = VisionWithLoss(backbone.model.visual, backbone.config.text_config.hidden_size, pictures.num_labels)
 
         def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
             inputs = processor.image_processor([example["image"] for example in examples], return_tensors="pt")
@@ -239,22 +240,39 @@ def build_vision(recipe: Recipe, work_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(_finished(work_dir / "vision", make) / "visual.safetensors")
 
 
-def build_backbone(recipe: Recipe, work_dir: Path) -> PreTrainedModel:
-    """Train a small Qwen2-VL on questions about pictures and about sentences."""
+def _train_backbone(
+    recipe: Recipe, work_dir: Path, folder: Path, model: PreTrainedModel, settings: dict, seed: int, **data: Any
+) -> None:
+    """Train `model` on conversations, in `runs/` under the name of `folder`, and save it there."""
+    processor = build_processor(recipe, work_dir)
+    model.generation_config.eos_token_id = model.config.text_config.eos_token_id
+    model.generation_config.pad_token_id = model.config.text_config.pad_token_id
+    # The faster one on a CPU at this size.
+    model.set_attn_implementation("eager")
+    conversations = Conversations(seed, settings["max_steps"] * settings["per_device_train_batch_size"], **data)
+    run_dir = work_dir / "runs" / folder.stem
+    _train(model, conversations, ConversationCollator(processor), run_dir, recipe.seed, settings)
+    model.save_pretrained(folder)
+
+
+def build_language(recipe: Recipe, work_dir: Path) -> PreTrainedModel:
+    """Train a small Qwen2-VL on questions about sentences alone: cheap, and the way to compare is found here."""
 
     def make(folder: Path) -> None:
-        processor = build_processor(recipe, work_dir)
-        model = _new_backbone(recipe, processor)
+        model = _new_backbone(recipe, build_processor(recipe, work_dir))
+        settings = recipe.language_training
+        _train_backbone(recipe, work_dir, folder, model, settings, recipe.seed + 2, text_share=1.0, turns=4)
+
+    return Qwen2VLForConditionalGeneration.from_pretrained(_finished(work_dir / "language", make))
+
+
+def build_backbone(recipe: Recipe, work_dir: Path) -> PreTrainedModel:
+    """Give it the vision tower, and train on questions about pictures and about sentences."""
+
+    def make(folder: Path) -> None:
+        model = build_language(recipe, work_dir)
         model.model.visual.load_state_dict(build_vision(recipe, work_dir))
-        model.generation_config.eos_token_id = model.config.text_config.eos_token_id
-        model.generation_config.pad_token_id = model.config.text_config.pad_token_id
-        # The faster one on a CPU at this size.
-        model.set_attn_implementation("eager")
-        settings = recipe.backbone_training
-        conversations = Conversations(recipe.seed, settings["max_steps"] * settings["per_device_train_batch_size"])
-        collator = ConversationCollator(processor)
-        _train(model, conversations, collator, work_dir / "runs" / "backbone", recipe.seed, settings)
-        model.save_pretrained(folder)
+        _train_backbone(recipe, work_dir, folder, model, recipe.backbone_training, recipe.seed)
 
     return Qwen2VLForConditionalGeneration.from_pretrained(_finished(work_dir / "backbone", make))
 

@@ -1,7 +1,7 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """Reads a picture of the tiny world back: what an honest judge sees in it, without any network of ours.
 
-Shapes are read by colour regions and the overlap of each region with the four ideal outlines; digits by a support
+Shapes are read by colour regions and the overlap of each region with the ideal outlines; digits by a support
 vector machine that was fitted to the real training digits alone.
 """
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from .digits import digit_indices, draw_digit, load_digits
-from .shapes import BACKGROUND, COLOURS, IMAGE_SIZE, SHAPES, Scene, SceneObject, outline
+from .shapes import BACKGROUND, IMAGE_SIZE, Scene, SceneObject, outline
 
 
 # Smaller regions are specks: the smallest drawn object (a cross of half-extent 8) has about 140 pixels.
@@ -20,12 +20,12 @@ _MIN_OBJECT_PIXELS = 40
 _TEMPLATE_SIZE = 32
 
 
-def read_scene(image: Image.Image) -> Scene | None:
+def read_scene(image: Image.Image, kind: type[SceneObject] = SceneObject) -> Scene | None:
     """The scene in `image`, told with `left of` or `above`; `None` if it shows no one or two clear objects.
 
     An object is a connected region that stands out from the ground. It is clear when at least 80% of its inner
     pixels are nearest to one and the same colour of the world and it overlaps the best outline by at least 0.6
-    (intersection over union).
+    (intersection over union). `kind` says which colours and shapes there are.
     """
     pixels = _pixels(image)
     foreground = np.abs(pixels - BACKGROUND).max(axis=-1) > 40
@@ -35,7 +35,7 @@ def read_scene(image: Image.Image) -> Scene | None:
         mask = regions == region
         if mask.sum() < _MIN_OBJECT_PIXELS:
             continue
-        item = _read_object(pixels, mask)
+        item = _read_object(pixels, mask, kind)
         if item is None or len(found) == 2:
             return None
         rows, columns = np.nonzero(mask)
@@ -75,10 +75,10 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB")).astype(np.float32)
 
 
-def _read_object(pixels: np.ndarray, mask: np.ndarray) -> SceneObject | None:
+def _read_object(pixels: np.ndarray, mask: np.ndarray, kind: type[SceneObject]) -> SceneObject | None:
     inner = ndimage.binary_erosion(mask)
     inside = pixels[inner if inner.sum() >= 20 else mask]
-    palette = np.array(list(COLOURS.values()), dtype=np.float32)
+    palette = np.array(list(kind.colours.values()), dtype=np.float32)
     nearest = np.linalg.norm(inside[:, None] - palette, axis=-1).argmin(axis=1)
     votes = np.bincount(nearest, minlength=len(palette))
     if votes.max() < 0.8 * len(inside):
@@ -90,17 +90,17 @@ def _read_object(pixels: np.ndarray, mask: np.ndarray) -> SceneObject | None:
         return None
     crop = Image.fromarray(mask).crop(box).convert("F").resize((_TEMPLATE_SIZE,) * 2, Image.Resampling.BILINEAR)
     region = np.asarray(crop) > 127
-    overlaps = [(region & template).sum() / (region | template).sum() for template in _templates()]
+    overlaps = [(region & template).sum() / (region | template).sum() for template in _templates(kind.shapes)]
     if max(overlaps) < 0.6:
         return None
-    return SceneObject(list(COLOURS)[int(votes.argmax())], SHAPES[int(np.argmax(overlaps))])
+    return kind(list(kind.colours)[int(votes.argmax())], kind.shapes[int(np.argmax(overlaps))])
 
 
-@lru_cache(maxsize=1)
-def _templates() -> list[np.ndarray]:
-    """The four outlines filling a square, as masks."""
+@lru_cache
+def _templates(shapes: tuple[str, ...]) -> list[np.ndarray]:
+    """The outlines filling a square, as masks."""
     masks = []
-    for shape in SHAPES:
+    for shape in shapes:
         points = np.array([point for polygon in outline(shape) for point in polygon])
         low, high = points.min(axis=0), points.max(axis=0)
         canvas = Image.new("L", (_TEMPLATE_SIZE * 4,) * 2)

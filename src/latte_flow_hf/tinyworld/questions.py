@@ -82,8 +82,8 @@ def practice_questions(content: Scene | int, rng: np.random.Generator) -> list[Q
     if not isinstance(content, Scene):
         found = [_about_digit(content, rng)[-1] for _ in range(3)]
         for _ in range(2):
-            asked = _digit_to_ask(content, rng)
-            found.append(_ask("has_digit", _yes(asked == content), rng, digit=DIGIT_NAMES[asked]))
+            digit = _digit_to_ask(content, rng)
+            found.append(_ask("has_digit", _yes(digit == content), rng, digit=DIGIT_NAMES[digit]))
         return found
     scene = content.canonical
     found = [_ask_exists(scene, rng), _ask_exists(scene, rng)]

@@ -6,6 +6,7 @@ random comes from the generator that the caller hands in.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -40,12 +41,14 @@ class SceneObject:
 
     colour: str
     shape: str
+    colours: ClassVar[dict[str, tuple[int, int, int]]] = COLOURS
+    shapes: ClassVar[tuple[str, ...]] = SHAPES
 
     def __post_init__(self) -> None:
-        if self.colour not in COLOURS:
-            raise ValueError(f"colour must be one of {list(COLOURS)}, got {self.colour!r}.")
-        if self.shape not in SHAPES:
-            raise ValueError(f"shape must be one of {list(SHAPES)}, got {self.shape!r}.")
+        if self.colour not in self.colours:
+            raise ValueError(f"colour must be one of {list(self.colours)}, got {self.colour!r}.")
+        if self.shape not in self.shapes:
+            raise ValueError(f"shape must be one of {list(self.shapes)}, got {self.shape!r}.")
 
     def __str__(self) -> str:
         return f"{self.colour} {self.shape}"
@@ -58,7 +61,14 @@ class SceneObject:
         another shape: white circle, yellow square, green triangle. They do appear alone, so what is tested is
         composition, not new words.
         """
-        return (list(COLOURS).index(self.colour) + 2 * SHAPES.index(self.shape)) % 8 == 5
+        return (list(self.colours).index(self.colour) + 2 * self.shapes.index(self.shape)) % 8 == 5
+
+
+class WiderObject(SceneObject):
+    """An object of a wider world, with a colour and a shape that the embedded checkpoint never saw: for adapters."""
+
+    colours = {**COLOURS, "orange": (240, 140, 30)}
+    shapes = (*SHAPES, "star")
 
 
 ALL_OBJECTS = tuple(SceneObject(colour, shape) for colour in COLOURS for shape in SHAPES)
@@ -82,7 +92,7 @@ class Scene:
     @property
     def prompt(self) -> str:
         """The sentence that paints this scene: `a red circle`, `a red circle left of a blue square`."""
-        return f" {self.relation} ".join(f"a {item}" for item in self.objects)
+        return f" {self.relation} ".join(f"{'an' if str(item)[0] in 'aeiou' else 'a'} {item}" for item in self.objects)
 
     @property
     def converse(self) -> str:
@@ -160,7 +170,7 @@ def draw_scene(scene: Scene, places: list[tuple[float, float, float]]) -> Image.
 
 
 def _draw_object(drawing: ImageDraw.ImageDraw, item: SceneObject, x: float, y: float, size: float) -> None:
-    fill = COLOURS[item.colour]
+    fill = item.colours[item.colour]
     for polygon in outline(item.shape):
         points = [((x + size * px) * _SUPERSAMPLING, (y + size * py) * _SUPERSAMPLING) for px, py in polygon]
         drawing.polygon(points, fill=fill)
@@ -175,5 +185,9 @@ def outline(shape: str) -> list[list[tuple[float, float]]]:
         return [[(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)]]
     if shape == "triangle":
         return [[(0.0, -1.0), (1.0, 0.9), (-1.0, 0.9)]]
+    if shape == "star":
+        angles = np.arange(10) * np.pi / 5
+        radii = np.where(np.arange(10) % 2 == 0, 1.0, 0.45)
+        return [[(float(r * np.sin(a)), float(-r * np.cos(a))) for r, a in zip(radii, angles)]]
     arm = 0.32
     return [[(-1, -arm), (1, -arm), (1, arm), (-1, arm)], [(-arm, -1), (arm, -1), (arm, 1), (-arm, 1)]]

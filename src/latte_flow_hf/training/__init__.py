@@ -1,6 +1,7 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""What the stock Trainer needs to train a LaTtE-Flow model: examples -> batches, and callbacks."""
+"""What the stock Trainer needs to train a LaTtE-Flow model: examples -> batches, which experts learn, callbacks."""
 
+from .adapters import expert_lora_config, train_only_experts
 from .callbacks import CheckpointCallback, EMACallback, LossCallback, SampleCallback, last_checkpoint
 from .collator import ConversationCollator, PaintingCollator, PictureEncoder, encode_prompts
 
@@ -14,5 +15,7 @@ __all__ = [
     "PictureEncoder",
     "SampleCallback",
     "encode_prompts",
+    "expert_lora_config",
     "last_checkpoint",
+    "train_only_experts",
 ]

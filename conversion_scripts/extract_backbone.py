@@ -1,0 +1,13 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""A pipeline -> its untouched backbone, a stock transformers folder.
+
+The same as `latte-flow convert extract-backbone`; `--help` tells the options.
+"""
+
+import typer
+
+from latte_flow_hf.cli import convert_extract_backbone
+
+
+if __name__ == "__main__":
+    typer.run(convert_extract_backbone)

@@ -1,0 +1,13 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""One safetensors file -> a pipeline.
+
+The same as `latte-flow convert from-single-file`; `--help` tells the options.
+"""
+
+import typer
+
+from latte_flow_hf.cli import convert_from_single_file
+
+
+if __name__ == "__main__":
+    typer.run(convert_from_single_file)

@@ -1,0 +1,13 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""A pipeline -> one safetensors file.
+
+The same as `latte-flow convert to-single-file`; `--help` tells the options.
+"""
+
+import typer
+
+from latte_flow_hf.cli import convert_to_single_file
+
+
+if __name__ == "__main__":
+    typer.run(convert_to_single_file)

@@ -1,0 +1,91 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""The model card of a converted checkpoint."""
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..modeling.configuration_latte_flow import LatteFlowConfig
+from ..version import __version__
+
+
+_LICENCE = """## Licence
+
+The conversion adds no licence of its own. The backbone's weights stay under the backbone's licence, the autoencoder's
+under the autoencoder's: look both up where they came from before you publish this."""
+
+
+def pipeline_card(config: LatteFlowConfig, origin: str) -> bytes:
+    """Of a pipeline's folder.
+
+    Args:
+        config ([`LatteFlowConfig`]): the model's.
+        origin (`str`): a sentence or two on where it came from.
+    """
+    text = f"""# A LaTtE-Flow pipeline
+
+{origin} Made by `latte_flow_hf` {__version__}, an open implementation of LaTtE-Flow (arXiv 2506.06952): a frozen
+vision-language model ({config.vlm_config.model_type}) that answers, and beside it a tower that paints: K =
+{config.num_experts} timestep experts of {config.layers_per_expert} layers each.
+
+## Use
+
+```python
+from latte_flow_hf import LatteFlowPipeline
+
+pipe = LatteFlowPipeline.from_pretrained("path/to/this/folder")
+picture = pipe("a red circle").images[0]
+answer = pipe.chat("what is in the picture?", images=picture)
+```
+
+```sh
+latte-flow generate "a red circle" --model path/to/this/folder
+latte-flow chat "what is in the picture?" --image out.png --model path/to/this/folder
+```
+
+{_LICENCE}
+"""
+    data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=["latte-flow"])
+    return _card(data, text)
+
+
+def backbone_card(name: str, class_name: str) -> bytes:
+    """Of an extracted backbone; `name` is the pipeline's."""
+    text = f"""# The backbone of a LaTtE-Flow pipeline
+
+The frozen vision-language model of `{name}`, taken out byte for byte by `latte_flow_hf` {__version__}. A stock
+transformers checkpoint: `latte_flow_hf` is not needed to use it.
+
+## Use
+
+```python
+from transformers import AutoProcessor, {class_name}
+
+model = {class_name}.from_pretrained("path/to/this/folder")
+processor = AutoProcessor.from_pretrained("path/to/this/folder")
+```
+
+{_LICENCE}
+"""
+    return _card(ModelCardData(library_name="transformers", pipeline_tag="image-text-to-text"), text)
+
+
+def state_dict_card(name: str, config: LatteFlowConfig) -> bytes:
+    """Of a flat state dict; `name` is the pipeline's."""
+    text = f"""# A LaTtE-Flow state dict
+
+The weights of `{name}` (K = {config.num_experts}) under the names of a key table, by `latte_flow_hf` {__version__}.
+
+## Use
+
+```sh
+latte-flow convert from-original FILE TEMPLATE --output FOLDER
+```
+
+TEMPLATE is a pipeline folder with the same backbone and autoencoder; `latte-flow convert init` makes one.
+
+{_LICENCE}
+"""
+    return _card(ModelCardData(tags=["latte-flow"]), text)
+
+
+def _card(data: ModelCardData, text: str) -> bytes:
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")).encode()

@@ -1,0 +1,216 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""Pipelines that carry their own code, and their way to the hub.
+
+What is unusual here: code goes along as single files. Of a custom component diffusers fetches one file and none of
+those that it imports, so a class travels together with the modules of this package that it needs, joined when saved.
+"""
+
+import ast
+import importlib
+import json
+import tempfile
+from collections.abc import Iterator
+from importlib.util import resolve_name
+from pathlib import Path
+from types import ModuleType
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
+
+from .checkpoints import describe
+from .modeling.configuration_latte_flow import LatteFlowConfig
+from .modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
+from .modeling.processing_latte_flow import LatteFlowProcessor
+from .pipelines.pipeline_latte_flow import LatteFlowPipeline, check_pipeline_files
+from .schedulers.scheduling_latte_flow import LatteFlowScheduler
+
+
+# diffusers always fetches a file of this name.
+_PIPELINE_MODULE = "pipeline"
+_COMPONENTS = {
+    "model": LatteFlowForConditionalGeneration,
+    "processor": LatteFlowProcessor,
+    "scheduler": LatteFlowScheduler,
+}
+_AUTO_CLASSES: dict[str, dict[str, type]] = {
+    "model/config.json": {
+        "AutoConfig": LatteFlowConfig,
+        "AutoModel": LatteFlowForConditionalGeneration,
+        "AutoModelForImageTextToText": LatteFlowForConditionalGeneration,
+        "AutoModelForMultimodalLM": LatteFlowForConditionalGeneration,
+    },
+    "processor/processor_config.json": {"AutoProcessor": LatteFlowProcessor},
+}
+
+
+def join_modules(name: str) -> str:
+    """The source of a module of this package and of all those that it imports from it, as one module.
+
+    Args:
+        name (`str`): the module's full name.
+
+    Returns:
+        `str`: the sources, each after those that it needs, without their imports of each other.
+    """
+    seen: set[str] = set()
+    sources: list[str] = []
+    meanings: dict[str, object] = {}
+
+    def add(name: str) -> None:
+        if name in seen:
+            return
+        seen.add(name)
+        module = importlib.import_module(name)
+        assert module.__file__ is not None
+        text = Path(module.__file__).read_text(encoding="utf-8")
+        lines, tree = text.splitlines(), ast.parse(text)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.module is not None and not any(alias.asname for alias in node.names), ast.unparse(node)
+                add(resolve_name("." * node.level + node.module, module.__package__))
+                for number in range(node.lineno - 1, node.end_lineno or node.lineno):
+                    lines[number] = " " * node.col_offset + "pass" if node.col_offset else ""
+        for bound, meaning in _bound_names(tree, module):
+            # In one module a name means one thing.
+            assert meanings.setdefault(bound, meaning) == meaning, f"{bound}: {meanings[bound]} and {meaning}"
+        sources.append("\n".join([f"# From {name}.", *lines]) + "\n")
+
+    add(name)
+    return "\n\n".join(sources)
+
+
+def _bound_names(tree: ast.Module, module: ModuleType) -> Iterator[tuple[str, object]]:
+    """What a module binds at its top level: each name with the thing itself, or the text of an assignment."""
+    for node in tree.body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                yield ast.unparse(target), ast.unparse(node)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name, getattr(module, node.name)
+        elif isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level):
+            for alias in node.names:
+                name = alias.asname or alias.name.partition(".")[0]
+                yield name, getattr(module, name)
+
+
+def code_files(folder: Path) -> dict[str, str]:
+    """What makes a saved pipeline carry its own code.
+
+    Args:
+        folder (`Path`): a saved pipeline.
+
+    Returns:
+        `dict[str, str]`: the text of each file that is new or other than in `folder`, by its path in there: the code,
+        and the configurations that name it.
+    """
+    files = {f"{_PIPELINE_MODULE}.py": join_modules(LatteFlowPipeline.__module__)}
+    index = json.loads((folder / "model_index.json").read_text())
+    index.pop("_name_or_path", None)  # the folder it was loaded from
+    index["_class_name"] = [_PIPELINE_MODULE, LatteFlowPipeline.__name__]
+    for component, cls in _COMPONENTS.items():
+        if index[component][1] != cls.__name__:
+            continue
+        module = cls.__module__.rpartition(".")[2]
+        index[component] = [module, cls.__name__]
+        # diffusers looks for it in the component's folder, transformers at the root, also with `subfolder=`.
+        files[f"{module}.py"] = files[f"{component}/{module}.py"] = join_modules(cls.__module__)
+    files["model_index.json"] = json.dumps(index, indent=2) + "\n"
+    for path, classes in _AUTO_CLASSES.items():
+        config = json.loads((folder / path).read_text())
+        home = _COMPONENTS[path.partition("/")[0]].__module__.rpartition(".")[2]
+        config["auto_map"] = {auto: f"{home}.{cls.__name__}" for auto, cls in classes.items()}
+        files[path] = json.dumps(config, indent=2) + "\n"
+    return files
+
+
+def save_with_code(pipe: DiffusionPipeline, folder: str | Path, **kwargs) -> Path:
+    """Save a pipeline so that it loads with `trust_remote_code=True` where this package is not installed.
+
+    Args:
+        pipe ([`LatteFlowPipeline`]): what to save.
+        folder (`str` or `Path`): where to; it appears whole or not at all.
+        kwargs: arguments of `save_pretrained`, such as `variant` or `max_shard_size`.
+
+    Returns:
+        `Path`: the folder.
+
+    Raises:
+        `ValueError`: if the folder exists.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"folder {folder} exists; another name would do.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as partial:
+        made = Path(partial) / folder.name
+        pipe.save_pretrained(made, **kwargs)
+        for path, text in code_files(made).items():
+            (made / path).write_text(text, encoding="utf-8")
+        made.rename(folder)
+    return folder
+
+
+def publish(folder: str | Path, repo_id: str, private: bool | None = None, with_code: bool = False) -> str:
+    """Send a saved pipeline to the hub in one commit.
+
+    Weights, code and configurations that an earlier publication left in the repository are removed in that commit:
+    unsharded weights, say, would be loaded in place of new ones in shards.
+
+    Args:
+        folder (`str` or `Path`): the pipeline.
+        repo_id (`str`): `user/name`; made if it is not there.
+        private (`bool`, *optional*): whether a new repository is private; the account's default if not given.
+        with_code (`bool`, defaults to `False`): whether it carries its own code ([`save_with_code`]).
+
+    Returns:
+        `str`: the commit's address.
+
+    Raises:
+        `ValueError`: if the folder is no LaTtE-Flow pipeline, or `private` is asked of a repository that is public.
+        `OSError`: if a file is missing or cut off, or the hub refuses. Nothing is sent before the folder is checked.
+    """
+    folder = Path(folder)
+    check_pipeline_files(folder)
+    class_name = LatteFlowPipeline.load_config(folder)["_class_name"]
+    if class_name != LatteFlowPipeline.__name__:
+        raise ValueError(f"{folder} holds a {class_name}, not a {LatteFlowPipeline.__name__}.")
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    files: dict[str, Path | bytes] = {
+        name: path for name, path in paths.items() if not any(part.startswith(".") for part in name.split("/"))
+    }
+    if with_code:
+        files |= {name: text.encode() for name, text in code_files(folder).items()}
+    hub = HfApi()
+    repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not hub.model_info(repo_id).private:
+        raise ValueError(f"repository {repo_id} is public; another name would do, or make it private on the hub.")
+    there = hub.list_repo_files(repo_id)
+    if "README.md" not in {*files, *there}:
+        files["README.md"] = str(model_card(folder, repo_id, with_code)).encode()
+    operations: list = [CommitOperationAdd(name, source) for name, source in sorted(files.items())]
+    ours = {path.name for path in folder.iterdir() if path.is_dir()}
+    operations += [
+        CommitOperationDelete(name)
+        for name in there
+        if name not in files and (name.partition("/")[0] in ours or ("/" not in name and name.endswith(".py")))
+    ]
+    return hub.create_commit(repo_id, operations, commit_message="Upload LatteFlowPipeline").commit_url
+
+
+def model_card(folder: Path, repo_id: str, with_code: bool) -> ModelCard:
+    """The least that a page on the hub must say: what it is and how to load it."""
+    data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=["latte-flow", "any-to-any"])
+    load = (
+        f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{repo_id}", '
+        "trust_remote_code=True)"
+        if with_code
+        else f'from latte_flow_hf import LatteFlowPipeline\n\npipe = LatteFlowPipeline.from_pretrained("{repo_id}")'
+    )
+    facts = "\n".join(describe(str(folder))[1:])  # the first line tells where the folder lies
+    return ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n# {repo_id.rpartition('/')[2]}\n\n"
+        "A [LaTtE-Flow](https://arxiv.org/abs/2506.06952) model: a frozen vision-language model that answers, with "
+        "layerwise timestep experts that paint.\n\n"
+        f'```python\n{load}\nimage = pipe("a red circle").images[0]\nanswer = pipe.chat("what is it?", images=image)\n'
+        f"```\n\n```text\n{facts}\n```\n"
+    )

@@ -1,0 +1,230 @@
+"""A streamed pipeline against `from_vlm` and `save_pretrained`, and the stock class."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from latte_flow_hf import LatteFlowForConditionalGeneration, LatteFlowPipeline, LatteFlowScheduler
+from latte_flow_hf.conversion import initialize
+
+
+SMALL = {"timestep_frequency_dim": 16}
+
+
+def stored(folder) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def random_ones(name) -> bool:
+    return name.endswith(".weight") and ("latent_embedding" in name or "timestep_embedding" in name)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("original_names", [True, False])
+def test_equals_from_vlm_saved(original_names, tied, backbone, processor, vae, vae_folder, save_backbone, tmp_path):
+    config = Qwen2VLConfig.from_dict({**backbone.config.to_dict(), "tie_word_embeddings": tied})
+    vlm = Qwen2VLForConditionalGeneration(config).eval()
+    vlm.generation_config = backbone.generation_config
+    source = save_backbone(vlm, tmp_path / "source", save_original_format=original_names)
+    assert len(list(source.glob("*.safetensors"))) > 2
+    initialize(source, vae_folder, 2, **SMALL).write(tmp_path / "streamed", "50KB")
+
+    model = LatteFlowForConditionalGeneration.from_vlm(
+        Qwen2VLForConditionalGeneration.from_pretrained(source), num_experts=2, latent_channels=4, **SMALL
+    )
+    model.config.vlm_config._name_or_path = ""
+    scheduler = LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries)
+    LatteFlowPipeline(model, processor, vae, scheduler).save_pretrained(tmp_path / "saved")
+
+    ours, theirs = stored(tmp_path / "streamed" / "model"), stored(tmp_path / "saved" / "model")
+    assert ours.keys() == theirs.keys() and ("vlm.lm_head.weight" in ours) is not tied
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype
+        assert random_ones(name) or torch.equal(ours[name], tensor), name
+    files = ["model/config.json", "model/generation_config.json", "scheduler/scheduler_config.json"]
+    files += ["model_index.json", "processor/processor_config.json", "processor/tokenizer.json"]
+    for file in [*files, "processor/chat_template.jinja"]:
+        ours, theirs = ((tmp_path / kind / file).read_text() for kind in ("streamed", "saved"))
+        assert ours == theirs if file.endswith("jinja") else json.loads(ours) == json.loads(theirs), file
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_is_new_and_random_is_as_the_class_makes_it(backbone_folder, vae_folder, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        initialize(backbone_folder, vae_folder, 2, seed=seed, timestep_embed_dim=512).write(tmp_path / name)
+    a, b, c = (stored(tmp_path / name / "model") for name in "abc")
+    random = [name for name in a if random_ones(name)]
+    assert len(random) == 3
+    for name in a:
+        assert torch.equal(a[name], b[name])
+        assert torch.equal(a[name], c[name]) is (name not in random)
+    # Xavier's bound for the latents, transformers' 0.02 for the timesteps.
+    bound = (6 / (4 + 32)) ** 0.5
+    assert 0.8 * bound < a["tower.latent_embedding.weight"].abs().max() <= bound
+    for number in (1, 2):
+        weight = a[f"tower.timestep_embedding.mlp.linear_{number}.weight"]
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_text_equals_the_stock_class_bit_for_bit(
+    dtype, backbone, backbone_folder, vae_folder, save_backbone, tmp_path, encode, picture
+):
+    import copy
+
+    source = save_backbone(copy.deepcopy(backbone).to(dtype), tmp_path / "source")
+    initialize(source, vae_folder, 4, **SMALL).write(tmp_path / "out")
+    stock = Qwen2VLForConditionalGeneration.from_pretrained(source).eval()
+    pipe = LatteFlowPipeline.from_pretrained(tmp_path / "out")
+    assert stock.dtype == pipe.model.dtype == dtype
+    for inputs in (encode("what is this?", image=picture), encode("a", "what is left of the circle?")):
+        with torch.no_grad():
+            assert torch.equal(stock(**inputs).logits, pipe.model(**inputs).logits)
+        a, b = (m.generate(**inputs, max_new_tokens=4, do_sample=False) for m in (stock, pipe.model))
+        assert torch.equal(a, b)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red circle", num_inference_steps=2).images[0].size == (64, 64)
+
+
+def test_any_autoencoder_of_diffusers(backbone_folder, tmp_path):
+    AutoencoderKL(block_out_channels=(32, 32), latent_channels=6, norm_num_groups=8).save_pretrained(tmp_path / "vae")
+    initialize(backbone_folder, tmp_path / "vae", 2, **SMALL).write(tmp_path / "out")
+    pipe = LatteFlowPipeline.from_pretrained(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.model.config.latent_channels == 6
+    assert pipe("a", height=16, width=16, num_inference_steps=1).images[0].size == (16, 16)
+
+
+def change_weights(folder, change):
+    """Rewrite the shards of a folder, and its index to match."""
+    tensors = change(stored(folder))
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def without_one(tensors):
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    return tensors
+
+
+def with_another(tensors):
+    return {**tensors, "model.layers.9.mlp.up_proj.weight": torch.zeros(2)}
+
+
+def with_a_wrong_shape(tensors):
+    return {**tensors, "model.norm.weight": torch.zeros(31)}
+
+
+def with_a_head_of_its_own(tensors):
+    return {**tensors, "lm_head.weight": torch.zeros_like(tensors["model.embed_tokens.weight"])}
+
+
+def stored_twice(tensors):
+    return {**tensors, "model.language_model.norm.weight": tensors["model.norm.weight"].clone()}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without_one, "1 missing: model.language_model.layers.1.mlp.up_proj.weight"),
+        (with_another, "1 not the model's: model.language_model.layers.9.mlp.up_proj.weight"),
+        (with_a_wrong_shape, r"model.language_model.norm.weight \(31,\) instead of \(32,\)"),
+        (with_a_head_of_its_own, "lm_head.weight and .*embed_tokens.weight differ"),
+        (stored_twice, "model.language_model.norm.weight is stored twice"),
+    ],
+)
+def test_a_backbone_that_does_not_fit_its_configuration(change, words, backbone_folder, vae_folder, tmp_path):
+    shutil.copytree(backbone_folder, tmp_path / "source")
+    change_weights(tmp_path / "source", change)
+    with pytest.raises(ValueError, match=words):
+        initialize(tmp_path / "source", vae_folder, 2)
+
+
+def test_a_tied_head_may_be_stored(backbone_folder, vae_folder, tmp_path):
+    shutil.copytree(backbone_folder, tmp_path / "source")
+    change_weights(tmp_path / "source", lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    initialize(tmp_path / "source", vae_folder, 2).write(tmp_path / "out")
+    assert "vlm.lm_head.weight" not in stored(tmp_path / "out" / "model")
+
+
+def cut_a_shard(folder):
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    return shard.name
+
+
+def lose_a_shard(folder):
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    return shard.name
+
+
+def damage_the_index(folder):
+    (folder / "model.safetensors.index.json").write_text("{")
+    return "model.safetensors.index.json"
+
+
+def lose_everything(folder):
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    return "model.safetensors"
+
+
+def lose_the_configuration(folder):
+    (folder / "config.json").unlink()
+    return "config.json"
+
+
+@pytest.mark.parametrize(
+    "damage", [cut_a_shard, lose_a_shard, damage_the_index, lose_everything, lose_the_configuration]
+)
+def test_a_source_that_is_not_whole(damage, backbone_folder, vae_folder, tmp_path):
+    shutil.copytree(backbone_folder, tmp_path / "source")
+    name = damage(tmp_path / "source")
+    with pytest.raises(OSError, match=name):
+        initialize(tmp_path / "source", vae_folder, 2)
+
+
+def test_a_number_of_experts_that_does_not_divide(backbone_folder, vae_folder):
+    with pytest.raises(ValueError, match=r"num_experts must divide the backbone's 4 layers, got 3"):
+        initialize(backbone_folder, vae_folder, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"_class_name": "UNet2DConditionModel"}, "'UNet2DConditionModel', which is no autoencoder"),
+        ({"_class_name": "Nonsense"}, "'Nonsense', which is no autoencoder"),
+        ({}, "'None', which is no autoencoder"),
+        ({"_class_name": "VQModel"}, "VQModel.*does not encode and decode pictures"),
+        ({"_class_name": "AutoencoderKLHunyuanImage"}, "AutoencoderKLHunyuanImage in .* is not whole"),
+        ({"_class_name": "AutoencoderKLWan"}, "AutoencoderKLWan.*has no latent_channels"),
+        ({"_class_name": "AutoencoderKLCogVideoX"}, "AutoencoderKLCogVideoX.*does not encode and decode pictures"),
+    ],
+)
+def test_what_is_no_autoencoder_for_pictures(settings, words, backbone_folder, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises((ValueError, OSError), match=words):
+        initialize(backbone_folder, tmp_path, 2)
+
+
+def test_an_autoencoder_without_some_of_its_weights(backbone_folder, vae_folder, tmp_path):
+    shutil.copytree(vae_folder, tmp_path / "vae")
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    lost = sorted(tensors)[0]
+    del tensors[lost]
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=f"1 missing: {lost}"):
+        initialize(backbone_folder, tmp_path / "vae", 2)
+
+
+def test_what_is_neither_a_folder_nor_on_the_hub(vae_folder):
+    with pytest.raises(OSError, match="nobody/nothing is no folder, and cannot be fetched"):
+        initialize("nobody/nothing", vae_folder, 2)

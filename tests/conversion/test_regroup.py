@@ -1,0 +1,90 @@
+"""K -> K': the weights stay, gates come and go."""
+
+import json
+
+import pytest
+import torch
+
+from latte_flow_hf import LatteFlowPipeline
+from latte_flow_hf.conversion import regroup
+
+
+def state(folder):
+    return LatteFlowPipeline.from_pretrained(folder).model.state_dict()
+
+
+def gates(tensors):
+    return {int(name.split(".")[2]) for name in tensors if ".residual_gate." in name}
+
+
+def test_to_fewer_and_more_experts(pipeline_folder, tmp_path, encode):
+    old = state(pipeline_folder)
+    assert gates(old) == {1, 3}
+    for num_experts, expected in ((1, {1, 2, 3}), (4, set()), (2, {1, 3})):
+        out = tmp_path / str(num_experts)
+        regroup(pipeline_folder, num_experts).write(out)
+        pipe = LatteFlowPipeline.from_pretrained(out)
+        new = pipe.model.state_dict()
+        assert gates(new) == expected
+        assert all(torch.equal(new[name], old[name]) for name in new if name in old)
+        assert all((new[name] == 0).all() for name in new if name not in old)
+        assert pipe.model.config.num_experts == pipe.scheduler.num_experts == num_experts
+        # What else the scheduler was told stays.
+        assert pipe.scheduler.config.shift == 1.5
+        pipe.set_progress_bar_config(disable=True)
+        latents = pipe("a red circle", num_inference_steps=4, output_type="latent").images
+        assert latents.isfinite().all()
+
+
+def test_to_the_same_number_changes_no_velocity(pipeline_folder, model, tmp_path, encode):
+    regroup(pipeline_folder, 2).write(tmp_path / "out")
+    other = LatteFlowPipeline.from_pretrained(tmp_path / "out").model
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    context = model.encode_context(**encode("a"))
+    with torch.no_grad():
+        assert torch.equal(*(m.predict_velocity(latents, 700.0, context) for m in (model, other)))
+
+
+def test_a_gate_that_comes_changes_no_velocity(pipeline_folder, model, tmp_path, encode):
+    """Layer 2 opens a group of K = 2; in K = 1 it is given a map to reuse, by a gate that is zero."""
+    regroup(pipeline_folder, 1).write(tmp_path / "out")
+    other = LatteFlowPipeline.from_pretrained(tmp_path / "out").model
+    context = model.encode_context(**encode("a"))
+    attention, alone = other.tower.layers[2].self_attn, model.tower.layers[2].self_attn
+    hidden = torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(0))
+    embedded = torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
+    position = model.tower._latent_position_embeddings(torch.zeros(1, 4, 8, 8), context.next_position)
+    arguments = (hidden, context.keys[2], context.values[2], None, position, embedded)
+    previous = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert torch.allclose(attention(*arguments, previous=previous)[0], alone(*arguments)[0], atol=1e-6)
+
+
+def test_other_boundaries(pipeline_folder, tmp_path):
+    regroup(pipeline_folder, 2, [1.0, 0.7, 0.0]).write(tmp_path / "out")
+    pipe = LatteFlowPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.model.config.expert_boundaries == pipe.scheduler.config.expert_boundaries == [1.0, 0.7, 0.0]
+    assert "its 2 groups of layers made 2" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [((3,), "num_experts must divide"), ((2, [1.0, 0.0]), "boundaries"), ((0,), "num_experts must be a positive")],
+)
+def test_groups_that_cannot_be(arguments, words, pipeline_folder):
+    with pytest.raises(ValueError, match=words):
+        regroup(pipeline_folder, *arguments)
+
+
+def test_another_kind_of_model(pipeline_folder, backbone_folder, tmp_path):
+    import shutil
+
+    with pytest.raises(OSError, match=r"model_index\.json"):
+        regroup(backbone_folder, 2)
+    shutil.copytree(pipeline_folder, tmp_path / "mixed")
+    shutil.rmtree(tmp_path / "mixed" / "model")
+    shutil.copytree(backbone_folder, tmp_path / "mixed" / "model")
+    with pytest.raises(ValueError, match="'qwen2_vl' model, not a 'latte_flow'"):
+        regroup(tmp_path / "mixed", 2)
+    settings = json.loads((pipeline_folder / "model" / "config.json").read_text())
+    assert settings["num_experts"] == 2

@@ -1,0 +1,99 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""Second-order solvers against diffusers' Heun, a closed form, and the order of their error."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchHeunDiscreteScheduler
+
+from latte_flow_hf import LatteFlowScheduler
+
+
+def run(scheduler, velocity, sample):
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(velocity(sample, timestep / 1000), timestep, sample, return_dict=False)[0]
+    return sample
+
+
+def curved(sample, sigma):
+    """dx/dsigma = -2 sigma x, hence x(0) = x(1) * e."""
+    return -2.0 * sigma * sample
+
+
+@pytest.mark.parametrize("num_inference_steps", [1, 2, 7, 20])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_heun_equals_diffusers(num_inference_steps, shift):
+    ours = LatteFlowScheduler(solver="heun", shift=shift)
+    stock = FlowMatchHeunDiscreteScheduler(shift=shift)
+    ours.set_timesteps(num_inference_steps)
+    stock.set_timesteps(num_inference_steps)
+    assert torch.equal(ours.timesteps, stock.timesteps) and torch.equal(ours.sigmas, stock.sigmas)
+    assert len(ours.timesteps) == 2 * num_inference_steps - 1 and ours.num_inference_steps == num_inference_steps
+    start = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+
+    def velocity(sample, sigma):
+        return torch.sin(3 * sample) + sigma
+
+    # diffusers takes the velocity from (x - (x - sigma v)) / sigma, which costs digits near sigma 0.
+    torch.testing.assert_close(run(ours, velocity, start), run(stock, velocity, start), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("multistep", 2)])
+def test_the_error_falls_with_the_solver_s_order(solver, order):
+    start, errors = torch.ones(1, dtype=torch.float64), []
+    for steps in (20, 40):
+        scheduler = LatteFlowScheduler(solver=solver)
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
+        # The scheduler's own arithmetic is float32, far below these errors.
+        errors.append(abs(run(scheduler, curved, start).item() - np.e))
+    assert 2 ** (order - 0.3) < errors[0] / errors[1] < 2 ** (order + 0.6)
+
+
+def test_multistep_is_exact_where_the_velocity_is_linear_in_sigma():
+    scheduler = LatteFlowScheduler(solver="multistep", expert_boundaries=[1.0, 0.0])
+    scheduler.set_timesteps(sigmas=[1.0, 0.7, 0.6, 0.2])
+    sample, seen = torch.zeros(1), []
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(2 * timestep / 1000 * torch.ones(1), timestep, sample, return_dict=False)[0]
+        seen.append(sample.item())
+    # The integral of 2 sigma is sigma^2; the first step is Euler's and leaves its error behind.
+    first = 2 * 1.0 * (0.7 - 1.0)
+    expected = [first, first + 0.36 - 0.49, first + 0.04 - 0.49, first - 0.49]
+    np.testing.assert_allclose(seen, expected, atol=1e-6)
+
+
+def test_a_run_starts_anew_after_set_timesteps():
+    for solver in ("heun", "multistep"):
+        scheduler = LatteFlowScheduler(solver=solver)
+        start, found = torch.ones(1), []
+        for _ in range(2):
+            scheduler.set_timesteps(6)
+            scheduler.step(start, scheduler.timesteps[0], start)
+            scheduler.set_timesteps(6)
+            found.append(run(scheduler, curved, start))
+        assert torch.equal(*found)
+
+
+def test_a_corrector_belongs_to_the_interval_of_its_own_step():
+    scheduler = LatteFlowScheduler(solver="heun", expert_boundaries=[1.0, 0.5, 0.25, 0.0])
+    scheduler.set_timesteps(sigmas=[1.0, 0.8, 0.5, 0.3, 0.2])
+    # Evaluations at 1 | 0.8 0.8 | 0.5 0.5 | 0.3 0.3 | 0.2 0.2: the corrector at 0.5 ends a step of expert 0, the one
+    # at 0.2 a step that crossed into expert 2.
+    assert scheduler.experts == [0, 0, 0, 0, 1, 1, 1, 2, 2]
+    euler = LatteFlowScheduler(expert_boundaries=[1.0, 0.5, 0.25, 0.0])
+    euler.set_timesteps(sigmas=[1.0, 0.8, 0.5, 0.3, 0.2])
+    assert euler.experts == [0, 0, 1, 1, 2]
+
+
+def test_heun_can_start_at_a_later_step():
+    scheduler = LatteFlowScheduler(solver="heun")
+    scheduler.set_timesteps(4)
+    scheduler.step(torch.ones(1), scheduler.timesteps[3], torch.ones(1))
+    assert scheduler.step_index == 5  # 4 starts the step, 3 would have been the corrector of the one before
+
+
+def test_solvers_are_kept_and_checked(tmp_path):
+    LatteFlowScheduler(solver="multistep").save_pretrained(tmp_path)
+    assert LatteFlowScheduler.from_pretrained(tmp_path).config.solver == "multistep"
+    with pytest.raises(ValueError, match=r"solver must be one of .*'rk4'"):
+        LatteFlowScheduler(solver="rk4")
