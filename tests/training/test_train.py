@@ -377,12 +377,19 @@ def test_an_interrupted_cache_goes_on(sections, tmp_path, monkeypatch):
     assert kept.stat().st_mtime_ns == before and lost.exists()
 
 
-@pytest.mark.parametrize("file", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+# Other files there are read by scripts of their own.
+TRAINING_RECIPES = [path for path in sorted(RECIPES.rglob("*.yaml")) if "model" in read_sections(path)]
+
+
+@pytest.mark.parametrize("file", TRAINING_RECIPES, ids=lambda path: path.stem)
 def test_the_recipes_of_this_repository_are_read(file):
-    sections = read_sections(file)
-    assert is_recipe(sections) == (file.name != "checkpoint.yaml")
-    if is_recipe(sections):
-        Recipe.from_dict(sections)
+    assert is_recipe(read_sections(file))
+    Recipe.from_yaml(file)
+
+
+def test_the_embedded_checkpoints_recipe_is_told_apart():
+    assert len(TRAINING_RECIPES) >= 5
+    assert not is_recipe(read_sections(RECIPES / "tinyworld" / "checkpoint.yaml"))
 
 
 def test_the_command_trains_by_the_tiny_recipe_and_refuses_a_misspelt_one(tmp_path, monkeypatch):
@@ -399,3 +406,21 @@ def test_the_command_trains_by_the_tiny_recipe_and_refuses_a_misspelt_one(tmp_pa
     assert result.exit_code == 1 and "did you mean 'model'" in result.stderr
     result = CliRunner().invoke(app, ["train", "small.yaml", "-o", "out"])
     assert result.exit_code == 1 and "exists" in result.stderr
+
+
+def test_adapters_and_single_experts_learn_by_a_recipe_and_go_on_after_a_stop(sections, pipeline, tmp_path):
+    pytest.importorskip("latte_flow_hf.training.adapters")
+    adapter = sections(lora={"experts": [1], "r": 2})
+    whole = train(Recipe.from_dict(adapter), tmp_path / "work", tmp_path / "whole")
+    shutil.rmtree(tmp_path / "work" / "checkpoints" / "checkpoint-6")
+    resumed = train(Recipe.from_dict(adapter), tmp_path / "work", tmp_path / "resumed")
+    weights = "adapter_model.safetensors"
+    assert (whole / weights).read_bytes() == (resumed / weights).read_bytes()
+    assert not (whole / "model_index.json").exists()
+
+    before = LatteFlowPipeline.from_pretrained(pipeline).model
+    after = run(sections(trainable=[1]), tmp_path / "one").model
+    layers = zip(before.tower.layers, after.tower.layers)
+    changed = [index for index, (old, new) in enumerate(layers) if hash_module(old) != hash_module(new)]
+    assert changed == list(before.expert_layers(1))
+    assert hash_module(before.tower.head) == hash_module(after.tower.head)

@@ -826,6 +826,10 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         if generation_config is None:
             generation_config = copy.deepcopy(self.generation_config)
             kwargs = generation_config.update(**kwargs)
+        # Pictures are encoded before the backbone's `forward` is called, which is all that group off-loading listens to.
+        hooks = getattr(self.vlm, "_diffusers_hook", None)
+        if hooks is not None and hooks.get_hook("group_offloading") is not None:
+            hooks.get_hook("group_offloading").pre_forward(self.vlm)
         return self.vlm.generate(inputs, generation_config=generation_config, **kwargs)
 
     @can_return_tuple

@@ -522,11 +522,28 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return answer
 
-    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
-        """As of `DiffusionPipeline`, which alone would wait for the autoencoder's `forward`; `decode` is not it."""
+    def enable_group_offload(
+        self,
+        onload_device: torch.device,
+        offload_device: torch.device = torch.device("cpu"),
+        offload_type: str = "block_level",
+        **kwargs: Any,
+    ) -> None:
+        """As of `DiffusionPipeline`, whose blocks of an autoencoder would wait for a `forward` that `decode` is not.
+
+        Raises:
+            `ValueError`: for `offload_to_disk_path` with `"leaf_level"` and a language head that is tied to the
+                embedding: diffusers would write the second of the two after it has dropped the weights of both.
+        """
+        tied = self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
+        if offload_type == "leaf_level" and kwargs.get("offload_to_disk_path") is not None and tied:
+            raise ValueError(
+                "offload_type 'leaf_level' cannot go to disk: the language head is tied to the embedding, and "
+                "diffusers would lose its weights; 'block_level' or no `offload_to_disk_path` would do."
+            )
         if self.vae is not None and getattr(self.vae, "_group_offload_block_modules", None) is None:
             self.vae._group_offload_block_modules = ["encoder", "decoder", "quant_conv", "post_quant_conv"]
-        super().enable_group_offload(*args, **kwargs)
+        super().enable_group_offload(onload_device, offload_device, offload_type, **kwargs)
 
 
 def check_pipeline_files(folder: Path, given: Container[str] = ()) -> None:
