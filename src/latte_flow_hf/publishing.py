@@ -8,6 +8,7 @@ those that it imports, so a class travels together with the modules of this pack
 import ast
 import importlib
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from importlib.util import resolve_name
@@ -19,7 +20,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 
 from .checkpoints import describe
 from .modeling.configuration_latte_flow import LatteFlowConfig
-from .modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
+from .modeling.modeling_latte_flow import LatteFlowForConditionalGeneration, read_json
 from .modeling.processing_latte_flow import LatteFlowProcessor
 from .pipelines.pipeline_latte_flow import LatteFlowPipeline, check_pipeline_files
 from .schedulers.scheduling_latte_flow import LatteFlowScheduler
@@ -41,6 +42,9 @@ _AUTO_CLASSES: dict[str, dict[str, type]] = {
     },
     "processor/processor_config.json": {"AutoProcessor": LatteFlowProcessor},
 }
+
+# Where a configuration was loaded from: no reader's business if that was a folder of this machine.
+_LOCAL_ORIGIN = re.compile(rb'("_name_or_path": )"/[^"]*"')
 
 
 def join_modules(name: str) -> str:
@@ -104,20 +108,21 @@ def code_files(folder: Path) -> dict[str, str]:
         and the configurations that name it.
     """
     files = {f"{_PIPELINE_MODULE}.py": join_modules(LatteFlowPipeline.__module__)}
-    index = json.loads((folder / "model_index.json").read_text())
+    index = read_json(folder / "model_index.json")
     index.pop("_name_or_path", None)  # the folder it was loaded from
     index["_class_name"] = [_PIPELINE_MODULE, LatteFlowPipeline.__name__]
-    for component, cls in _COMPONENTS.items():
-        if index[component][1] != cls.__name__:
-            continue
+    carried = {name: cls for name, cls in _COMPONENTS.items() if index[name][1] == cls.__name__}
+    for component, cls in carried.items():
         module = cls.__module__.rpartition(".")[2]
         index[component] = [module, cls.__name__]
         # diffusers looks for it in the component's folder, transformers at the root, also with `subfolder=`.
         files[f"{module}.py"] = files[f"{component}/{module}.py"] = join_modules(cls.__module__)
     files["model_index.json"] = json.dumps(index, indent=2) + "\n"
     for path, classes in _AUTO_CLASSES.items():
-        config = json.loads((folder / path).read_text())
-        home = _COMPONENTS[path.partition("/")[0]].__module__.rpartition(".")[2]
+        component = path.partition("/")[0]
+        if component not in carried:
+            continue
+        config, home = read_json(folder / path), index[component][0]
         config["auto_map"] = {auto: f"{home}.{cls.__name__}" for auto, cls in classes.items()}
         files[path] = json.dumps(config, indent=2) + "\n"
     return files
@@ -171,15 +176,22 @@ def publish(folder: str | Path, repo_id: str, private: bool | None = None, with_
     """
     folder = Path(folder)
     check_pipeline_files(folder)
-    class_name = LatteFlowPipeline.load_config(folder)["_class_name"]
-    if class_name != LatteFlowPipeline.__name__:
-        raise ValueError(f"{folder} holds a {class_name}, not a {LatteFlowPipeline.__name__}.")
+    index = LatteFlowPipeline.load_config(folder)
+    if index["_class_name"] != LatteFlowPipeline.__name__:
+        raise ValueError(f"{folder} holds a {index['_class_name']}, not a {LatteFlowPipeline.__name__}.")
+    missing = [name for name, entry in index.items() if entry == [None, None]]
+    if missing:
+        raise ValueError(f"{folder} holds no {', no '.join(missing)}; a pipeline with all of its components would do.")
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     files: dict[str, Path | bytes] = {
         name: path for name, path in paths.items() if not any(part.startswith(".") for part in name.split("/"))
     }
     if with_code:
         files |= {name: text.encode() for name, text in code_files(folder).items()}
+    for name, source in files.items():
+        if name.endswith(("config.json", "model_index.json")):
+            text = source if isinstance(source, bytes) else source.read_bytes()
+            files[name] = _LOCAL_ORIGIN.sub(rb'\1""', text)
     hub = HfApi()
     repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not hub.model_info(repo_id).private:

@@ -10,6 +10,7 @@ The file reads in the order data flows: embed, modulation, attention, layer, exp
 """
 
 import copy
+import importlib
 import importlib.util
 import inspect
 import json
@@ -224,8 +225,8 @@ def xformers_attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The same through xFormers' `memory_efficient_attention`, which gives no map."""
-    from xformers.ops import memory_efficient_attention
-
+    # Not by a statement: transformers refuses carried code that imports what is not installed, wherever it does so.
+    memory_efficient_attention = importlib.import_module("xformers.ops").memory_efficient_attention
     query, key, value = (
         states.transpose(1, 2)
         for states in (query, repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1]))
@@ -551,6 +552,18 @@ class LatteFlowTower(nn.Module):
         return cos, sin
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What a configuration holds.
+
+    Raises:
+        `OSError`: if it is missing or cut off, with its path.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OSError(f"{path} is cut off or damaged ({error}); save or fetch it again.") from error
+
+
 def check_files(folder: Path, *names: str) -> None:
     """Refuse a local checkpoint that is not whole, before anything is guessed in its place.
 
@@ -568,11 +581,7 @@ def check_files(folder: Path, *names: str) -> None:
         if not any(any(folder.glob(alternative)) for alternative in name.split("|")):
             raise OSError(f"checkpoint folder {folder} holds no {name.replace('|', ' or ')}; save or fetch it again.")
     for index in sorted(folder.glob("*.safetensors.index*.json")):
-        try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError) as error:
-            raise OSError(f"{index} is cut off or damaged ({error!r}); save or fetch it again.") from error
-        for shard in sorted(shards):
+        for shard in sorted(set(read_json(index)["weight_map"].values())):
             if not (folder / shard).is_file():
                 raise OSError(
                     f"checkpoint folder {folder} holds no {shard}, which {index.name} names; fetch it again."

@@ -7,7 +7,6 @@ paints, and a prompt's encoding is the backbone's key-value cache.
 
 import contextlib
 import inspect
-import json
 import math
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
-from ..modeling.modeling_latte_flow import LatteFlowContext, check_files
+from ..modeling.modeling_latte_flow import LatteFlowContext, check_files, read_json
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
 from .lora import LatteFlowLoraMixin
 from .pipeline_output import LatteFlowPipelineOutput
@@ -558,7 +557,7 @@ def check_pipeline_files(folder: Path, given: Container[str] = ()) -> None:
         `OSError`: with the path of the file that is missing or cut off.
     """
     check_files(folder, "model_index.json")
-    saved = json.loads((folder / "model_index.json").read_text())
+    saved = read_json(folder / "model_index.json")
     for component, names in _COMPONENT_FILES.items():
         if component not in given and saved.get(component) != [None, None]:
             check_files(folder / component, *names)
