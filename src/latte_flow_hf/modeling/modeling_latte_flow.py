@@ -826,7 +826,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         if generation_config is None:
             generation_config = copy.deepcopy(self.generation_config)
             kwargs = generation_config.update(**kwargs)
-        # Pictures are encoded before the backbone's `forward` is called, which is all that group off-loading listens to.
+        # Pictures are encoded before the backbone's `forward`, which is all that group off-loading listens to.
         hooks = getattr(self.vlm, "_diffusers_hook", None)
         if hooks is not None and hooks.get_hook("group_offloading") is not None:
             hooks.get_hook("group_offloading").pre_forward(self.vlm)

@@ -524,8 +524,8 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
 
     def enable_group_offload(
         self,
-        onload_device: torch.device,
-        offload_device: torch.device = torch.device("cpu"),
+        onload_device: torch.device | str,
+        offload_device: torch.device | str = "cpu",
         offload_type: str = "block_level",
         **kwargs: Any,
     ) -> None:

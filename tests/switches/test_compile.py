@@ -1,0 +1,62 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""`torch.compile`: the same velocity from one graph an expert, whole, whatever the timestep.
+
+`backend="eager"` traces and guards as every backend does, and then runs the graph as it is: no compiler is needed.
+"""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from latte_flow_hf.modeling.modeling_latte_flow import LatteFlowContext
+
+
+TIMESTEPS = (1000.0, 990.0, 730.0, 600.0, 499.0, 210.0, 20.0)
+
+
+@pytest.fixture
+def dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+    yield torch._dynamo
+    torch._dynamo.reset()
+
+
+def assert_same(model, compiled, context: LatteFlowContext, **close):
+    latents = torch.randn(len(context), 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    for timestep in TIMESTEPS:
+        expert = model.expert_of(timestep)
+        arguments = latents, torch.tensor(timestep), context, expert
+        torch.testing.assert_close(compiled(*arguments), model.predict_velocity(*arguments), **close)
+
+
+@pytest.mark.parametrize("mode", ["scores", "probabilities", None])
+def test_one_whole_graph_an_expert(make_model, encode, dynamo, mode):
+    model = make_model(residual_attention=mode).requires_grad_(False)
+    compiled = torch.compile(model.predict_velocity, backend="eager", fullgraph=True)
+    assert_same(model, compiled, model.encode_context(**encode("a red circle")), rtol=0, atol=0)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    # Another length, batch and padding: at most one graph more for each expert, and then none.
+    for prompts in (["a red circle", "a blue square above a seven"], ["a cross", "a", "a green square"]):
+        assert_same(model, compiled, model.encode_context(**encode(*prompts)), rtol=0, atol=0)
+    assert counters["stats"]["unique_graphs"] <= 4 and not counters["graph_break"]
+
+
+def test_pipeline_paints_the_same_compiled(pipe, monkeypatch, dynamo):
+    def paint():
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a red circle", num_inference_steps=6, generator=generator, output_type="pt").images
+
+    expected = paint()
+    compiled = torch.compile(pipe.model.predict_velocity, backend="eager", fullgraph=True)
+    monkeypatch.setattr(pipe.model, "predict_velocity", compiled, raising=False)
+    assert torch.equal(paint(), expected)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.slow
+def test_inductor(make_model, encode, dynamo):
+    model = make_model().requires_grad_(False)
+    compiled = torch.compile(model.predict_velocity, fullgraph=True)
+    assert_same(model, compiled, model.encode_context(**encode("a red circle")), rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 2
