@@ -677,7 +677,8 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             if keys:
                 raise ValueError(
                     f"weights of {pretrained_model_name_or_path} {what} {sorted(keys)[:3]} ({len(keys)} in all): "
-                    "they are of another architecture than its config.json tells."
+                    "they are of another architecture than its config.json tells (`ignore_mismatched_sizes=True` lets "
+                    "other shapes pass, and begins those weights anew)."
                 )
         if model.generation_config.eos_token_id is None:
             # Of a pipeline on the hub diffusers fetches no generation_config.json; no answer would end.

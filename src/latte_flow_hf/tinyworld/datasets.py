@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from .digits import digit_indices, digit_prompt, draw_digit, load_digits
 from .questions import practice_questions, questions_about
-from .shapes import ALL_OBJECTS, IMAGE_SIZE, RELATIONS, Scene, draw_scene, place_objects, sample_scene
+from .shapes import COLOURS, IMAGE_SIZE, RELATIONS, SHAPES, Scene, draw_scene, place_objects, sample_scene
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,11 @@ class Pictures(Dataset):
 class LabelledPictures(Dataset):
     """`size` pictures as `{"image", "cells"}`: what each cell of a `grid` x `grid` raster shows, row by row.
 
-    `cells` is (grid * grid, 3), by column:
+    `cells` is (grid * grid, 4), by column:
 
-    - what: the object whose bounding box covers most of the cell, at least a quarter (0 to 23, by `ALL_OBJECTS`), the
-      digit that fills the picture (24 to 33), or the ground (34);
+    - colour of the object whose bounding box covers most of the cell, at least a quarter (0 to 5, by `COLOURS`), of a
+      digit, which fills the picture (6), of the ground (7);
+    - shape of it (0 to 3, by `SHAPES`), or the digit (4 to 13), or the ground (14);
     - role: how that object stands to the other one (0 to 3, by `RELATIONS`), or 4 if there is none;
     - where: the cell's own number, as the vision tower has relative positions alone.
     """
@@ -82,16 +83,17 @@ class LabelledPictures(Dataset):
         self.seed, self.size, self.grid = seed, size, grid
 
     @property
-    def num_labels(self) -> tuple[int, int, int]:
+    def num_labels(self) -> tuple[int, int, int, int]:
         """How many labels each column knows."""
-        return len(ALL_OBJECTS) + 10 + 1, len(RELATIONS) + 1, self.grid**2
+        return len(COLOURS) + 2, len(SHAPES) + 10 + 1, len(RELATIONS) + 1, self.grid**2
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> dict:
         example = draw_example(np.random.default_rng((self.seed, index)), digit_share=0.4, jitter=1.3)
-        what, role = (np.full((self.grid, self.grid), count - 1) for count in self.num_labels[:2])
+        # The last label of each is the ground's.
+        colour, shape, role = (np.full((self.grid, self.grid), count - 1) for count in self.num_labels[:3])
         if isinstance(example.content, Scene):
             largest = np.full((self.grid, self.grid), 0.25)
             edges = np.linspace(0, IMAGE_SIZE, self.grid + 1)
@@ -100,12 +102,16 @@ class LabelledPictures(Dataset):
                 roles = [list(RELATIONS).index(r) for r in (example.content.relation, example.content.converse)]
             for item, (x, y, size), its_role in zip(example.content.objects, example.places, roles):
                 covered = np.outer(_covered(edges, y - size, y + size), _covered(edges, x - size, x + size))
-                what[covered > largest] = ALL_OBJECTS.index(item)
-                role[covered > largest] = its_role
+                shown = covered > largest
+                colour[shown] = list(COLOURS).index(item.colour)
+                shape[shown] = SHAPES.index(item.shape)
+                role[shown] = its_role
                 largest = np.maximum(largest, covered)
         else:
-            what[:] = len(ALL_OBJECTS) + example.content
-        cells = np.stack([what.reshape(-1), role.reshape(-1), np.arange(self.grid**2)], axis=-1)
+            colour[:] = len(COLOURS)
+            shape[:] = len(SHAPES) + example.content
+        where = np.arange(self.grid**2)
+        cells = np.stack([colour.reshape(-1), shape.reshape(-1), role.reshape(-1), where], axis=-1)
         return {"image": example.image, "cells": cells}
 
 
