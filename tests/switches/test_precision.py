@@ -1,7 +1,8 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """Half precision, int8 and 4-bit weights: close to float32, and closer than a prompt is to another.
 
-The bounds are a few times what was measured (relative error of the velocity: float16 0.2%, bfloat16 1.6%, int8 2.2%; of another prompt 15% to 22%).
+The bounds are a few times what was measured, the velocity's relative error: float16 0.2%, bfloat16 1.6%, int8 2.2%.
+Another prompt changes the velocity by 15% to 22%.
 """
 
 import copy
