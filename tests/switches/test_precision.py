@@ -1,17 +1,19 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """Half precision, int8 and 4-bit weights: close to float32, and closer than a prompt is to another.
 
-The bounds are a few times what was measured (relative error of the velocity: float16 0.1%, bfloat16 1%, int8 1%).
+The bounds are a few times what was measured, the velocity's relative error: float16 0.2%, bfloat16 1.6%, int8 2.2%.
+Another prompt changes the velocity by 15% to 22%.
 """
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import PipelineQuantizationConfig
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
-from latte_flow_hf import LatteFlowForConditionalGeneration, LatteFlowPipeline
+from latte_flow_hf import LatteFlowForConditionalGeneration, LatteFlowPipeline, LatteFlowScheduler, tiny_checkpoint
 
 
 BOUND = {torch.float16: 0.005, torch.bfloat16: 0.05, "int8": 0.05, "nf4": 0.5}
@@ -35,7 +37,6 @@ def paint(pipe, prompt="a red circle"):
 @pytest.fixture(scope="module")
 def saved(model, processor, vae, tmp_path_factory):
     """A pipeline's folder. The session's model goes through it as a copy."""
-    from latte_flow_hf import LatteFlowScheduler
 
     folder = tmp_path_factory.mktemp("pipeline")
     scheduler = LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries)
@@ -139,12 +140,20 @@ def test_own_exceptions_are_added(saved):
     assert names and not any(n.startswith("vlm.") or any(w in n.split(".") for w in STAY) for n in names)
 
 
-def test_bitsandbytes_4_bit(model, saved, encode):
+def test_bitsandbytes_4_bit(encode):
+    # Of the embedded checkpoint: its CPU kernel takes no rows shorter than 64.
     bitsandbytes = pytest.importorskip("bitsandbytes")
+    folder = Path(tiny_checkpoint()) / "model"
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    found = LatteFlowForConditionalGeneration.from_pretrained(saved / "model", quantization_config=config)
-    assert_quantized(found, lambda module: isinstance(module, bitsandbytes.nn.Linear4bit))
-    assert 0 < distance(velocity(found, encode), velocity(model, encode)) < BOUND["nf4"]
+    found = LatteFlowForConditionalGeneration.from_pretrained(folder, quantization_config=config)
+    linear = {name: module for name, module in found.named_modules() if isinstance(module, torch.nn.Linear)}
+    kept = [name for name, module in linear.items() if not isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert all(name == "vlm.lm_head" or any(word in name.split(".") for word in STAY) for name in kept)
+    expected = LatteFlowForConditionalGeneration.from_pretrained(folder)
+    latents = torch.randn(1, expected.config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        one, other = (m.predict_velocity(latents, 730.0, m.encode_context(**encode("a"))) for m in (found, expected))
+    assert 0 < distance(one, other) < BOUND["nf4"]
 
 
 # The autoencoder's own switches.
@@ -161,8 +170,9 @@ def test_tiling_and_slicing_give_the_same_picture(pipe, make_vae):
         # Up to one tile, the very same.
         vae.enable_tiling()
         assert torch.equal(vae.decode(latents).sample, expected)
-        # Four tiles of 96 pixels whose borders are blended: the rest of each is away from its edges.
+        # Four tiles of 96 pixels, blended over 32. Far from a tile's edge nothing changes; near it, little.
         vae.enable_tiling(96, 96, 64, 64)
         tiled = vae.decode(latents).sample
-        assert tiled.shape == expected.shape and not torch.equal(tiled, expected)
-        assert (tiled - expected).abs().mean() < 0.05 * expected.std()
+        torch.testing.assert_close(tiled[..., :40, :40], expected[..., :40, :40], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(tiled[..., -24:, -24:], expected[..., -24:, -24:], rtol=1e-2, atol=1e-1)
+        assert 0 < (tiled - expected).abs().mean() < 0.1 * expected.std()

@@ -6,7 +6,7 @@ from PIL import Image
 
 from latte_flow_hf.tinyworld.datasets import Conversations, LabelledPictures, Pictures, draw_example
 from latte_flow_hf.tinyworld.digits import digit_indices, draw_digit
-from latte_flow_hf.tinyworld.shapes import ALL_OBJECTS, RELATIONS, Scene
+from latte_flow_hf.tinyworld.shapes import COLOURS, RELATIONS, SHAPES, Scene
 
 
 def test_training_examples_hold_nothing_back_that_is_held_out():
@@ -48,14 +48,18 @@ def test_conversations_alternate_and_show_at_most_one_picture():
 
 def test_cell_labels_say_what_is_where():
     data = LabelledPictures(0, 100, grid=4)
-    no_object, no_role = data.num_labels[0] - 1, data.num_labels[1] - 1
+    no_colour, no_shape, no_role = (count - 1 for count in data.num_labels[:3])
+    num_kinds = no_shape + 1
     for index in range(100):
         example = data[index]
-        what, role, where = example["cells"].reshape(4, 4, 3).transpose(2, 0, 1)
+        colour, shape, role, where = example["cells"].reshape(4, 4, 4).transpose(2, 0, 1)
         assert (where.reshape(-1) == np.arange(16)).all()
-        if (what >= len(ALL_OBJECTS)).all():
-            assert len(set(what.flat)) == 1 and what[0, 0] != no_object and (role == no_role).all()
+        if (colour == len(COLOURS)).all():
+            assert len(set(shape.flat)) == 1 and len(SHAPES) <= shape[0, 0] < no_shape and (role == no_role).all()
             continue
+        assert ((colour == no_colour) == (shape == no_shape)).all() and (colour != len(COLOURS)).all()
+        what = colour * num_kinds + shape
+        no_object = no_colour * num_kinds + no_shape
         named = set(what.flat) - {no_object}
         assert 1 <= len(named) <= 2
         pixels = np.asarray(example["image"], dtype=np.float32)
