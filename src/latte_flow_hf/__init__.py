@@ -5,6 +5,13 @@ Importing this package registers its classes with the Auto classes and with diff
 diffusers refuses to import a module that a checkpoint names.
 """
 
+# ruff: noqa: E402
+import logging
+
+
+# transformers imports torchao where it is installed; it then warns, each time, of kernels for other versions of torch.
+logging.getLogger("torchao").setLevel(logging.ERROR)
+
 import diffusers
 
 # The base classes stand here too: for a library it knows, diffusers looks for them beside the class that it loads.

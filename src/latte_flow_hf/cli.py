@@ -6,16 +6,12 @@ The package is imported inside the verbs, so that `--help` answers at once.
 
 import functools
 import json
-import logging
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-
-# Where the extra `quantization` is installed, it warns of kernels for other versions of torch at every import.
-logging.getLogger("torchao").setLevel(logging.ERROR)
 
 app = typer.Typer(
     help="Paint and chat with LaTtE-Flow models.",
