@@ -67,7 +67,7 @@ class Recipe:
             `TrainingArguments` each.
         backbone (`dict`): arguments of `Qwen2VLConfig`, token ids left out.
         experts (`dict`): arguments of `LatteFlowForConditionalGeneration.from_vlm`.
-        experts_data (`dict`): `num_pictures`, `prompt_dropout`, `ema_decay`.
+        experts_data (`dict`): `num_pictures`, `digit_share`, `single_share`, `prompt_dropout`, `ema_decay`.
     """
 
     seed: int
@@ -299,7 +299,8 @@ def build_paintings(recipe: Recipe, work_dir: Path) -> Paintings:
 
     def make(folder: Path) -> None:
         vae = build_autoencoder(recipe, work_dir)
-        pictures = Pictures(recipe.seed + 1, recipe.experts_data["num_pictures"])
+        shares = (recipe.experts_data["digit_share"], recipe.experts_data["single_share"])
+        pictures = Pictures(recipe.seed + 1, recipe.experts_data["num_pictures"], *shares)
         batches = DataLoader(pictures, batch_size=64, collate_fn=lambda examples: examples)
         latents, prompts = [], []
         with torch.no_grad():

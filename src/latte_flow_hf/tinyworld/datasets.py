@@ -28,13 +28,15 @@ class Example:
     places: list[tuple[float, float, float]]
 
 
-def draw_example(rng: np.random.Generator, digit_share: float = 0.3, jitter: float = 1.0) -> Example:
-    """A training picture: a digit, or a scene of one (one third) or two objects."""
+def draw_example(
+    rng: np.random.Generator, digit_share: float = 0.3, single_share: float = 1 / 3, jitter: float = 1.0
+) -> Example:
+    """A training picture: a digit, or a scene of one (`single_share` of the scenes) or two objects."""
     if rng.random() < digit_share:
         index = int(rng.choice(digit_indices(held_out=False)))
         value = int(load_digits()[1][index])
         return Example(draw_digit(index, rng, jitter), value, digit_prompt(value), [])
-    scene = sample_scene(rng, 1 if rng.random() < 1 / 3 else 2)
+    scene = sample_scene(rng, 1 if rng.random() < single_share else 2)
     places = place_objects(scene, rng)
     return Example(draw_scene(scene, places), scene, scene.prompt, places)
 
@@ -55,15 +57,15 @@ def vary_prompt(prompt: str, rng: np.random.Generator) -> str:
 class Pictures(Dataset):
     """`size` pictures as `{"image", "prompt"}`; example `i` depends on `seed` and `i` alone."""
 
-    def __init__(self, seed: int, size: int, digit_share: float = 0.3, jitter: float = 0.5):
-        self.seed, self.size, self.digit_share, self.jitter = seed, size, digit_share, jitter
+    def __init__(self, seed: int, size: int, digit_share: float = 0.3, single_share: float = 1 / 3):
+        self.seed, self.size, self.shares = seed, size, (digit_share, single_share)
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> dict:
         rng = np.random.default_rng((self.seed, index))
-        example = draw_example(rng, self.digit_share, self.jitter)
+        example = draw_example(rng, *self.shares, jitter=0.5)
         return {"image": example.image, "prompt": vary_prompt(example.prompt, rng)}
 
 
