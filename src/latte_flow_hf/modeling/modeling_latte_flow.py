@@ -14,7 +14,7 @@ import importlib
 import importlib.util
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ class LatteFlowContext:
         attention_mask (`torch.Tensor`): (B, T), bool, `False` at padding.
         next_position (`torch.Tensor`): (B,), the first rotary position after the prompt.
         padded (`bool`): whether any of the mask is `False`; known here once, so that no step has to ask the device.
+
+    B prompts may serve m * B pictures: the first m of them the first prompt, and so on. Nothing is copied for that.
     """
 
     keys: tuple[torch.Tensor, ...]
@@ -154,13 +156,16 @@ class LatteFlowLatentEmbedding(nn.Linear):
         super().__init__(config.latent_channels * config.latent_patch_size**2, config.text_config.hidden_size)
         self.patch_size = config.latent_patch_size
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, C, height, width) -> (B, N, D), row by row."""
-        patches = nn.functional.pixel_unshuffle(latents, self.patch_size)
-        rows, columns = (torch.arange(n, device=latents.device, dtype=torch.float32) for n in patches.shape[2:])
+    def places(self, height: int, width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """The embedding of the places of height x width tokens, (N, D)."""
+        rows, columns = (torch.arange(n, device=device, dtype=torch.float32) for n in (height, width))
         grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))
-        places = get_2d_sincos_pos_embed_from_grid(self.out_features, grid, output_type="pt")
-        return super().forward(patches.flatten(2).transpose(1, 2)) + places.to(latents.dtype)
+        return get_2d_sincos_pos_embed_from_grid(self.out_features, grid, output_type="pt").to(dtype)
+
+    def forward(self, latents: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """(B, C, height, width) and `places` (N, D) -> (B, N, D), row by row."""
+        patches = nn.functional.pixel_unshuffle(latents, self.patch_size)
+        return super().forward(patches.flatten(2).transpose(1, 2)) + places
 
 
 class LatteFlowTimestepEmbedding(nn.Module):
@@ -174,6 +179,62 @@ class LatteFlowTimestepEmbedding(nn.Module):
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         frequencies = self.frequencies(timestep).to(self.mlp.linear_1.weight.dtype)
         return nn.functional.silu(self.mlp(frequencies))
+
+
+@dataclass
+class LatteFlowLayout:
+    """Where latents lie, in the picture and after the prompt.
+
+    Args:
+        places (`torch.Tensor`): (N, D), what is added to the embedded latents.
+        position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): rotary cos and sin of queries and keys, (B, N, d).
+        context_bias (`torch.Tensor`, *optional*): (prompts, 1, 1, T), 0 or -inf (padding); `None` if none is padded.
+    """
+
+    places: torch.Tensor
+    position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    context_bias: torch.Tensor | None
+
+
+class LatteFlowSteps:
+    """All steps of one call, for what they have in common: it is worked out at the first step that needs it.
+
+    That is the layout, and whatever is a function of the timestep alone: an expert's modulations of all its steps come
+    from one matrix product.
+
+    Args:
+        timesteps (`torch.Tensor`): (S,), 0 to 1000.
+        experts (`list[int]`): the expert of each.
+    """
+
+    def __init__(self, timesteps: torch.Tensor, experts: list[int]):
+        self.timesteps = timesteps.float()
+        self.experts = experts
+        self.current = 0
+        self._known: dict[Any, Any] = {}
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """`make()`, called the first time that `key` is asked for."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
+
+    @property
+    def own(self) -> list[int]:
+        """The steps of the current step's expert."""
+        expert = self.experts[self.current]
+        return [step for step, owner in enumerate(self.experts) if owner == expert]
+
+    def modulate(self, linear: nn.Module, embedding: torch.Tensor) -> torch.Tensor:
+        """`linear` of the current step's row of `embedding` (own steps, E): (1, outputs)."""
+        row = self.own.index(self.current)
+        # The head's serves every expert.
+        rows = self.once((linear, self.experts[self.current]), lambda: linear(embedding))
+        return rows[row : row + 1]
+
+
+def _modulate(linear: nn.Module, timestep_embedding: torch.Tensor, steps: LatteFlowSteps | None) -> torch.Tensor:
+    return linear(timestep_embedding) if steps is None else steps.modulate(linear, timestep_embedding)
 
 
 def _linear_like(linear: nn.Linear) -> nn.Linear:
@@ -212,6 +273,53 @@ def eager_attention_forward(
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, repeat_heads(value, query.shape[1])).transpose(1, 2), weights
+
+
+def one_pass_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    context_keys: torch.Tensor,
+    context_values: torch.Tensor,
+    context_bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax([Q K_prompt^T + bias, Q K^T + residual]) [V_prompt; V], each product taken once.
+
+    Neither keys and values are joined, nor those of a key-value head repeated for its queries, nor those of a prompt
+    for its pictures: the queries that share them lie below each other in one product.
+
+    Args:
+        query: (B, H, N, d); scaled here.
+        key, value: (B, G, N, d), of the latents.
+        context_keys, context_values: (P, G, T, d), of the prompts; each serves B / P pictures in a row.
+        context_bias: (P, 1, 1, T) or `None`.
+        residual: (B, H, N, N) or `None`.
+
+    Returns:
+        (B, N, H, d), and the scores of latents to latents, residual included, (B, H, N, N).
+    """
+    batch, num_heads, length, size = query.shape
+    prompts, groups, num_context, _ = context_keys.shape
+    # (B, G, H / G * N, d) and (P, G, B / P * H / G * N, d)
+    grouped = (query * scaling).reshape(batch, groups, -1, size)
+    shared = grouped.unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)
+    scores = torch.matmul(grouped, key.transpose(2, 3)).view(batch, num_heads, length, length)
+    if residual is not None:
+        scores = scores + residual
+    to_context = torch.matmul(shared, context_keys.transpose(2, 3))
+    if context_bias is not None:
+        to_context = to_context + context_bias
+    to_context = to_context.unflatten(2, (batch // prompts, -1)).transpose(1, 2)
+    to_context = to_context.reshape(batch, num_heads, length, num_context)
+    weights = torch.cat([to_context, scores], dim=-1)
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    from_context, from_latents = weights.view(batch, groups, -1, num_context + length).split([num_context, length], -1)
+    from_context = from_context.unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)
+    output = torch.matmul(from_context, context_values).unflatten(2, (batch // prompts, -1)).transpose(1, 2)
+    output = output.reshape(grouped.shape) + torch.matmul(from_latents, value)
+    return output.view(query.shape).transpose(1, 2), scores
 
 
 def xformers_attention_forward(
@@ -312,22 +420,23 @@ class LatteFlowAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
+        timestep_embedding: torch.Tensor,
+        previous: torch.Tensor | None,
+        steps: LatteFlowSteps | None,
         context_keys: torch.Tensor,
         context_values: torch.Tensor,
         context_bias: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        timestep_embedding: torch.Tensor,
-        previous: torch.Tensor | None = None,
-        keep: bool = False,
+        keep: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             hidden_states: (B, N, D).
-            context_keys, context_values: (B, G, T, d).
-            context_bias: (B, 1, 1, T), 0 or -inf (padding); `None` if nothing is padded.
-            position_embeddings: cos and sin, (B, N, d).
-            timestep_embedding: (B, E).
+            timestep_embedding, steps: as in [`LatteFlowLayer`].
             previous: (B, H, N, N), what the layer before kept.
+            context_keys, context_values: (P, G, T, d); each prompt serves B / P pictures in a row.
+            context_bias: (P, 1, 1, T), 0 or -inf (padding); `None` if nothing is padded.
+            position_embeddings: cos and sin, (B, N, d).
             keep: whether to return what the next layer reuses.
 
         Returns:
@@ -341,20 +450,33 @@ class LatteFlowAttention(nn.Module):
 
         residual = None
         if previous is not None and self.residual is not None:
-            gate = torch.tanh(self.residual_gate(timestep_embedding))
+            gate = torch.tanh(_modulate(self.residual_gate, timestep_embedding, steps))
             residual = gate[..., None, None] * previous
 
+        mode, implementation = self.config.residual_attention, self.config._attn_implementation
+        if mode != "probabilities" and (implementation == "eager" or (mode == "scores" and implementation == "sdpa")):
+            # What is handed on are the scores, which a fused kernel does not show: with it each would be taken twice.
+            output, scores = one_pass_attention(
+                query, key, value, context_keys, context_values, context_bias, residual, self.scaling
+            )
+            return self.o_proj(output.reshape(batch, length, -1)), scores if keep and mode is not None else None
+
+        pictures = batch // len(context_keys)
+        if pictures > 1:
+            context_keys, context_values = (
+                states.repeat_interleave(pictures, dim=0) for states in (context_keys, context_values)
+            )
+            context_bias = None if context_bias is None else context_bias.repeat_interleave(pictures, dim=0)
         all_keys = torch.cat([context_keys, key], dim=2)
         all_values = torch.cat([context_values, value], dim=2)
-        if self.config.residual_attention == "probabilities":
+        if mode == "probabilities":
             output, kept = self._add_probabilities(query, all_keys, all_values, context_bias, residual)
             return self.o_proj(output.reshape(batch, length, -1)), kept if keep else None
 
         kept = None
-        if keep and self.config.residual_attention == "scores":
+        if keep and mode == "scores":
             kept = torch.matmul(query, repeat_heads(key, self.num_heads).transpose(2, 3)) * self.scaling
             kept = kept if residual is None else kept + residual
-        implementation = self.config._attn_implementation
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         bias = self._bias(context_bias, residual, query, context_keys.shape[2])
         form: dict[str, Any] = {"attention_mask": bias}
@@ -441,16 +563,18 @@ class LatteFlowLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         timestep_embedding: torch.Tensor,
         previous: torch.Tensor | None = None,
+        steps: LatteFlowSteps | None = None,
         **attention: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, N, D) -> (B, N, D), and what the next layer reuses; `attention` as in [`LatteFlowAttention`].
 
         What carries gradients goes by position: gradient checkpointing with `use_reentrant=True` sees nothing else.
+        With `steps` there is a row of `timestep_embedding` for every step of this expert.
         """
-        modulation = self.modulation(timestep_embedding).unsqueeze(1)
+        modulation = _modulate(self.modulation, timestep_embedding, steps).unsqueeze(1)
         attention_scale, mlp_scale_in, mlp_shift_in, mlp_scale = modulation.chunk(4, dim=-1)
         attended, kept = self.self_attn(
-            self.attention_norm(hidden_states), timestep_embedding=timestep_embedding, previous=previous, **attention
+            self.attention_norm(hidden_states), timestep_embedding, previous, steps, **attention
         )
         hidden_states = hidden_states + attention_scale * self.attention_post_norm(attended)
         fed = self.mlp((1.0 + mlp_scale_in) * self.mlp_norm(hidden_states) + mlp_shift_in)
@@ -469,10 +593,16 @@ class LatteFlowHead(nn.Module):
         self.proj = LatteFlowZeroLinear(hidden_size, config.latent_channels * self.patch_size**2)
 
     def forward(
-        self, hidden_states: torch.Tensor, timestep_embedding: torch.Tensor, height: int, width: int
+        self,
+        hidden_states: torch.Tensor,
+        timestep_embedding: torch.Tensor,
+        height: int,
+        width: int,
+        steps: LatteFlowSteps | None = None,
     ) -> torch.Tensor:
-        """(B, N, D) -> (B, C, height, width); height and width in latent pixels."""
-        scale, shift = self.modulation(timestep_embedding).unsqueeze(1).chunk(2, dim=-1)
+        """(B, N, D) -> (B, C, height, width), height and width in latent pixels; `steps` as in [`LatteFlowLayer`]."""
+        modulation = _modulate(self.modulation, timestep_embedding, steps)
+        scale, shift = modulation.unsqueeze(1).chunk(2, dim=-1)
         patches = self.proj((1.0 + scale) * self.norm(hidden_states) + shift).transpose(1, 2)
         patches = patches.unflatten(2, (height // self.patch_size, width // self.patch_size))
         return nn.functional.pixel_shuffle(patches, self.patch_size)
@@ -505,15 +635,19 @@ class LatteFlowTower(nn.Module):
         timestep: torch.Tensor,
         expert: int,
         context: LatteFlowContext,
+        steps: LatteFlowSteps | None = None,
     ) -> torch.Tensor:
-        """Velocity of `latents` (B, C, height, width) by the layers of one expert alone; `timestep` is (B,)."""
-        timestep_embedding = self.timestep_embedding(timestep)
-        position_embeddings = self._latent_position_embeddings(latents, context.next_position)
-        hidden_states = self.latent_embedding(latents)
-        context_bias = None
-        if context.padded:
-            context_bias = torch.zeros_like(context.attention_mask, dtype=hidden_states.dtype)
-            context_bias = context_bias.masked_fill(~context.attention_mask, float("-inf"))[:, None, None]
+        """Velocity of `latents` (B, C, height, width) by the layers of one expert alone; `timestep` is (1,) or (B,).
+
+        With `steps`, what their steps have in common is taken from there.
+        """
+        if steps is None:
+            layout = self.layout(latents, context)
+            timestep_embedding = self.timestep_embedding(timestep)
+        else:
+            layout = steps.once((id(context), latents.shape), lambda: self.layout(latents, context))
+            timestep_embedding = steps.once(expert, lambda: self.timestep_embedding(steps.timesteps[steps.own]))
+        hidden_states = self.latent_embedding(latents, layout.places)
         kept = None
         layers = self.expert_layers(expert)
         for index in layers:
@@ -521,13 +655,26 @@ class LatteFlowTower(nn.Module):
                 hidden_states,
                 timestep_embedding,
                 kept,
+                steps,
                 context_keys=context.keys[index],
                 context_values=context.values[index],
-                context_bias=context_bias,
-                position_embeddings=position_embeddings,
+                context_bias=layout.context_bias,
+                position_embeddings=layout.position_embeddings,
                 keep=index + 1 in layers,
             )
-        return self.head(hidden_states, timestep_embedding, *latents.shape[2:])
+        return self.head(hidden_states, timestep_embedding, *latents.shape[2:], steps)
+
+    def layout(self, latents: torch.Tensor, context: LatteFlowContext) -> LatteFlowLayout:
+        """What is the same at every step, for latents like these (B, C, height, width)."""
+        height, width = (side // self.config.latent_patch_size for side in latents.shape[2:])
+        places = self.latent_embedding.places(height, width, latents.device, latents.dtype)
+        next_position = context.next_position.repeat_interleave(len(latents) // len(context))
+        context_bias = None
+        if context.padded:
+            context_bias = torch.zeros_like(context.attention_mask, dtype=latents.dtype)
+            context_bias = context_bias.masked_fill(~context.attention_mask, float("-inf"))[:, None, None]
+        positions = self._latent_position_embeddings(latents, next_position)
+        return LatteFlowLayout(places, positions, context_bias)
 
     def _latent_position_embeddings(
         self, latents: torch.Tensor, next_position: torch.Tensor
@@ -907,6 +1054,8 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             The sum (scalar), and the summands (K,) without gradients, 0 where no example went.
         """
         self._check_latents(latents, context)
+        if len(context) != len(latents):
+            raise ValueError(f"context must hold a prompt for each of {len(latents)} latents, got {len(context)}.")
         if noise is None:
             noise = torch.randn(
                 latents.shape,
@@ -1015,15 +1164,17 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         timestep: torch.Tensor | float,
         context: LatteFlowContext,
         expert: int | None = None,
+        steps: LatteFlowSteps | None = None,
     ) -> torch.Tensor:
         """The velocity (noise - data) at `latents`, by the expert that owns `timestep` alone.
 
         Args:
             latents (`torch.Tensor`): (B, C, height, width), noisy; taken in the tower's dtype, that of the velocity.
             timestep (`float` or `torch.Tensor`): 0 to 1000, one for all or (B,); all of one expert.
-            context ([`LatteFlowContext`]): the B prompts.
+            context ([`LatteFlowContext`]): the prompts: B, or fewer that serve several latents each.
             expert (`int`, *optional*): which one, for callers that know it; read off `timestep` if not given, which
                 on an accelerator waits for the device.
+            steps ([`LatteFlowSteps`], *optional*): all steps of the call, the current one being that of `timestep`.
 
         Raises:
             `ValueError`: if the timesteps belong to several experts or lie outside 0 to 1000, there is no such expert,
@@ -1042,7 +1193,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             (expert,) = owners
         elif not 0 <= expert < self.config.num_experts:
             raise ValueError(f"expert must be from 0 to {self.config.num_experts - 1}, got {expert}.")
-        return self.tower(latents, timestep.expand(len(latents)), expert, context)
+        return self.tower(latents, timestep.expand(len(latents)), expert, context, steps)
 
     def expert_of(self, timestep: float) -> int:
         """The expert that owns `timestep`; expert 0 owns the noisiest.
@@ -1100,8 +1251,11 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             raise ValueError(f"latents must be (batch, {channels}, height, width), got {tuple(latents.shape)}.")
         if latents.shape[2] % patch_size or latents.shape[3] % patch_size:
             raise ValueError(f"latents' sides must be multiples of {patch_size}, got {tuple(latents.shape[2:])}.")
-        if len(context) != len(latents):
-            raise ValueError(f"context must hold a prompt for each of {len(latents)} latents, got {len(context)}.")
+        if not len(context) or len(latents) % len(context):
+            raise ValueError(
+                f"context must hold a prompt for each of {len(latents)} latents, or one for every so many, got "
+                f"{len(context)}."
+            )
 
 
 def _check_decoder(decoder: nn.Module) -> None:

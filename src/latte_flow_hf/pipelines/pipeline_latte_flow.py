@@ -23,7 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
-from ..modeling.modeling_latte_flow import LatteFlowContext, check_files, read_json
+from ..modeling.modeling_latte_flow import LatteFlowContext, LatteFlowSteps, check_files, read_json
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
 from .lora import LatteFlowLoraMixin
 from .pipeline_output import LatteFlowPipelineOutput
@@ -156,13 +156,13 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """Of the running call."""
-        return self._guidance_scale
+        """Of the running call, at its current expert."""
+        return self._guidance_scale[self._expert] if isinstance(self._guidance_scale, list) else self._guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the running call computes the unconditional branch; `_guidance_scale = 1` in a callback ends it."""
-        return self._guidance_scale > 1
+        return self.guidance_scale > 1
 
     @property
     def num_timesteps(self) -> int:
@@ -183,7 +183,8 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
         height: int,
         width: int,
         num_inference_steps: int,
-        guidance_scale: float,
+        guidance_scale: float | list[float],
+        guidance_interval: tuple[float, float] | None,
         num_images_per_prompt: int,
         generator: torch.Generator | list[torch.Generator] | None,
         output_type: str,
@@ -222,15 +223,29 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
             if not isinstance(pixels, int) or pixels < step or pixels % step:
                 raise ValueError(f"{name} must be a positive multiple of {step}, got {pixels!r}.")
         check_num_inference_steps(num_inference_steps)
-        if not isinstance(guidance_scale, (int, float)) or not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale!r}.")
+        num_experts = self.model.config.num_experts
+        scales = list(guidance_scale) if isinstance(guidance_scale, (list, tuple)) else [guidance_scale] * num_experts
+        finite = all(isinstance(scale, (int, float)) and math.isfinite(scale) for scale in scales)
+        if not finite or len(scales) != num_experts:
+            raise ValueError(
+                f"guidance_scale must be a finite number, or one for each of {num_experts} experts, got "
+                f"{guidance_scale!r}."
+            )
+        if guidance_interval is not None and not (
+            isinstance(guidance_interval, (list, tuple))
+            and len(guidance_interval) == 2
+            and 0 <= guidance_interval[0] <= guidance_interval[1] <= 1
+        ):
+            raise ValueError(
+                f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {guidance_interval!r}."
+            )
         if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be a positive integer, got {num_images_per_prompt!r}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {list(OUTPUT_TYPES)}, got {output_type!r}.")
         if output_type != "latent" and self.vae is None:
             raise ValueError(f"output_type must be 'latent' as long as vae is None, got {output_type!r}.")
-        if self.processor is None and (context is None or (guidance_scale > 1 and negative_context is None)):
+        if self.processor is None and (context is None or (max(scales) > 1 and negative_context is None)):
             raise ValueError(
                 "processor is None: give `context` in place of words and, with a guidance_scale above 1, "
                 "`negative_context`."
@@ -261,7 +276,6 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
         image: Any = None,
         messages: list | None = None,
         negative_prompt: str | list[str] | None = None,
-        num_images_per_prompt: int = 1,
         do_classifier_free_guidance: bool = True,
         context: LatteFlowContext | None = None,
         negative_context: LatteFlowContext | None = None,
@@ -269,11 +283,12 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
         """Prefill each prompt once; the unconditional one (an empty prompt) once a pipeline.
 
         Args:
-            prompt, image, messages, negative_prompt, num_images_per_prompt, context, negative_context: as of the call.
+            prompt, image, messages, negative_prompt, context, negative_context: as of the call.
             do_classifier_free_guidance (`bool`, defaults to `True`): whether to give the unconditional branch too.
 
         Returns:
-            The contexts of all pictures, and those of their unconditional branch (`None` without guidance).
+            The contexts of all prompts (several pictures of one share it), and of as many for the unconditional branch
+            (`None` without guidance).
 
         Raises:
             `ValueError`: if a picture is none, or their number is not that of the prompts.
@@ -288,9 +303,9 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
                 negative = self._unconditional_context()
             else:
                 negative = self._encode(self._conversations(negative_prompt, None, None))
-            negative = _repeat(negative, len(context) // len(negative), interleave=False)
-            negative = _repeat(negative, num_images_per_prompt)
-        return _repeat(context, num_images_per_prompt), negative
+            if len(negative) < len(context):
+                negative = negative.rows(torch.zeros(len(context), dtype=torch.long, device=self._execution_device))
+        return context, negative
 
     def _conversations(self, prompt: str | list[str] | None, image: Any, messages: list | None) -> list[list[dict]]:
         self._check_has("processor")
@@ -352,7 +367,8 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
         width: int | None = None,
         num_inference_steps: int = 40,
         steps_per_expert: list[int] | None = None,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | list[float] = 4.0,
+        guidance_interval: tuple[float, float] | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -377,10 +393,12 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
             height, width (`int`, *optional*): in pixels; 8x8 latent tokens if not given, as in the paper.
             num_inference_steps (`int`, defaults to 40): as in the paper.
             steps_per_expert (`list[int]`, *optional*): in place of `num_inference_steps`: steps of each expert.
-            guidance_scale (`float`, defaults to 4.0):
-                w of v_uncond + w * (v_cond - v_uncond); up to 1 the unconditional branch is not computed. (Paper: its
-                FID is flat from about 4 up.)
-            num_images_per_prompt (`int`, defaults to 1): they share one prefill.
+            guidance_scale (`float` or `list[float]`, defaults to 4.0):
+                w of v_uncond + w * (v_cond - v_uncond), one for all or one for each expert; up to 1 the unconditional
+                branch is not computed. (Paper: its FID is flat from about 4 up.)
+            guidance_interval (`tuple[float, float]`, *optional*):
+                (low, high), from 0 (data) to 1 (noise): guide at sigmas in there alone.
+            num_images_per_prompt (`int`, defaults to 1): they share one prefill, and its cache without a copy.
             generator (`torch.Generator` or a list of them, *optional*): one, or one for each picture.
             latents (`torch.Tensor`, *optional*): the starting noise, (batch, channels, height / f, width / f).
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
@@ -412,6 +430,7 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
             width,
             num_inference_steps,
             guidance_scale,
+            guidance_interval,
             num_images_per_prompt,
             generator,
             output_type,
@@ -420,7 +439,9 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
             negative_context,
         )
         self._check_components()
-        self._guidance_scale = float(guidance_scale)
+        several = isinstance(guidance_scale, (list, tuple))
+        self._guidance_scale = [float(scale) for scale in guidance_scale] if several else float(guidance_scale)
+        self._expert = 0
         self._interrupt = False
         device = self._execution_device
 
@@ -438,7 +459,16 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
             self.scheduler.set_timesteps(steps_per_expert=steps_per_expert, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
-        experts = [self.model.expert_of(timestep) for timestep in timesteps.tolist()]
+        # Where a solver corrects a step at its end, the scheduler knows whose step it was.
+        experts = getattr(self.scheduler, "experts", None)
+        if experts is None:
+            experts = [self.model.expert_of(timestep) for timestep in timesteps.tolist()]
+        scales = self._guidance_scale if isinstance(self._guidance_scale, list) else [self._guidance_scale]
+        low, high = (0.0, 1.0) if guidance_interval is None else guidance_interval
+        guided = [
+            scales[expert % len(scales)] > 1 and low <= timestep / 1000.0 <= high
+            for expert, timestep in zip(experts, timesteps.tolist())
+        ]
         batch_size = _num_prompts(prompt, messages, context) * num_images_per_prompt
         latents = self.prepare_latents(batch_size, height, width, self.model.dtype, device, generator, latents)
 
@@ -448,27 +478,30 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
             image,
             messages,
             negative_prompt,
-            num_images_per_prompt,
-            self.do_classifier_free_guidance,
+            any(guided),
             context,
             negative_context,
         )
+        # Several pictures of a prompt share its context; the steps, what depends on none of them.
         both = None if negative is None else LatteFlowContext.cat([negative, context])
+        steps = LatteFlowSteps(timesteps, experts)
 
         # 4. Denoise
+        unconditional = conditional = None
         with self.progress_bar(total=len(timesteps)) as progress:
             for step, (timestep, expert) in enumerate(zip(timesteps, experts)):
                 if self._interrupt:
                     continue
                 progress.set_description(f"expert {expert} of {self.model.config.num_experts}")
-                if both is not None and self.do_classifier_free_guidance:
-                    velocity = self.model.predict_velocity(
-                        torch.cat([latents, latents]), timestep, both, expert=expert
-                    )
+                steps.current, self._expert = step, expert
+                # An expert's only step has nothing to share.
+                of_call = {"expert": expert, "steps": steps if experts.count(expert) > 1 else None}
+                if guided[step] and self.do_classifier_free_guidance:
+                    velocity = self.model.predict_velocity(torch.cat([latents, latents]), timestep, both, **of_call)
                     unconditional, conditional = velocity.chunk(2)
                     velocity = unconditional + self.guidance_scale * (conditional - unconditional)
                 else:
-                    velocity = self.model.predict_velocity(latents, timestep, context, expert=expert)
+                    velocity = self.model.predict_velocity(latents, timestep, context, **of_call)
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
@@ -476,7 +509,7 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
                 progress.update()
 
         # 5. Decode
-        if negative is not None and torch.equal(unconditional, conditional):
+        if unconditional is not None and torch.equal(unconditional, conditional):
             logger.warning(
                 "The prompt changed nothing against the negative one: the two are the same, or the tower is untrained."
             )
@@ -592,10 +625,3 @@ def _num_prompts(prompt: str | list[str] | None, messages: list | None, context:
     if messages is not None:
         return len(messages) if isinstance(messages[0], (list, tuple)) else 1
     return 1 if isinstance(prompt, str) else len(prompt or [])
-
-
-def _repeat(context: LatteFlowContext, times: int, interleave: bool = True) -> LatteFlowContext:
-    if times == 1:
-        return context
-    index = torch.arange(len(context), device=context.next_position.device)
-    return context.rows(index.repeat_interleave(times) if interleave else index.repeat(times))
