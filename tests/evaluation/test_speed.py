@@ -43,7 +43,7 @@ def test_every_kind_has_its_turns_and_is_reported(tiny, measured):
     assert {given["kind"] for given in tiny.contestants.values()} == set(KINDS)
     for name in tiny.contestants:
         turns, facts = results["rounds"][name], results["facts"][name]
-        assert [len(turn["steps"]) for turn in turns] == [3, 3]
+        assert [len(turn["steps"]) for turn in turns] == [4, 4]
         assert all(second > 0 for turn in turns for second in turn["steps"])
         assert facts["extrapolated"] == (name != "dit")
         assert facts["flops"]["steps"][1] > 0 and 0 < facts["step_parameters"] <= facts["parameters"]

@@ -586,7 +586,10 @@ def test_cat_knows_when_nothing_is_padded(model, encode):
     [
         ({"latents": noise(2, 3, 4, 4)}, "latents must be (batch, 4, height, width), got (2, 3, 4, 4)."),
         ({"latents": noise(4, 4, 4)}, "latents must be (batch, 4, height, width), got (4, 4, 4)."),
-        ({"latents": noise(3, 4, 4, 4)}, "context must hold a prompt for each of 3 latents, or one for every so many, got 2."),
+        (
+            {"latents": noise(3, 4, 4, 4)},
+            "context must hold a prompt for each of 3 latents, or one for every so many, got 2.",
+        ),
         (
             {"timestep": torch.tensor([700.0, 300.0])},
             "timestep must lie in the interval of one expert, got those of [0, 1].",

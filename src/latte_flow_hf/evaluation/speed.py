@@ -371,7 +371,7 @@ class _Turns:
             "parameters": sum(parameter.numel() for parameter in parameters),
             "step_parameters": sum(p.numel() for m in contestant.step_modules(networks) for p in m.parameters()),
             "note": contestant.note,
-            "flops": count_flops(paint, min(2, steps)),
+            "flops": count_flops(paint, min(8, steps)),
         }
         if contestant.compile:
             paint = contestant.prepare(networks, compiled=True)

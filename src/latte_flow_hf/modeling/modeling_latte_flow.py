@@ -302,6 +302,7 @@ def one_pass_attention(
     """
     batch, num_heads, length, size = query.shape
     prompts, groups, num_context, _ = context_keys.shape
+    context_keys, context_values = context_keys.to(query.dtype), context_values.to(query.dtype)
     # (B, G, H / G * N, d) and (P, G, B / P * H / G * N, d)
     grouped = (query * scaling).reshape(batch, groups, -1, size)
     shared = grouped.unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)
@@ -319,7 +320,7 @@ def one_pass_attention(
     from_context = from_context.unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)
     output = torch.matmul(from_context, context_values).unflatten(2, (batch // prompts, -1)).transpose(1, 2)
     output = output.reshape(grouped.shape) + torch.matmul(from_latents, value)
-    return output.view(query.shape).transpose(1, 2), scores
+    return output.reshape(query.shape).transpose(1, 2), scores
 
 
 def xformers_attention_forward(
@@ -420,9 +421,8 @@ class LatteFlowAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        timestep_embedding: torch.Tensor,
+        gate: torch.Tensor | None,
         previous: torch.Tensor | None,
-        steps: LatteFlowSteps | None,
         context_keys: torch.Tensor,
         context_values: torch.Tensor,
         context_bias: torch.Tensor | None,
@@ -432,7 +432,7 @@ class LatteFlowAttention(nn.Module):
         """
         Args:
             hidden_states: (B, N, D).
-            timestep_embedding, steps: as in [`LatteFlowLayer`].
+            gate: (1 or B, H), how much of `previous` to reuse.
             previous: (B, H, N, N), what the layer before kept.
             context_keys, context_values: (P, G, T, d); each prompt serves B / P pictures in a row.
             context_bias: (P, 1, 1, T), 0 or -inf (padding); `None` if nothing is padded.
@@ -449,8 +449,7 @@ class LatteFlowAttention(nn.Module):
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
 
         residual = None
-        if previous is not None and self.residual is not None:
-            gate = torch.tanh(_modulate(self.residual_gate, timestep_embedding, steps))
+        if previous is not None and gate is not None:
             residual = gate[..., None, None] * previous
 
         mode, implementation = self.config.residual_attention, self.config._attn_implementation
@@ -571,11 +570,23 @@ class LatteFlowLayer(GradientCheckpointingLayer):
         What carries gradients goes by position: gradient checkpointing with `use_reentrant=True` sees nothing else.
         With `steps` there is a row of `timestep_embedding` for every step of this expert.
         """
-        modulation = _modulate(self.modulation, timestep_embedding, steps).unsqueeze(1)
+        modulation = _modulate(self.modulation, timestep_embedding, steps)
+        gate = None
+        if self.self_attn.residual is not None:
+            gate = torch.tanh(_modulate(self.self_attn.residual_gate, timestep_embedding, steps))
+        return self.update(hidden_states, modulation.unsqueeze(1), gate, previous, **attention)
+
+    def update(
+        self,
+        hidden_states: torch.Tensor,
+        modulation: torch.Tensor,
+        gate: torch.Tensor | None,
+        previous: torch.Tensor | None,
+        **attention: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What depends on the latents, of tensors alone: this is what `pipe.compile()` compiles."""
         attention_scale, mlp_scale_in, mlp_shift_in, mlp_scale = modulation.chunk(4, dim=-1)
-        attended, kept = self.self_attn(
-            self.attention_norm(hidden_states), timestep_embedding, previous, steps, **attention
-        )
+        attended, kept = self.self_attn(self.attention_norm(hidden_states), gate, previous, **attention)
         hidden_states = hidden_states + attention_scale * self.attention_post_norm(attended)
         fed = self.mlp((1.0 + mlp_scale_in) * self.mlp_norm(hidden_states) + mlp_shift_in)
         return hidden_states + mlp_scale * self.mlp_post_norm(fed), kept
@@ -641,7 +652,9 @@ class LatteFlowTower(nn.Module):
 
         With `steps`, what their steps have in common is taken from there.
         """
-        if steps is None:
+        if steps is None or torch.compiler.is_compiling():
+            # A graph of the whole step would be another one at each of them.
+            steps = None
             layout = self.layout(latents, context)
             timestep_embedding = self.timestep_embedding(timestep)
         else:

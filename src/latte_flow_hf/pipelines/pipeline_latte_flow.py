@@ -555,6 +555,18 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return answer
 
+    def compile(self, **kwargs: Any) -> None:
+        """Compile what a layer of the tower does to the latents: one graph serves all layers, and experts, alike.
+
+        Shapes are static: another size, batch or prompt length is compiled anew, at its first step. Chosen: layers and
+        not whole steps, because K experts would take K times as long, and steps would share nothing.
+
+        Args:
+            kwargs: of `torch.compile`, such as `mode="max-autotune"`.
+        """
+        for layer in self.model.tower.layers:
+            layer.update = torch.compile(layer.update, **{"dynamic": False, "fullgraph": True, **kwargs})
+
     def enable_group_offload(
         self,
         onload_device: torch.device | str,
