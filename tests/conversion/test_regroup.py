@@ -54,10 +54,12 @@ def test_a_gate_that_comes_changes_no_velocity(pipeline_folder, model, tmp_path,
     hidden = torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(0))
     embedded = torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
     position = model.tower._latent_position_embeddings(torch.zeros(1, 4, 8, 8), context.next_position)
-    arguments = (hidden, context.keys[2], context.values[2], None, position, embedded)
+    arguments = (context.keys[2], context.values[2], None, position, False)
     previous = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        assert torch.allclose(attention(*arguments, previous=previous)[0], alone(*arguments)[0], atol=1e-6)
+        gate = attention.residual_gate(embedded).tanh()
+        given, expected = attention(hidden, gate, previous, *arguments)[0], alone(hidden, None, None, *arguments)[0]
+        assert torch.allclose(given, expected, atol=1e-6)
 
 
 def test_other_boundaries(pipeline_folder, tmp_path):

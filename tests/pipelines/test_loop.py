@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""What the sampling loop does at each step, counted: nothing that could be done once, and nothing that is not asked for.
+"""What the sampling loop does at each step, counted: nothing that could be done once, nothing that is not asked for.
 
 Counts of calls, rows and bytes; how fast that is, the benchmarks say.
 """
