@@ -108,6 +108,58 @@ def test_group_offload_that_would_lose_weights_is_refused(own, tmp_path):
     assert not list(tmp_path.iterdir()) and not hasattr(own.model.vlm.lm_head, "_diffusers_hook")
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_expert_offload(pipe, own, picture, monkeypatch, device):
+    own.enable_expert_offload(device)
+    offload, layers = own.model.tower.expert_offload, own.model.tower.layers
+    size = sum(p.numel() for p in layers.parameters())
+    home = {p: p.data_ptr() for p in layers.parameters()}
+    live, order = [], []
+    for index, layer in enumerate(layers):
+
+        def look(*_, index=index):
+            order.append(index)
+            away = [p for p in layers.parameters() if p.data_ptr() != home[p]]
+            assert {id(p) for p in away} == {id(p) for i in offload.live for p in layers[i].parameters()}
+            live.append(sum(p.numel() for p in away) / size)
+
+        layer.register_forward_hook(look)
+    assert_same(pipe, own, picture, device)
+    # Two pictures of two steps an expert; each of two experts was fetched once a picture, two layers each.
+    assert order == [0, 1, 0, 1, 2, 3, 2, 3] * 2 and offload.transfers == 2 * len(layers)
+    assert max(live) <= 1 / 2 + 0.1
+    # Between calls all weights are at home.
+    assert not offload.live and {p: p.data_ptr() for p in layers.parameters()} == home
+
+    with pytest.raises(ValueError, match="another off-loading"):
+        pipe.model._hf_hook = None
+        try:
+            pipe.enable_expert_offload(device)
+        finally:
+            del pipe.model._hf_hook
+    own.disable_expert_offload()
+    assert {p.device.type for p in own.model.parameters()} == {device.type}
+    assert_same(pipe, own, picture, device)
+
+
+@pytest.mark.parametrize("steps", [[1, 1], [3, 0], [1, 2]])
+def test_expert_offload_whatever_the_steps(pipe, own, steps):
+    own.enable_expert_offload("cpu")
+
+    def paint(pipe):
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a red circle", steps_per_expert=steps, generator=generator, output_type="latent").images
+
+    assert torch.equal(paint(own), paint(pipe))
+    # A velocity by itself, of the second expert and of the first.
+    context = pipe.encode_prompt("a red circle")[0]
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    for timestep in (100.0, 900.0):
+        found, expected = (p.model.predict_velocity(latents, timestep, context) for p in (own, pipe))
+        assert torch.equal(found, expected)
+        assert len(own.model.tower.expert_offload.live) == 2
+
+
 def test_offload_needs_an_accelerator(own):
     if torch.cuda.is_available():
         pytest.skip("there is one")

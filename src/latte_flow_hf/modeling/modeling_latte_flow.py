@@ -38,6 +38,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from .adapters import check_adapter
 from .configuration_latte_flow import LatteFlowConfig
+from .expert_offload import ExpertOffload
 from .flow_matching import draw_expert_sigmas, expert_of_sigma, interpolate, velocity_loss, velocity_target
 
 
@@ -225,9 +226,17 @@ class LatteFlowSteps:
         expert = self.experts[self.current]
         return [step for step, owner in enumerate(self.experts) if owner == expert]
 
+    @property
+    def next_expert(self) -> int | None:
+        """The expert that takes over after the current step; `None` if it goes on, or the call ends."""
+        ahead = self.experts[self.current + 1 : self.current + 2]
+        return ahead[0] if ahead and ahead[0] != self.experts[self.current] else None
+
     def modulate(self, linear: nn.Module, embedding: torch.Tensor) -> torch.Tensor:
         """`linear` of the current step's row of `embedding` (own steps, E): (1, outputs)."""
         row = self.own.index(self.current)
+        if len(self.own) == 1:  # there is nothing to share, and a row for every picture
+            return linear(embedding)
         # The head's serves every expert.
         rows = self.once((linear, self.experts[self.current]), lambda: linear(embedding))
         return rows[row : row + 1]
@@ -634,6 +643,7 @@ class LatteFlowTower(nn.Module):
             for index, layer in enumerate(decoder.layers)
         )
         self.head = LatteFlowHead(config, decoder.layers[0].input_layernorm)
+        self.expert_offload: ExpertOffload | None = None
 
     def expert_layers(self, expert: int) -> range:
         """The indices of the layers of expert `expert`."""
@@ -659,11 +669,16 @@ class LatteFlowTower(nn.Module):
             timestep_embedding = self.timestep_embedding(timestep)
         else:
             layout = steps.once((id(context), latents.shape), lambda: self.layout(latents, context))
-            timestep_embedding = steps.once(expert, lambda: self.timestep_embedding(steps.timesteps[steps.own]))
+            shared = timestep if len(steps.own) == 1 else steps.timesteps[steps.own]
+            timestep_embedding = steps.once(expert, lambda: self.timestep_embedding(shared))
         hidden_states = self.latent_embedding(latents, layout.places)
         kept = None
         layers = self.expert_layers(expert)
+        if self.expert_offload is not None:
+            self.expert_offload.prepare(layers)
         for index in layers:
+            if self.expert_offload is not None:
+                self.expert_offload.wait(index)
             hidden_states, kept = self.layers[index](
                 hidden_states,
                 timestep_embedding,
@@ -675,6 +690,9 @@ class LatteFlowTower(nn.Module):
                 position_embeddings=layout.position_embeddings,
                 keep=index + 1 in layers,
             )
+            if self.expert_offload is not None and steps is not None and steps.next_expert is not None:
+                self.expert_offload.release(index)
+                self.expert_offload.fetch(index - layers.start + self.expert_layers(steps.next_expert).start)
         return self.head(hidden_states, timestep_embedding, *latents.shape[2:], steps)
 
     def layout(self, latents: torch.Tensor, context: LatteFlowContext) -> LatteFlowLayout:

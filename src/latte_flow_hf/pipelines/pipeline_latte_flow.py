@@ -19,10 +19,11 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import get_device, randn_tensor
 from PIL import Image
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
+from ..modeling.expert_offload import ExpertOffload
 from ..modeling.modeling_latte_flow import LatteFlowContext, LatteFlowSteps, check_files, read_json
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
 from .lora import LatteFlowLoraMixin
@@ -494,8 +495,7 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
                     continue
                 progress.set_description(f"expert {expert} of {self.model.config.num_experts}")
                 steps.current, self._expert = step, expert
-                # An expert's only step has nothing to share.
-                of_call = {"expert": expert, "steps": steps if experts.count(expert) > 1 else None}
+                of_call = {"expert": expert, "steps": steps}
                 if guided[step] and self.do_classifier_free_guidance:
                     velocity = self.model.predict_velocity(torch.cat([latents, latents]), timestep, both, **of_call)
                     unconditional, conditional = velocity.chunk(2)
@@ -507,6 +507,9 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     latents = (callback_on_step_end(self, step, timestep, tensors) or {}).pop("latents", latents)
                 progress.update()
+
+        if self.model.tower.expert_offload is not None:
+            self.model.tower.expert_offload.release_all()
 
         # 5. Decode
         if unconditional is not None and torch.equal(unconditional, conditional):
@@ -566,6 +569,38 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
         """
         for layer in self.model.tower.layers:
             layer.update = torch.compile(layer.update, **{"dynamic": False, "fullgraph": True, **kwargs})
+
+    def enable_expert_offload(self, device: torch.device | str | None = None) -> None:
+        """Keep one expert of the tower on the accelerator, the others on the CPU.
+
+        The next expert is fetched layer by layer during the last step of the one before it: K transfers of an expert a
+        picture, and 1 / K of the tower's weights at a time. Everything else goes to `device` and stays there.
+
+        Args:
+            device (*optional*): where it all works; the accelerator if there is one.
+
+        Raises:
+            `ValueError`: if some other off-loading is on.
+        """
+        if any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in self.model.modules()):
+            raise ValueError("another off-loading is on, and moves the same weights; load the pipeline anew.")
+        device = torch.device(get_device() if device is None else device)
+        self.disable_expert_offload()
+        layers = self.model.tower.layers.to("cpu")
+        offload = ExpertOffload(layers, device)
+        # With its layers taken out, the rest of the model moves as usual.
+        self.model.tower.layers = torch.nn.ModuleList()
+        self.to(device)
+        self.model.tower.layers = layers
+        self.model.tower.expert_offload = offload
+
+    def disable_expert_offload(self) -> None:
+        """All experts to where the rest of the tower is."""
+        tower = self.model.tower
+        if tower.expert_offload is not None:
+            tower.expert_offload.release_all()
+            tower.expert_offload = None
+            tower.layers.to(self.model.device)
 
     def enable_group_offload(
         self,
