@@ -440,8 +440,11 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
             negative_context,
         )
         self._check_components()
-        several = isinstance(guidance_scale, (list, tuple))
-        self._guidance_scale = [float(scale) for scale in guidance_scale] if several else float(guidance_scale)
+        self._guidance_scale: float | list[float]
+        if isinstance(guidance_scale, (list, tuple)):
+            self._guidance_scale = [float(scale) for scale in guidance_scale]
+        else:
+            self._guidance_scale = float(guidance_scale)
         self._expert = 0
         self._interrupt = False
         device = self._execution_device
