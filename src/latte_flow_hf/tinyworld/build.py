@@ -63,8 +63,8 @@ class Recipe:
         tokenizer (`dict`): `vocab_size`.
         autoencoder (`dict`): arguments of `AutoencoderDC`.
         autoencoder_loss (`dict`): `latent_noise`, `latent_penalty`.
-        autoencoder_training, vision_training, language_training, backbone_training, experts_training (`dict`):
-            `TrainingArguments` each.
+        autoencoder_training, vision_training, language_training, joint_training, backbone_training, experts_training
+            (`dict`): `TrainingArguments` each.
         backbone (`dict`): arguments of `Qwen2VLConfig`, token ids left out.
         experts (`dict`): arguments of `LatteFlowForConditionalGeneration.from_vlm`.
         experts_data (`dict`): `num_pictures`, `digit_share`, `single_share`, `prompt_dropout`, `ema_decay`.
@@ -78,6 +78,7 @@ class Recipe:
     backbone: dict
     vision_training: dict
     language_training: dict
+    joint_training: dict
     backbone_training: dict
     experts: dict
     experts_data: dict
@@ -266,13 +267,24 @@ def build_language(recipe: Recipe, work_dir: Path) -> PreTrainedModel:
     return Qwen2VLForConditionalGeneration.from_pretrained(_finished(work_dir / "language", make))
 
 
-def build_backbone(recipe: Recipe, work_dir: Path) -> PreTrainedModel:
+def build_joint(recipe: Recipe, work_dir: Path) -> PreTrainedModel:
     """Give it the vision tower, and train on questions about pictures and about sentences."""
 
     def make(folder: Path) -> None:
         model = build_language(recipe, work_dir)
         model.model.visual.load_state_dict(build_vision(recipe, work_dir))
-        _train_backbone(recipe, work_dir, folder, model, recipe.backbone_training, recipe.seed)
+        _train_backbone(recipe, work_dir, folder, model, recipe.joint_training, recipe.seed)
+
+    return Qwen2VLForConditionalGeneration.from_pretrained(_finished(work_dir / "joint", make))
+
+
+def build_backbone(recipe: Recipe, work_dir: Path) -> PreTrainedModel:
+    """Train it once more where mistakes are left: on hard questions, mostly about two objects."""
+
+    def make(folder: Path) -> None:
+        model, settings = build_joint(recipe, work_dir), recipe.backbone_training
+        data = {"text_share": 0.15, "digit_share": 0.15, "single_share": 0.15, "practice": False}
+        _train_backbone(recipe, work_dir, folder, model, settings, recipe.seed + 3, **data)
 
     return Qwen2VLForConditionalGeneration.from_pretrained(_finished(work_dir / "backbone", make))
 

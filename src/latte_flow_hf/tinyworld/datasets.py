@@ -129,18 +129,30 @@ class Conversations(Dataset):
     In `text_share` of them a sentence takes the picture's place: the user writes what they see, the assistant says it
     back in its canonical form (`left of` or `above`), and the questions are about that. It teaches the backbone to
     read the sentences that the tower will later paint. All have the same number of turns, so that little is padded.
+    `digit_share` and `single_share` are those of `draw_example`; with `practice`, easy questions are among the hard.
     """
 
-    def __init__(self, seed: int, size: int, text_share: float = 0.3, turns: int = 6):
+    def __init__(
+        self,
+        seed: int,
+        size: int,
+        text_share: float = 0.3,
+        turns: int = 6,
+        digit_share: float = 0.35,
+        single_share: float = 1 / 3,
+        practice: bool = True,
+    ):
         self.seed, self.size, self.text_share, self.turns = seed, size, text_share, turns
+        self.shares, self.practice = (digit_share, single_share), practice
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> dict:
         rng = np.random.default_rng((self.seed, index))
-        example = draw_example(rng, digit_share=0.35, jitter=1.3)
-        asked = questions_about(example.content, rng) + practice_questions(example.content, rng)
+        example = draw_example(rng, *self.shares, jitter=1.3)
+        more = practice_questions if self.practice else questions_about
+        asked = questions_about(example.content, rng) + more(example.content, rng)
         asked = [asked[i] for i in rng.permutation(len(asked))[: self.turns]]
         turns = [(vary_question(item.question, rng), item.answer) for item in asked]
         if rng.random() >= self.text_share:
