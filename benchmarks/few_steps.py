@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON with all rows; a table is printed.")
     parser.add_argument(
-        "-m", "--model", default=None, help="Folder of a pipeline; the embedded checkpoint if left out."
+        "-m", "--model", default=None, help="A pipeline's folder; the embedded checkpoint if left out."
     )
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
