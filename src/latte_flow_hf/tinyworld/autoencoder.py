@@ -9,13 +9,16 @@ from torch import nn
 class AutoencoderWithLoss(nn.Module):
     """An autoencoder in the form the stock Trainer wants: pixels in, loss out.
 
-    loss = mean (x' - x)^2 + 0.1 mean |x' - x| + weight * mean z^2, with x' decoded from z + noise. The noise makes the
-    decoder forgive what a sampler gets slightly wrong, the last term keeps the latents from growing out of its reach.
-    Chosen: because DC-AE's own losses (perceptual, adversarial) need networks that are not there at this size.
+    loss = mean (x' - x)^2 + 0.1 mean |x' - x| + weight * mean z^2, with x' decoded from z + u * latent_noise * std(z) * e,
+    e standard normal, u uniform in [0, 1) for each picture. The noise makes the encoder say what matters in a way that
+    survives it, hence what a sampler can find in noise, and the decoder a denoiser that forgives what a sampler gets
+    slightly wrong; the last term keeps the latents from growing. Chosen: because DC-AE's own losses (perceptual,
+    adversarial) need networks that are not there at this size; the noise as in latent denoising autoencoders
+    (arXiv 2507.15856).
 
     Args:
         autoencoder (`AutoencoderDC`): the network to train.
-        latent_noise (`float`): standard deviation of the noise on the latents.
+        latent_noise (`float`): largest standard deviation of the noise, in standard deviations of the latents.
         latent_penalty (`float`): weight of the latents' mean square.
     """
 
@@ -28,7 +31,8 @@ class AutoencoderWithLoss(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """`pixel_values` of shape (batch, 3, height, width) in [-1, 1] -> `{"loss": scalar}`."""
         latents = self.autoencoder.encode(pixel_values).latent
-        noisy = latents + self.latent_noise * torch.randn_like(latents)
+        strength = self.latent_noise * torch.rand(len(latents), 1, 1, 1, device=latents.device)
+        noisy = latents + strength * latents.detach().std() * torch.randn_like(latents)
         decoded = self.autoencoder.decode(noisy).sample
         loss = nn.functional.mse_loss(decoded, pixel_values) + 0.1 * nn.functional.l1_loss(decoded, pixel_values)
         return {"loss": loss + self.latent_penalty * latents.square().mean()}
