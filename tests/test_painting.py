@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -81,11 +80,8 @@ def test_two_processes_paint_the_bytes_of_one(pipeline, prompts, tmp_path):
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     for name in sorted(whole)[1:]:
         (tmp_path / "two" / name).unlink()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
+    config = Path(__file__).parents[1] / "recipes" / "accelerate" / "cpu.yaml"
+    launch = ["accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
     run = [sys.executable, "-m", *launch, "-m", "latte_flow_hf.cli", *arguments, "-o", str(tmp_path / "two")]
     done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -95,7 +91,7 @@ def test_two_processes_paint_the_bytes_of_one(pipeline, prompts, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "holds no prompt"), (b"\n \n", "holds no prompt"), (b"a\n\nb\n", "line 2 is blank"), (b"\xff\xfea", "UTF-8")],
+    [(b"", "holds no prompt"), (b"\n \n", "no prompt"), (b"a\n\nb\n", "line 2 is blank"), (b"\xff\xfea", "UTF-8")],
 )
 def test_a_file_that_is_no_list_of_prompts_is_refused(content, words, tmp_path):
     (tmp_path / "prompts.txt").write_bytes(content)

@@ -110,7 +110,7 @@ def generate(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The picture's file; with --prompts a folder. out.png or out if left out."),
+        typer.Option("--output", "-o", help="The picture's file, out.png if left out; with --prompts a folder, out."),
     ] = None,
     model: Model = None,
     seed: Seed = 0,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from diffusers.utils.torch_utils import get_device
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -92,7 +93,8 @@ def paint_prompts(
     for name, number in (("num_images_per_prompt", num_images_per_prompt), ("batch_size", batch_size)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}.")
-    state = PartialState()
+    # Without an accelerator, processes find each other only if told that there is none.
+    state = PartialState(cpu=get_device() == "cpu")
     pipe.to(state.device)
     asked = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
     model = str(pipe.config.get("_name_or_path", ""))

@@ -18,6 +18,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from diffusers import AutoModel
+from diffusers.utils.torch_utils import get_device
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, Trainer, TrainingArguments, set_seed
 
 from ..checkpoints import tiny_checkpoint
@@ -368,7 +369,8 @@ def train(recipe: Recipe, work_dir: Path, output_dir: Path) -> Path:
 
 def _arguments(recipe: Recipe, run_dir: Path) -> tuple[TrainingArguments, int]:
     """The Trainer's arguments, and how many checkpoints to keep."""
-    settings = {"report_to": [], **recipe.training}
+    # Without an accelerator, processes find each other only if told that there is none.
+    settings = {"report_to": [], "use_cpu": get_device() == "cpu", **recipe.training}
     keep = int(settings.pop("save_total_limit", None) or 2)
     if recipe.data.source.get("streaming"):
         if settings.get("max_steps", -1) < 1:
