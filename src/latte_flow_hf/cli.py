@@ -241,6 +241,8 @@ def train(
     ] = None,
 ) -> None:
     """Train by a recipe; started again, it goes on where it was stopped."""
+    from accelerate import PartialState
+
     from latte_flow_hf.training.train import Recipe, is_recipe, read_sections
     from latte_flow_hf.training.train import train as train_by
 
@@ -251,7 +253,8 @@ def train(
         from latte_flow_hf.tinyworld import build
 
         made = build.build_checkpoint(build.Recipe.from_yaml(recipe), work_dir or Path("runs/tinyworld"), output)
-    typer.echo(f"wrote {made}")
+    if PartialState().is_main_process:
+        typer.echo(f"wrote {made}")
 
 
 @_verb
