@@ -104,18 +104,38 @@ def demo(
 
 @_verb
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to paint.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The picture's file.")] = Path("out.png"),
+    prompt: Annotated[str | None, typer.Argument(help="What to paint.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file of prompts, one a line, in place of the prompt.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The picture's file, out.png if left out; with --prompts a folder, out."),
+    ] = None,
     model: Model = None,
     seed: Seed = 0,
     steps: Annotated[int, typer.Option(help="Number of sampling steps.")] = 40,
     guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 is none.")] = 4.0,
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Picture that goes before the prompt; may repeat.")] = None,
-    num_images: Annotated[int, typer.Option(help="How many pictures; numbered if several.")] = 1,
+    num_images: Annotated[int, typer.Option(help="How many pictures of a prompt; numbered if several.")] = 1,
     size: Annotated[int | None, typer.Option(help="Side of the picture in pixels.")] = None,
+    batch_size: Annotated[int, typer.Option(help="With --prompts: how many pictures are painted at once.")] = 1,
 ) -> None:
-    """Paint a prompt."""
+    """Paint a prompt, or a file of prompts: then what is already there is not painted again."""
+    if (prompt is None) == (prompts is None):
+        raise ValueError("give either a prompt or --prompts, a file of them.")
+    call: dict[str, Any] = {
+        "negative_prompt": negative_prompt,
+        "height": size,
+        "width": size,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+    }
+    if prompts is not None:
+        _generate_many(prompts, output or Path("out"), model, image, seed, num_images, batch_size, call)
+        return
+    output = output or Path("out.png")
     if not output.suffix:
         raise ValueError(f"output must name a picture file such as out.png, got {str(output)!r}.")
     pipe = _load(model)
@@ -126,19 +146,40 @@ def generate(
     images = pipe(
         prompt,
         image=[str(path) for path in image] if image else None,
-        negative_prompt=negative_prompt,
-        height=size,
-        width=size,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
         num_images_per_prompt=num_images,
         generator=torch.Generator().manual_seed(seed),
+        **call,
     ).images
     output.parent.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(images):
         path = output if len(images) == 1 else output.with_stem(f"{output.stem}-{number}")
         save_whole(picture, path)
         typer.echo(f"wrote {path} ({picture.width}x{picture.height})")
+
+
+def _generate_many(
+    prompts: Path,
+    folder: Path,
+    model: str | None,
+    image: list[Path] | None,
+    seed: int,
+    num_images: int,
+    batch_size: int,
+    call: dict[str, Any],
+) -> None:
+    from accelerate import PartialState
+
+    from latte_flow_hf.painting import check_picture_folder, paint_prompts, read_prompts
+
+    if image:
+        raise ValueError("--image goes with one prompt, not with --prompts.")
+    check_picture_folder(folder)
+    words = read_prompts(prompts)
+    pipe = _load(model)
+    pipe.set_progress_bar_config(disable=True)
+    painted, there = paint_prompts(pipe, words, folder, seed, num_images, batch_size, **call)
+    if PartialState().is_main_process:
+        typer.echo(f"wrote {folder}: {painted} pictures painted, {there} were there")
 
 
 @_verb
@@ -200,6 +241,8 @@ def train(
     ] = None,
 ) -> None:
     """Train by a recipe; started again, it goes on where it was stopped."""
+    from accelerate import PartialState
+
     from latte_flow_hf.training.train import Recipe, is_recipe, read_sections
     from latte_flow_hf.training.train import train as train_by
 
@@ -210,7 +253,8 @@ def train(
         from latte_flow_hf.tinyworld import build
 
         made = build.build_checkpoint(build.Recipe.from_yaml(recipe), work_dir or Path("runs/tinyworld"), output)
-    typer.echo(f"wrote {made}")
+    if PartialState().is_main_process:
+        typer.echo(f"wrote {made}")
 
 
 @_verb

@@ -106,14 +106,14 @@ class Plan:
         return {
             str(Path(stem).with_name(name)): {key: tensors[key] for key in keys}
             for stem, tensors in self.weights.items()
-            for name, keys in _split(stem, tensors, max_shard_size).filename_to_tensors.items()
+            for name, keys in split_weights(stem, tensors, max_shard_size).filename_to_tensors.items()
         }
 
     def _indices(self, max_shard_size: int | str) -> dict[str, bytes]:
         """The index of each set of shards."""
         indices = {}
         for stem, tensors in self.weights.items():
-            split = _split(stem, tensors, max_shard_size)
+            split = split_weights(stem, tensors, max_shard_size)
             if split.is_sharded:
                 index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
                 indices[f"{stem}.safetensors.index.json"] = json.dumps(index, indent=2).encode() + b"\n"
@@ -146,7 +146,7 @@ class Plan:
                 verify_safetensors(partial / path, tensors, hashes[path], progress)
         written: Weights = {stem: {} for stem in self.weights}
         for stem, tensors in self.weights.items():
-            names = [""] if self.single_file else _split(stem, tensors, max_shard_size).filename_to_tensors
+            names = [""] if self.single_file else split_weights(stem, tensors, max_shard_size).filename_to_tensors
             for name in names:
                 file = partial if self.single_file else (partial / stem).with_name(name)
                 written[stem] |= read_safetensors(file)
@@ -157,7 +157,8 @@ class Plan:
         return tqdm(desc=words, total=total, unit="B", unit_scale=True)
 
 
-def _split(stem: str, tensors: dict[str, StoredTensor], max_shard_size: int | str):
+def split_weights(stem: str, tensors: dict[str, StoredTensor], max_shard_size: int | str):
+    """Which tensors go into which file of `stem`'s, as huggingface_hub has it."""
     return split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=lambda tensor: tensor.nbytes,

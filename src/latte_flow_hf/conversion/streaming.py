@@ -160,7 +160,7 @@ def safetensors_header(tensors: dict[str, StoredTensor], metadata: dict[str, str
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
-    for name in _file_order(tensors):
+    for name in file_order(tensors):
         start, end = end, end + tensors[name].nbytes
         header[name] = {
             "dtype": _DTYPE_NAMES[tensors[name].dtype],
@@ -174,7 +174,7 @@ def safetensors_header(tensors: dict[str, StoredTensor], metadata: dict[str, str
     return len(encoded).to_bytes(8, "little") + encoded
 
 
-def _file_order(tensors: dict[str, StoredTensor]) -> list[str]:
+def file_order(tensors: dict[str, StoredTensor]) -> list[str]:
     """The largest types first, as the library has it: then every tensor starts at a multiple of its item's size."""
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
@@ -190,7 +190,7 @@ def write_safetensors(
     hashes = {}
     with open(path, "xb") as file:
         file.write(safetensors_header(tensors, metadata))
-        for name in _file_order(tensors):
+        for name in file_order(tensors):
             data = tensors[name].data()
             file.write(data)
             hashes[name] = hashlib.sha256(data).hexdigest()

@@ -40,6 +40,7 @@ from .adapters import check_adapter
 from .configuration_latte_flow import LatteFlowConfig
 from .expert_offload import ExpertOffload
 from .flow_matching import draw_expert_sigmas, expert_of_sigma, interpolate, velocity_loss, velocity_target
+from .processes import of_all, own_process, own_rows
 
 
 @dataclass
@@ -1064,8 +1065,11 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         output = LatteFlowModelOutput(loss=flow_loss, flow_loss=flow_loss, expert_losses=expert_losses)
         if labels is not None:
             spoken = self.vlm(labels=labels, **text)
-            output.lm_loss, output.logits = spoken.loss, spoken.logits
-            output.loss = flow_loss + spoken.loss
+            # A mean over words: a process with more of them counts for more in the mean over processes.
+            words = [int((labels[:, 1:] != -100).sum())]
+            every = of_all(words)
+            output.lm_loss, output.logits = spoken.loss * (len(every) * words[0] / max(sum(every), 1)), spoken.logits
+            output.loss = flow_loss + output.lm_loss
         return output
 
     def flow_loss(
@@ -1081,35 +1085,46 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         i mod K. A batch smaller than K is gone through again from its start, so that no expert is left out. Experts
         that do not learn ([`~LatteFlowForConditionalGeneration.training_experts`]) get no example.
 
+        With several processes, "the batch" is all of theirs: the mean of what they return is what one process returns
+        for it. `latents`, `context` and a given `noise` are this process's share, of the same size in each.
+
         Returns:
             The sum (scalar), and the summands (K,) without gradients, 0 where no example went.
         """
         self._check_latents(latents, context)
         if len(context) != len(latents):
             raise ValueError(f"context must hold a prompt for each of {len(latents)} latents, got {len(context)}.")
+        size, (process, num_processes) = len(latents), own_process()
         if noise is None:
             noise = torch.randn(
-                latents.shape,
+                (num_processes * size, *latents.shape[1:]),
                 generator=generator,
                 device=latents.device if generator is None else generator.device,
                 dtype=latents.dtype,
-            ).to(latents.device)
+            )
+            noise = own_rows(noise).to(latents.device)
         elif noise.shape != latents.shape:
             raise ValueError(f"noise must be of shape {tuple(latents.shape)}, as latents, got {tuple(noise.shape)}.")
         experts = self.training_experts
         boundaries = self.config.expert_boundaries
-        order = torch.arange(max(len(latents), len(experts)), device=latents.device) % len(latents)
+        order = torch.arange(max(num_processes * size, len(experts))) % (num_processes * size)
         losses = []
         for place, expert in enumerate(experts):
             rows = order[place :: len(experts)]
             interval = (boundaries[expert], boundaries[expert + 1])
             sigma = draw_expert_sigmas(len(rows), interval, generator, self.config.timestep_sampling)
-            sigma = sigma.to(latents.device)
+            own = (rows // size == process).nonzero().squeeze(1)
+            weight = num_processes * len(own) / len(rows)
+            if not len(own):
+                # Every process reaches every weight, or the others would wait for its gradients: here by zero.
+                own = torch.zeros(1, dtype=torch.int64)
+            rows, own = (rows[own] % size).to(latents.device), own.to(sigma.device)
+            sigma = sigma[own].to(latents.device)
             data, expert_noise = latents[rows], noise[rows]
             predicted = self.predict_velocity(
                 interpolate(data, expert_noise, sigma), 1000.0 * sigma, context.rows(rows), expert=expert
             )
-            losses.append(velocity_loss(predicted, velocity_target(data, expert_noise)))
+            losses.append(weight * velocity_loss(predicted, velocity_target(data, expert_noise)))
         stacked = torch.stack(losses)
         expert_losses = stacked.new_zeros(self.config.num_experts)
         expert_losses[experts] = stacked.detach()

@@ -3,15 +3,18 @@
 
 A cache is a folder of safetensors shards. A shard appears whole or not at all, so that an interrupted run goes on
 where it stopped; `index.json` is written last. `made_by.json` is written first and tells what the numbers depend on: a
-cache that another autoencoder, backbone, processor, size or source made is refused.
+cache that another autoencoder, backbone, processor, size or source made is refused. Several processes share out the
+shards that are not there yet.
 """
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from PIL import ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -70,14 +73,54 @@ def made_by(pipe: Any, rows: Rows, with_contexts: bool) -> dict[str, str]:
 def build_cache(
     folder: Path, pipe: Any, rows: Rows, encoder: PictureEncoder, unreadable: Unreadable, with_contexts: bool = True
 ) -> None:
-    """Fill the cache in `folder`; what is there already is kept.
+    """Fill the cache in `folder`; what is there already is kept. All processes must call it.
 
     Raises:
-        `ValueError`: if it was made by something else, the source is a stream, or no picture can be read.
+        `ValueError`: if it was made by something else, the source is a stream, no picture can be read, or the
+            processes do not see the same folder.
     """
     if rows.is_stream:
         raise ValueError("data: a stream cannot be cached; load it without `streaming`, or leave out `cache`.")
     parts = made_by(pipe, rows, with_contexts)
+    state = PartialState()
+    with state.main_process_first():
+        _claim(folder, parts)
+    if (folder / "index.json").exists():
+        return
+
+    size = len(rows.rows)
+    shards = {folder / f"latents-{start:09d}.safetensors": start for start in range(0, size, SHARD_SIZE)}
+    for path in _share(list(shards), "encoding pictures"):
+        _encode_pictures(path, range(shards[path], min(shards[path] + SHARD_SIZE, size)), rows, encoder)
+        _count_unreadable(_metadata(path), unreadable)
+    state.wait_for_everyone()
+
+    lost = [path.name for path in shards if not path.exists()]
+    if lost:
+        raise ValueError(f"cache {folder} lacks {lost[0]}: it must be on a disk that all processes share.")
+    prompts, places, skipped = {""}, 0, {}
+    for path in shards:
+        metadata = _metadata(path)
+        _count_unreadable(metadata, unreadable)
+        skipped.update(metadata["unreadable"])
+        prompts.update(metadata["prompts"])
+        places += len(metadata["places"])
+    if not places:
+        raise ValueError(f"none of {size} pictures can be read.")
+    if with_contexts:
+        ordered = sorted(prompts)
+        starts = range(0, len(ordered), SHARD_SIZE)
+        shards = {folder / f"contexts-{start:09d}.safetensors": start for start in starts}
+        for path in _share(list(shards), "encoding prompts"):
+            _encode_prompts(path, ordered[shards[path] : shards[path] + SHARD_SIZE], encoder)
+        state.wait_for_everyone()
+    if state.is_main_process:
+        _write_json({"places": size, "unreadable": skipped}, folder / "index.json")
+    state.wait_for_everyone()
+
+
+def _claim(folder: Path, parts: dict[str, str]) -> None:
+    """Make the folder's `made_by.json`, or check the one that is there."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "made_by.json").exists():
         found = json.loads((folder / "made_by.json").read_text())
@@ -90,31 +133,22 @@ def build_cache(
         raise ValueError(f"cache folder {folder} holds something else; give another folder.")
     else:
         _write_json(parts, folder / "made_by.json")
-    if (folder / "index.json").exists():
-        return
 
-    prompts, places, skipped = {""}, 0, {}
-    starts = range(0, len(rows.rows), SHARD_SIZE)
-    for start in tqdm(starts, desc="encoding pictures", mininterval=5, disable=len(starts) < 4):
-        path = folder / f"latents-{start:09d}.safetensors"
-        if not path.exists():
-            _encode_pictures(path, range(start, min(start + SHARD_SIZE, len(rows.rows))), rows, encoder)
-        metadata = _metadata(path)
-        for name, reason in metadata["unreadable"].items():
-            unreadable.add(name, reason)
-        skipped.update(metadata["unreadable"])
-        prompts.update(metadata["prompts"])
-        places += len(metadata["places"])
-    if not places:
-        raise ValueError(f"none of {len(rows.rows)} pictures can be read.")
-    if with_contexts:
-        ordered = sorted(prompts)
-        starts = range(0, len(ordered), SHARD_SIZE)
-        for start in tqdm(starts, desc="encoding prompts", mininterval=5, disable=len(starts) < 4):
-            path = folder / f"contexts-{start:09d}.safetensors"
-            if not path.exists():
-                _encode_prompts(path, ordered[start : start + SHARD_SIZE], encoder)
-    _write_json({"places": len(rows.rows), "unreadable": skipped}, folder / "index.json")
+
+def _share(paths: list[Path], words: str) -> Iterator[Path]:
+    """Of the shards that are not there, those that this process is to make."""
+    state = PartialState()
+    missing = [path for path in paths if not path.exists()]
+    # Before any process writes, all of them have looked: their lists are the same.
+    state.wait_for_everyone()
+    with state.split_between_processes(missing) as share:
+        hidden = len(paths) < 4 or not state.is_local_main_process
+        yield from tqdm(share, desc=words, mininterval=5, disable=hidden)
+
+
+def _count_unreadable(metadata: dict, unreadable: Unreadable) -> None:
+    for name, reason in metadata["unreadable"].items():
+        unreadable.add(name, reason)
 
 
 def _encode_pictures(path: Path, places: range, rows: Rows, encoder: PictureEncoder) -> None:

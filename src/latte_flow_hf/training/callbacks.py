@@ -13,6 +13,7 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
 
@@ -23,11 +24,23 @@ COMPLETE_FILE = "complete"
 _EMA_SCALARS = {"optimization_step": int, "decay": float}
 
 
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether FSDP2 has spread the model's weights over the processes."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def _own_part(weight: torch.Tensor) -> torch.Tensor:
+    """What of a weight lies in this process, and shares its memory: all of it, or its shard under FSDP2."""
+    weight = weight.detach()
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
 class EMACallback(TrainerCallback):
     """Keeps diffusers' exponential moving average of what learns, and leaves it in the model when training ends.
 
     It is saved in every checkpoint of the Trainer and read back on resume. The averages are held, moved and saved in
-    shards, one for each layer: saving and an average on another device never need more than a shard besides.
+    shards, one for each layer: saving and an average on another device never need more than a shard besides. Under
+    FSDP2 each process averages and saves its own part of every weight, and a run goes on with as many processes.
 
     Args:
         decay (`float`): the share of the old average that a step keeps, once warmed up.
@@ -38,9 +51,10 @@ class EMACallback(TrainerCallback):
         self.decay, self.device = decay, device
         self.shards: dict[str, dict[str, torch.nn.Parameter]] = {}  # made when training begins
         self.averages: dict[str, EMAModel] = {}
+        self.sharded = False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.shards = {}
+        self.shards, self.sharded = {}, is_sharded(model)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 layer = re.match(r".*?\b(layers|blocks)\.\d+", name)
@@ -50,13 +64,22 @@ class EMACallback(TrainerCallback):
             for shard in self.shards
         }
         if state.global_step:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / EMA_FOLDER
+            folder = self._folder(args, state)
+            if not folder.exists():
+                raise ValueError(
+                    f"there is no {folder}: go on with as many processes, sharded or not, as the run began with."
+                )
             for shard in self.shards:
                 self._load(shard, folder / f"{shard}.safetensors")
 
+    def _folder(self, args, state) -> Path:
+        """Where a checkpoint keeps the averages: under FSDP2, those of this process."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / EMA_FOLDER
+        return folder / f"{args.process_index + 1:05d}-of-{args.world_size:05d}" if self.sharded else folder
+
     def _on_device(self, shard: str) -> list[torch.Tensor]:
         """The shard's weights where its averages are; the weights themselves if that is the same device."""
-        weights = [parameter.detach() for parameter in self.shards[shard].values()]
+        weights = [_own_part(parameter) for parameter in self.shards[shard].values()]
         # `EMAModel` averages only what asks for gradients.
         return [(weight if self.device is None else weight.to(self.device)).requires_grad_() for weight in weights]
 
@@ -76,10 +99,10 @@ class EMACallback(TrainerCallback):
             average.step(self._on_device(shard))
 
     def on_save(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero and not self.sharded:
             return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / EMA_FOLDER
-        folder.mkdir(exist_ok=True)
+        folder = self._folder(args, state)
+        folder.mkdir(parents=True, exist_ok=True)
         for shard, average in self.averages.items():
             tensors = {name: tensor.contiguous() for name, tensor in zip(self.shards[shard], average.shadow_params)}
             scalars = {name: str(average.state_dict()[name]) for name in _EMA_SCALARS}
@@ -87,7 +110,7 @@ class EMACallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         for shard, average in self.averages.items():
-            average.copy_to(self.shards[shard].values())
+            average.copy_to([_own_part(parameter) for parameter in self.shards[shard].values()])
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -102,8 +125,9 @@ class EMACallback(TrainerCallback):
     def _exchange(self) -> None:
         for shard, average in self.averages.items():
             for parameter, kept in zip(self.shards[shard].values(), average.shadow_params):
-                weight = parameter.detach().clone()
-                parameter.copy_(kept)
+                part = _own_part(parameter)
+                weight = part.clone()
+                part.copy_(kept)
                 kept.copy_(weight)
 
 
@@ -224,7 +248,7 @@ class CheckpointCallback(TrainerCallback):
 
     def on_save(self, args, state, control, model=None, **kwargs):
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and not torch.isfinite(parameter.detach()).all():
+            if parameter.requires_grad and not torch.isfinite(_own_part(parameter)).all():
                 self.saving = False
                 raise FloatingPointError(f"step {state.global_step}: {name} is not finite any more.")
         self.trainer.accelerator.wait_for_everyone()
@@ -275,15 +299,17 @@ class SampleCallback(TrainerCallback):
         self.seed, self.ema, self.call = seed, ema, call
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.every_steps or not state.is_world_process_zero:
+        # Under FSDP2 every process paints, since each holds a part of the weights; the first one keeps the pictures.
+        is_first = state.is_world_process_zero
+        if state.global_step % self.every_steps or not (is_first or is_sharded(self.pipe.model)):
             return
         if self.ema is None:
-            self._paint(state.global_step)
+            self._paint(state.global_step, is_first)
         else:
             with self.ema.averaged():
-                self._paint(state.global_step)
+                self._paint(state.global_step, is_first)
 
-    def _paint(self, step: int) -> None:
+    def _paint(self, step: int, keep: bool) -> None:
         from ..tinyworld.demo import save_whole
 
         was_training = self.pipe.model.training
@@ -291,6 +317,8 @@ class SampleCallback(TrainerCallback):
         generators = [torch.Generator().manual_seed(self.seed + number) for number in range(len(self.prompts))]
         images = self.pipe(self.prompts, generator=generators, **self.call).images
         self.pipe.model.train(was_training)
+        if not keep:
+            return
         columns = min(len(images), 4)
         blank = images[0].copy()
         blank.paste((0, 0, 0), (0, 0, *blank.size))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..modeling.modeling_latte_flow import LatteFlowContext
+from ..modeling.processes import of_all, own_process, own_rows
 
 
 @dataclass
@@ -54,6 +55,9 @@ class PaintingCollator:
       it, it comes from the prompts, so that batches of equal prompts all lose the same ones;
     - `name` (`str`, *optional*): what an error calls the example ([`LossCallback`] takes the names out again).
 
+    With several processes, what is drawn is drawn for the batches of all of them, each of which must be as large and
+    ask at the same time. A data loader's workers know only their own process's batch, and draw from that.
+
     Args:
         contexts ([`LatteFlowContext`] or callable): every prompt, encoded before, the last row the unconditional one;
             or what gives the contexts of a list of prompts ([`PictureEncoder`] and its like).
@@ -77,9 +81,9 @@ class PaintingCollator:
         prompts = [example["prompt"] for example in examples]
         # Drawn from the batch itself: loaders collate ahead, so that a draw from the global generator would differ
         # between a run and a resumed one.
-        drawn_from = torch.tensor([example["seed"] for example in examples]) if "seed" in examples[0] else prompts
+        drawn_from = of_all([example["seed"] for example in examples] if "seed" in examples[0] else prompts)
         generator = torch.Generator().manual_seed(_checksum(drawn_from))
-        dropped = torch.rand(len(examples), generator=generator) < self.prompt_dropout
+        dropped = own_rows(torch.rand(len(drawn_from), generator=generator)) < self.prompt_dropout
         batch: dict[str, Any] = {}
         if "latents" in examples[0]:
             batch["latents"] = torch.stack([example["latents"] for example in examples])
@@ -95,14 +99,16 @@ class PaintingCollator:
             batch["names"] = [example["name"] for example in examples]
         if self.conversations is not None:
             assert self.conversation_collator is not None
-            count = max(1, round(self.conversation_share * len(examples)))
+            process, num_processes = own_process()
+            count = max(num_processes, round(self.conversation_share * len(drawn_from)))
             drawn = torch.randint(len(self.conversations), (count,), generator=generator).tolist()
-            batch.update(self.conversation_collator([self.conversations[index] for index in drawn]))
+            own = drawn[process::num_processes]
+            batch.update(self.conversation_collator([self.conversations[index] for index in own]))
         return batch
 
 
-def _checksum(drawn_from: torch.Tensor | list) -> int:
-    if isinstance(drawn_from, list) and isinstance(drawn_from[0], str):
+def _checksum(drawn_from: list) -> int:
+    if isinstance(drawn_from[0], str):
         return zlib.crc32("\n".join(drawn_from).encode())
     return zlib.crc32(torch.as_tensor(drawn_from).numpy().tobytes())
 

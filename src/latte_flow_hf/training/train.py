@@ -18,6 +18,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from diffusers import AutoModel
+from diffusers.utils.torch_utils import get_device
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, Trainer, TrainingArguments, set_seed
 
 from ..checkpoints import tiny_checkpoint
@@ -27,7 +28,7 @@ from ..modeling.processing_latte_flow import LatteFlowProcessor
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
 from .cache import CachedContexts, CachedPictures, build_cache, hash_module
-from .callbacks import CheckpointCallback, EMACallback, LossCallback, SampleCallback, last_checkpoint
+from .callbacks import CheckpointCallback, EMACallback, LossCallback, SampleCallback, is_sharded, last_checkpoint
 from .collator import ConversationCollator, PaintingCollator, PictureEncoder
 from .data import (
     CaptionedPictures,
@@ -38,6 +39,7 @@ from .data import (
     open_rows,
     understanding_examples,
 )
+from .sharding import WholeBackboneCallback, check_sharding, save_sharded, whole
 
 
 logger = logging.getLogger(__name__)
@@ -308,6 +310,7 @@ def train(recipe: Recipe, work_dir: Path, output_dir: Path) -> Path:
     if output_dir.exists():
         raise ValueError(f"output folder {output_dir} exists; give another one, or remove it.")
     arguments, keep = _arguments(recipe, work_dir / "checkpoints")
+    check_sharding()
     set_seed(recipe.seed)
     pipe = load_pipeline(recipe.model)
     pipe.set_progress_bar_config(disable=True)
@@ -331,6 +334,8 @@ def train(recipe: Recipe, work_dir: Path, output_dir: Path) -> Path:
     ema = None if recipe.ema is None else EMACallback(recipe.ema.decay, recipe.ema.device)
     trainer = Trainer(model, arguments, train_dataset=data, data_collator=collator, callbacks=[ema] if ema else [])
     trainer.add_callback(LossCallback(trainer))
+    if frozen:
+        trainer.add_callback(WholeBackboneCallback(trainer, pipe.model.vlm))
     if recipe.samples is not None:
         samples = recipe.samples
         trainer.add_callback(
@@ -354,21 +359,39 @@ def train(recipe: Recipe, work_dir: Path, output_dir: Path) -> Path:
         raise RuntimeError("the frozen backbone changed during training.")
     if unreadable.names:
         logger.warning(f"{len(unreadable.names)} unreadable pictures were skipped: {', '.join(unreadable.names)}")
-    if PartialState().is_main_process:
+    process = PartialState()
+    partial = output_dir.with_name(output_dir.name + ".partial")
+    if process.is_main_process:
         (work_dir / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-        partial = output_dir.with_name(output_dir.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.parent.mkdir(parents=True, exist_ok=True)
-        result: Any = model if recipe.lora is not None else pipe
-        result.save_pretrained(partial)
+    process.wait_for_everyone()
+    _save_result(pipe, model if recipe.lora is not None else None, partial)
+    if process.is_main_process:
         partial.rename(output_dir)
-    PartialState().wait_for_everyone()
+    process.wait_for_everyone()
     return output_dir
+
+
+def _save_result(pipe: LatteFlowPipeline, adapted: Any, folder: Path) -> None:
+    """The pipeline, or the adapter of `adapted`; all processes must call it."""
+    is_first, sharded = PartialState().is_main_process, is_sharded(pipe.model)
+    if adapted is None and sharded:
+        save_sharded(pipe, folder)
+    elif adapted is None and is_first:
+        pipe.save_pretrained(folder)
+    elif adapted is not None:
+        # An adapter is small.
+        learned = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
+        weights = {name: whole(weight) for name, weight in learned.items()} if sharded else None
+        if is_first:
+            adapted.save_pretrained(folder, state_dict=weights)
 
 
 def _arguments(recipe: Recipe, run_dir: Path) -> tuple[TrainingArguments, int]:
     """The Trainer's arguments, and how many checkpoints to keep."""
-    settings = {"report_to": [], **recipe.training}
+    # Without an accelerator, processes find each other only if told that there is none.
+    settings = {"report_to": [], "use_cpu": get_device() == "cpu", **recipe.training}
     keep = int(settings.pop("save_total_limit", None) or 2)
     if recipe.data.source.get("streaming"):
         if settings.get("max_steps", -1) < 1:
@@ -425,8 +448,7 @@ def _examples(
     if settings.cache is not None:
         folder = Path(settings.cache)
         with_contexts = settings.cache_contexts and frozen
-        with PartialState().main_process_first():
-            build_cache(folder, pipe, rows, encoder, unreadable, with_contexts)
+        build_cache(folder, pipe, rows, encoder, unreadable, with_contexts)
         data = CachedPictures(folder, recipe.seed)
         contexts = CachedContexts(folder) if with_contexts else contexts
     elif rows.is_stream:
