@@ -9,12 +9,11 @@ from torch import nn
 class AutoencoderWithLoss(nn.Module):
     """An autoencoder in the form the stock Trainer wants: pixels in, loss out.
 
-    loss = mean (x' - x)^2 + 0.1 mean |x' - x| + weight * mean z^2, with x' decoded from z + u * latent_noise * std(z) * e,
-    e standard normal, u uniform in [0, 1) for each picture. The noise makes the encoder say what matters in a way that
-    survives it, hence what a sampler can find in noise, and the decoder a denoiser that forgives what a sampler gets
-    slightly wrong; the last term keeps the latents from growing. Chosen: because DC-AE's own losses (perceptual,
-    adversarial) need networks that are not there at this size; the noise as in latent denoising autoencoders
-    (arXiv 2507.15856).
+    loss = mean (x' - x)^2 + 0.1 mean |x' - x| + weight * mean z^2, x' decoded from z + u * latent_noise * std(z) e,
+    e standard normal, u uniform in [0, 1), one for a picture. Under noise the encoder must say what matters in a way
+    that a sampler can find again, and the decoder forgives what a sampler gets slightly wrong; the last term keeps the
+    latents from growing. Chosen: because DC-AE's own losses (perceptual, adversarial) need networks that are not there
+    at this size; the noise is that of latent denoising tokenizers (arXiv 2507.15856).
 
     Args:
         autoencoder (`AutoencoderDC`): the network to train.
