@@ -204,3 +204,12 @@ def text_file(tmp_path) -> Path:
     path = tmp_path / "picture.png"
     path.write_text("this is no picture")
     return path
+
+
+@pytest.fixture(scope="session")
+def pipeline(model, processor, vae, tmp_path_factory) -> str:
+    """The folder of a random pipeline."""
+    folder = tmp_path_factory.mktemp("pipeline") / "random"
+    scheduler = LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries)
+    LatteFlowPipeline(model, processor, vae, scheduler).save_pretrained(folder)
+    return str(folder)

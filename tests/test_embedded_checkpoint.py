@@ -45,7 +45,7 @@ def test_the_demo_paints_digits(tiny):
     items = [paint_and_ask(tiny, prompt, number) for number, prompt in enumerate(DEMO_PROMPTS)]
     digits = [item for item in items if "handwritten" in item.prompt]
     assert len(digits) == 2 and all(item.painted_right for item in digits)
-    assert [len(item.answers) for item in items] == [len(item.asked) for item in items]
+    assert any(item.answers == [asked.answer for asked in item.asked] for item in digits)
     assert contact_sheet(items).width > 4 * 256
 
 

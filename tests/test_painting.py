@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler
+from latte_flow_hf import LatteFlowPipeline
 from latte_flow_hf.cli import app
 from latte_flow_hf.painting import paint_prompts, picture_name, read_prompts
 
@@ -19,14 +19,6 @@ from latte_flow_hf.painting import paint_prompts, picture_name, read_prompts
 PROMPTS = ["a red circle", "a blue square", "a red circle", "A red, circle!", "a handwritten seven"]
 CALL = {"num_inference_steps": 2, "guidance_scale": 4.0, "height": 32, "width": 32}
 OPTIONS = ("--steps", "2", "--size", "32")
-
-
-@pytest.fixture(scope="module")
-def pipeline(model, processor, vae, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("pipeline") / "random"
-    scheduler = LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries)
-    LatteFlowPipeline(model, processor, vae, scheduler).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

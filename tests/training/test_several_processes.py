@@ -18,7 +18,7 @@ import torch
 import yaml
 from PIL import Image
 
-from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler
+from latte_flow_hf import LatteFlowPipeline
 from latte_flow_hf.training import encode_prompts, last_checkpoint
 from latte_flow_hf.training.cache import hash_module
 from latte_flow_hf.training.sharding import check_sharding
@@ -29,11 +29,9 @@ CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
 
 
 @pytest.fixture(scope="module")
-def sections(model, processor, vae, tmp_path_factory):
+def sections(pipeline, tmp_path_factory):
     """A recipe of four steps over 16 captioned pictures, the global batch 4; `merge` changes it."""
     folder = tmp_path_factory.mktemp("inputs")
-    scheduler = LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries)
-    LatteFlowPipeline(model, processor, vae, scheduler).save_pretrained(folder / "pipeline")
     (folder / "pictures").mkdir()
     rng = np.random.default_rng(0)
     lines = []
@@ -46,7 +44,7 @@ def sections(model, processor, vae, tmp_path_factory):
 
     def make(**merge) -> dict:
         made = {
-            "model": {"pipeline": str(folder / "pipeline")},
+            "model": {"pipeline": pipeline},
             "data": {"source": source, "caption": "text", "size": 32, "flip": True},
             "prompt_dropout": 0.5,
             "training": {

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler
+from latte_flow_hf import LatteFlowPipeline
 from latte_flow_hf.cli import app
 from latte_flow_hf.training import last_checkpoint
 from latte_flow_hf.training.cache import hash_module
@@ -24,15 +24,6 @@ from latte_flow_hf.training.train import Recipe, is_recipe, read_sections, train
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-
-
-@pytest.fixture(scope="module")
-def pipeline(model, processor, vae, tmp_path_factory) -> str:
-    """A random pipeline's folder."""
-    folder = tmp_path_factory.mktemp("pipeline") / "random"
-    scheduler = LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries)
-    LatteFlowPipeline(model, processor, vae, scheduler).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
