@@ -28,6 +28,9 @@ class LatteFlowConfig(PreTrainedConfig):
             Channels of the autoencoder's latents (DC-AE f32c32).
         latent_patch_size (`int`, defaults to 1):
             Side of the square of latent pixels that one token holds.
+        sample_size (`int`, defaults to 8):
+            Side of the latents, in latent pixels, when a call of the pipeline names no size: the one that the experts
+            learned on. (Paper: 256x256 pixels under DC-AE f32, hence 8.)
         residual_attention (`str` or `None`, defaults to `"scores"`):
             What a layer hands on to the next one of its group: its attention scores before the softmax (`"scores"`,
             chosen: rows stay normalised), its map after the softmax (`"probabilities"`), or nothing (`None`).
@@ -52,6 +55,7 @@ class LatteFlowConfig(PreTrainedConfig):
     expert_boundaries: list[float] = None  # type: ignore[assignment]
     latent_channels: int = 32
     latent_patch_size: int = 1
+    sample_size: int = 8
     residual_attention: str | None = "scores"
     timestep_frequency_dim: int = 256
     timestep_embed_dim: int = None  # type: ignore[assignment]
@@ -65,12 +69,17 @@ class LatteFlowConfig(PreTrainedConfig):
             "num_experts",
             "latent_channels",
             "latent_patch_size",
+            "sample_size",
             "timestep_frequency_dim",
             "timestep_embed_dim",
         )
         for name in counts:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}.")
+        if self.sample_size % self.latent_patch_size:
+            raise ValueError(
+                f"sample_size must be a multiple of latent_patch_size = {self.latent_patch_size}, got {self.sample_size}."
+            )
         num_layers = self.text_config.num_hidden_layers
         if num_layers % self.num_experts:
             divisors = [k for k in range(1, num_layers + 1) if num_layers % k == 0]

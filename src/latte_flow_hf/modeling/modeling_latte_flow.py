@@ -829,6 +829,8 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         decoder = self.vlm.get_decoder()
         _check_decoder(decoder)
         self.tower = LatteFlowTower(config, decoder)
+        # How far training widens each expert's interval towards the data: 0 not at all, 1 down to sigma 0.
+        self.interval_overlap = 0.0
         self.vlm.requires_grad_(False)
         self.post_init()
 
@@ -1083,7 +1085,8 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
 
         The batch is split over the experts (chosen: a step then costs what one expert costs): example i goes to expert
         i mod K. A batch smaller than K is gone through again from its start, so that no expert is left out. Experts
-        that do not learn ([`~LatteFlowForConditionalGeneration.training_experts`]) get no example.
+        that do not learn ([`~LatteFlowForConditionalGeneration.training_experts`]) get no example. In training mode
+        each interval reaches down to (1 - `interval_overlap`) times its lower end ([`IntervalWarmupCallback`]).
 
         With several processes, "the batch" is all of theirs: the mean of what they return is what one process returns
         for it. `latents`, `context` and a given `noise` are this process's share, of the same size in each.
@@ -1107,11 +1110,12 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             raise ValueError(f"noise must be of shape {tuple(latents.shape)}, as latents, got {tuple(noise.shape)}.")
         experts = self.training_experts
         boundaries = self.config.expert_boundaries
+        overlap = self.interval_overlap if self.training else 0.0
         order = torch.arange(max(num_processes * size, len(experts))) % (num_processes * size)
         losses = []
         for place, expert in enumerate(experts):
             rows = order[place :: len(experts)]
-            interval = (boundaries[expert], boundaries[expert + 1])
+            interval = (boundaries[expert], boundaries[expert + 1] * (1.0 - overlap))
             sigma = draw_expert_sigmas(len(rows), interval, generator, self.config.timestep_sampling)
             own = (rows // size == process).nonzero().squeeze(1)
             weight = num_processes * len(own) / len(rows)

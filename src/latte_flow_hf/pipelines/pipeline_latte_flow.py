@@ -152,8 +152,8 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
 
     @property
     def default_size(self) -> int:
-        """Side of a picture in pixels when none is asked for: 8x8 latent tokens, as in the paper."""
-        return 8 * self.model.config.latent_patch_size * self.vae_scale_factor
+        """Side of a picture in pixels when none is asked for: `sample_size` latent pixels."""
+        return self.model.config.sample_size * self.vae_scale_factor
 
     @property
     def guidance_scale(self) -> float:

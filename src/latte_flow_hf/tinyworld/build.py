@@ -37,7 +37,7 @@ from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from ..modeling.processing_latte_flow import LatteFlowProcessor
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline, encode_pixels
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
-from ..training.callbacks import EMACallback
+from ..training.callbacks import EMACallback, IntervalWarmupCallback
 from ..training.collator import ConversationCollator, PaintingCollator, encode_prompts
 from .autoencoder import AutoencoderWithLoss
 from .datasets import Conversations, LabelledPictures, Pictures
@@ -67,7 +67,8 @@ class Recipe:
             (`dict`): `TrainingArguments` each.
         backbone (`dict`): arguments of `Qwen2VLConfig`, token ids left out.
         experts (`dict`): arguments of `LatteFlowForConditionalGeneration.from_vlm`.
-        experts_data (`dict`): `num_pictures`, `digit_share`, `single_share`, `prompt_dropout`, `ema_decay`.
+        experts_data (`dict`): `num_pictures`, `digit_share`, `single_share`, `prompt_dropout`, `ema_decay`,
+            `interval_warmup_steps`.
     """
 
     seed: int
@@ -338,9 +339,12 @@ def build_experts(recipe: Recipe, work_dir: Path) -> LatteFlowForConditionalGene
         paintings = build_paintings(recipe, work_dir)
         contexts = encode_prompts(model, processor, [*paintings.prompts, ""])
         collator = PaintingCollator(contexts, recipe.experts_data["prompt_dropout"])
-        ema = EMACallback(recipe.experts_data["ema_decay"])
+        callbacks = [
+            EMACallback(recipe.experts_data["ema_decay"]),
+            IntervalWarmupCallback(recipe.experts_data["interval_warmup_steps"]),
+        ]
         run_dir = work_dir / "runs" / "experts"
-        _train(model, paintings, collator, run_dir, recipe.seed, recipe.experts_training, callbacks=[ema])
+        _train(model, paintings, collator, run_dir, recipe.seed, recipe.experts_training, callbacks=callbacks)
         if hash_parameters(model.vlm) != before:
             raise RuntimeError("the frozen backbone changed during the experts' training.")
         model.save_pretrained(folder)

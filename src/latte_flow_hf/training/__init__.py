@@ -2,7 +2,14 @@
 """What the stock Trainer needs to train a LaTtE-Flow model: examples -> batches, which experts learn, callbacks."""
 
 from .adapters import expert_lora_config, train_only_experts
-from .callbacks import CheckpointCallback, EMACallback, LossCallback, SampleCallback, last_checkpoint
+from .callbacks import (
+    CheckpointCallback,
+    EMACallback,
+    IntervalWarmupCallback,
+    LossCallback,
+    SampleCallback,
+    last_checkpoint,
+)
 from .collator import ConversationCollator, PaintingCollator, PictureEncoder, encode_prompts
 
 
@@ -10,6 +17,7 @@ __all__ = [
     "CheckpointCallback",
     "ConversationCollator",
     "EMACallback",
+    "IntervalWarmupCallback",
     "LossCallback",
     "PaintingCollator",
     "PictureEncoder",

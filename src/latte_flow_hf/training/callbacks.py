@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
+from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
+
 
 EMA_FOLDER = "ema"
 COMPLETE_FILE = "complete"
@@ -129,6 +131,36 @@ class EMACallback(TrainerCallback):
                 weight = part.clone()
                 part.copy_(kept)
                 kept.copy_(weight)
+
+
+class IntervalWarmupCallback(TrainerCallback):
+    """Begins with experts that learn every sigma below their own interval's upper end, and narrows them to the interval.
+
+    The lower end of an interval rises linearly from 0 to its place over the first `num_steps` steps. Chosen: because
+    an expert that sees nothing but its noise learns colours and averages, and no outlines, for thousands of steps
+    (`docs/tinyworld.md` has the measurement); the sigmas below show it what there is to find. A resumed run goes on
+    where it was.
+
+    Args:
+        num_steps (`int`): after so many steps each expert learns its own interval alone.
+    """
+
+    def __init__(self, num_steps: int):
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
+        self.num_steps = num_steps
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self._set_overlap(model, max(0.0, 1.0 - state.global_step / self.num_steps))
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self._set_overlap(model, 0.0)
+
+    @staticmethod
+    def _set_overlap(model: torch.nn.Module, overlap: float) -> None:
+        for module in model.modules():
+            if isinstance(module, LatteFlowForConditionalGeneration):
+                module.interval_overlap = overlap
 
 
 class LossCallback(TrainerCallback):

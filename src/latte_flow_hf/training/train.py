@@ -28,7 +28,15 @@ from ..modeling.processing_latte_flow import LatteFlowProcessor
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
 from .cache import CachedContexts, CachedPictures, build_cache, hash_module
-from .callbacks import CheckpointCallback, EMACallback, LossCallback, SampleCallback, is_sharded, last_checkpoint
+from .callbacks import (
+    CheckpointCallback,
+    EMACallback,
+    IntervalWarmupCallback,
+    LossCallback,
+    SampleCallback,
+    is_sharded,
+    last_checkpoint,
+)
 from .collator import ConversationCollator, PaintingCollator, PictureEncoder
 from .data import (
     CaptionedPictures,
@@ -114,6 +122,7 @@ class Recipe:
         lora (`dict`, *optional*): in place of `trainable`: arguments of `expert_lora_config`. The result is an
             adapter.
         prompt_dropout (`float`, defaults to 0.1): how often a prompt is replaced by the empty one.
+        interval_warmup_steps (`int`, defaults to 0): as of [`IntervalWarmupCallback`]; 0 is without, as in the paper.
         understanding, ema, samples (*optional*): see there.
     """
 
@@ -124,6 +133,7 @@ class Recipe:
     trainable: str | list = "experts"
     lora: dict | None = None
     prompt_dropout: float = 0.1
+    interval_warmup_steps: int = 0
     understanding: UnderstandingSettings | None = None
     ema: EMASettings | None = None
     samples: SampleSettings | None = None
@@ -165,6 +175,10 @@ class Recipe:
             raise ValueError(f"{where}: data: give `source`, e.g. {{path: imagefolder, data_dir: pictures}}.")
         if not 0.0 <= self.prompt_dropout <= 1.0:
             raise ValueError(f"{where}: prompt_dropout must be from 0 to 1, got {self.prompt_dropout}.")
+        if self.interval_warmup_steps < 0:
+            raise ValueError(
+                f"{where}: interval_warmup_steps must be at least 0 (without), got {self.interval_warmup_steps}."
+            )
         if isinstance(self.trainable, str) and self.trainable not in ("experts", "vlm"):
             raise ValueError(f"{where}: trainable must be experts, vlm, or a list of experts, got {self.trainable!r}.")
         if self.trainable == "vlm" and self.lora is None and self.data.cache and self.data.cache_contexts:
@@ -334,6 +348,8 @@ def train(recipe: Recipe, work_dir: Path, output_dir: Path) -> Path:
     ema = None if recipe.ema is None else EMACallback(recipe.ema.decay, recipe.ema.device)
     trainer = Trainer(model, arguments, train_dataset=data, data_collator=collator, callbacks=[ema] if ema else [])
     trainer.add_callback(LossCallback(trainer))
+    if recipe.interval_warmup_steps:
+        trainer.add_callback(IntervalWarmupCallback(recipe.interval_warmup_steps))
     if frozen:
         trainer.add_callback(WholeBackboneCallback(trainer, pipe.model.vlm))
     if recipe.samples is not None:
