@@ -134,7 +134,7 @@ class EMACallback(TrainerCallback):
 
 
 class IntervalWarmupCallback(TrainerCallback):
-    """Begins with experts that learn every sigma below their own interval's upper end, and narrows them to the interval.
+    """Begins with experts that learn every sigma below their interval's upper end, and narrows them to the interval.
 
     The lower end of an interval rises linearly from 0 to its place over the first `num_steps` steps. Chosen: because
     an expert that sees nothing but its noise learns colours and averages, and no outlines, for thousands of steps
