@@ -67,6 +67,7 @@ def test_round_trip_through_a_folder(tmp_path, residual_attention):
         expert_boundaries=[1, 0.9, 0.2, 0],
         latent_channels=8,
         latent_patch_size=2,
+        sample_size=32,
         residual_attention=residual_attention,
         timestep_frequency_dim=64,
         timestep_embed_dim=40,
@@ -91,6 +92,11 @@ def test_file_holds_every_number(tmp_path):
     assert written["expert_boundaries"] == [1.0, 0.5, 0.0]
 
 
+def test_size_is_of_whole_tokens():
+    with pytest.raises(ValueError, match="sample_size must be a multiple of latent_patch_size = 2, got 9."):
+        LatteFlowConfig(vlm_config=vlm_config(), latent_patch_size=2, sample_size=9)
+
+
 @pytest.mark.parametrize("num_experts", [5, 7, 24])
 def test_experts_must_divide_the_layers(num_experts):
     expected = (
@@ -100,7 +106,9 @@ def test_experts_must_divide_the_layers(num_experts):
         LatteFlowConfig(vlm_config=vlm_config(12), num_experts=num_experts)
 
 
-@pytest.mark.parametrize("name", ["num_experts", "latent_channels", "latent_patch_size", "timestep_frequency_dim"])
+@pytest.mark.parametrize(
+    "name", ["num_experts", "latent_channels", "latent_patch_size", "sample_size", "timestep_frequency_dim"]
+)
 @pytest.mark.parametrize("value", [0, -4, 2.0])
 def test_counts_are_positive_integers(name, value):
     # transformers checks declared types itself: its message comes first for a float, and names both as well.
@@ -109,7 +117,9 @@ def test_counts_are_positive_integers(name, value):
     assert str(value) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["num_experts", "latent_channels", "latent_patch_size", "timestep_frequency_dim"])
+@pytest.mark.parametrize(
+    "name", ["num_experts", "latent_channels", "latent_patch_size", "sample_size", "timestep_frequency_dim"]
+)
 @pytest.mark.parametrize("value", [0, -4])
 def test_counts_say_what_would_do(name, value):
     with pytest.raises(ValueError, match=re.escape(f"{name} must be a positive integer, got {value}.")):

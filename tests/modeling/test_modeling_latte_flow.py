@@ -650,6 +650,23 @@ def test_flow_loss_is_the_sum_over_experts_recomputed(model, encode, batch):
     assert output.lm_loss is None and output.logits is None
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("overlap", [0.0, 0.4, 1.0])
+def test_overlap_widens_the_intervals_in_training_alone(make_model, encode, monkeypatch, overlap, training):
+    model = make_model().train(training)
+    model.interval_overlap = overlap
+    drawn = []
+
+    def draw(count, interval, generator=None, sampling="uniform"):
+        drawn.append(interval)
+        return draw_expert_sigmas(count, interval, generator, sampling)
+
+    monkeypatch.setattr("latte_flow_hf.modeling.modeling_latte_flow.draw_expert_sigmas", draw)
+    with torch.no_grad():
+        model(**encode("a red circle", "a cross"), latents=noise(2, 4, 4, 4))
+    assert drawn == [(1.0, pytest.approx(0.5 * (1 - overlap if training else 1))), (0.5, 0.0)]
+
+
 def test_labels_add_the_backbone_s_own_loss(model, backbone, encode):
     inputs, labels = encode("a red circle", "a cross"), encode("a red circle", "a cross")["input_ids"]
     with torch.no_grad():

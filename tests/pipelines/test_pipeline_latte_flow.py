@@ -140,14 +140,14 @@ def test_size_may_be_chosen(pipe, height, width):
     assert picture.size == (width, height)
 
 
-def test_size_by_default_is_that_of_64_latent_tokens(make_model, processor, vae, pipe):
+def test_size_by_default_is_the_configuration_s(make_model, processor, vae, pipe):
     assert pipe.default_size == 64
-    model = make_model(latent_patch_size=2)
+    model = make_model(latent_patch_size=2, sample_size=12)
     scheduler = LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries)
-    coarse = LatteFlowPipeline(model=model, processor=processor, vae=vae, scheduler=scheduler)
-    coarse.set_progress_bar_config(disable=True)
-    assert coarse.default_size == 128
-    assert paint(coarse).shape == (1, 4, 16, 16)
+    larger = LatteFlowPipeline(model=model, processor=processor, vae=vae, scheduler=scheduler)
+    larger.set_progress_bar_config(disable=True)
+    assert larger.default_size == 96
+    assert paint(larger).shape == (1, 4, 12, 12)
 
 
 # The loop itself.

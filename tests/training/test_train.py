@@ -1,6 +1,7 @@
 """Recipes end to end on a small random pipeline: what they refuse, what they leave, and going on after a stop."""
 
 import json
+import re
 import resource
 import shutil
 import signal
@@ -287,6 +288,7 @@ def test_accumulation_and_checkpointing_give_the_gradients_of_the_plain_step(mod
         ({"data": {"flip": "yes"}}, "data: flip must be bool, got 'yes'"),
         ({"seed": True}, "seed must be int, got True"),
         ({"prompt_dropout": 2}, "prompt_dropout must be from 0 to 1"),
+        ({"interval_warmup_steps": -1}, "interval_warmup_steps must be at least 0 (without), got -1"),
         ({"trainable": "all"}, "trainable must be experts, vlm, or a list"),
         ({"data": {"source": {}}}, "data: give `source`"),
         ({"model": {"dtype": "float"}, "ema": {"decy": 1}}, "did you mean 'decay'"),
@@ -296,7 +298,7 @@ def test_a_recipe_is_checked_before_anything_is_loaded(sections, change, words):
     made = sections()
     for name, value in change.items():
         made[name] = {**made.get(name, {}), **value} if isinstance(value, dict) else value
-    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(words)):
         Recipe.from_dict(made)
 
 

@@ -2,12 +2,13 @@
 
 import copy
 
+import pytest
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from latte_flow_hf.tinyworld.build import hash_parameters
-from latte_flow_hf.training.callbacks import EMACallback
+from latte_flow_hf.training.callbacks import EMACallback, IntervalWarmupCallback
 from latte_flow_hf.training.collator import PaintingCollator, encode_prompts
 
 
@@ -25,7 +26,7 @@ class TwoPictures(Dataset):
         return {"latents": self.latents[index % 2], "prompt": index % 2}
 
 
-def train(model, processor, folder, max_steps, resume=None, total=None):
+def train(model, processor, folder, max_steps, resume=None, more=()):
     contexts = encode_prompts(model, processor, ["a red circle", "a blue square", ""])
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -45,7 +46,7 @@ def train(model, processor, folder, max_steps, resume=None, total=None):
         arguments,
         train_dataset=TwoPictures(64),
         data_collator=PaintingCollator(contexts, 0.1),
-        callbacks=[EMACallback(0.9)],
+        callbacks=[EMACallback(0.9), IntervalWarmupCallback(6), *more],
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -68,3 +69,27 @@ def test_a_resumed_run_ends_in_the_same_bytes_ema_included(model, processor, tmp
     train(resumed, processor, tmp_path / "parts", 8, resume=str(tmp_path / "parts" / "checkpoint-4"))
     assert hash_parameters(whole.tower) == hash_parameters(resumed.tower)
     assert hash_parameters(stopped.tower) != hash_parameters(resumed.tower)
+
+
+class Overlaps(TrainerCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.seen.append(model.interval_overlap)
+
+
+def test_intervals_narrow_by_the_step_also_after_a_resume(model, processor, tmp_path):
+    model, overlaps = copy.deepcopy(model), Overlaps()
+    train(model, processor, tmp_path, 4, more=[overlaps])
+    assert overlaps.seen == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6])
+    assert model.interval_overlap == 0.0
+    resumed, overlaps = copy.deepcopy(model), Overlaps()
+    train(resumed, processor, tmp_path, 8, resume=str(tmp_path / "checkpoint-4"), more=[overlaps])
+    assert overlaps.seen == pytest.approx([2 / 6, 1 / 6, 0, 0])
+
+
+@pytest.mark.parametrize("num_steps", [0, -1])
+def test_a_warmup_has_steps(num_steps):
+    with pytest.raises(ValueError, match=f"num_steps must be at least 1, got {num_steps}"):
+        IntervalWarmupCallback(num_steps)

@@ -78,7 +78,8 @@ class LatteFlowConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}.")
         if self.sample_size % self.latent_patch_size:
             raise ValueError(
-                f"sample_size must be a multiple of latent_patch_size ({self.latent_patch_size}), got {self.sample_size}."
+                f"sample_size must be a multiple of latent_patch_size = {self.latent_patch_size}, "
+                f"got {self.sample_size}."
             )
         num_layers = self.text_config.num_hidden_layers
         if num_layers % self.num_experts:
