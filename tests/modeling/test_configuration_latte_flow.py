@@ -93,7 +93,7 @@ def test_file_holds_every_number(tmp_path):
 
 
 def test_size_is_of_whole_tokens():
-    with pytest.raises(ValueError, match="sample_size must be a multiple of latent_patch_size = 2, got 9."):
+    with pytest.raises(ValueError, match=r"sample_size must be a multiple of latent_patch_size = 2, got 9\."):
         LatteFlowConfig(vlm_config=vlm_config(), latent_patch_size=2, sample_size=9)
 
 

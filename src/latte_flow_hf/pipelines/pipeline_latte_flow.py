@@ -391,7 +391,7 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
                 In place of `prompt`: a conversation in the chat-template form (or a list of them), pictures included.
             negative_prompt (`str` or `list[str]`, *optional*): what guidance leads away from; an empty prompt if not
                 given.
-            height, width (`int`, *optional*): in pixels; 8x8 latent tokens if not given, as in the paper.
+            height, width (`int`, *optional*): in pixels; the model's `sample_size` in latent pixels if not given.
             num_inference_steps (`int`, defaults to 40): as in the paper.
             steps_per_expert (`list[int]`, *optional*): in place of `num_inference_steps`: steps of each expert.
             guidance_scale (`float` or `list[float]`, defaults to 4.0):
