@@ -137,8 +137,8 @@ class IntervalWarmupCallback(TrainerCallback):
     """Begins with experts that learn every sigma below their interval's upper end, and narrows them to the interval.
 
     The lower end of an interval rises linearly from 0 to its place over the first `num_steps` steps. Chosen: because
-    an expert that sees nothing but strong noise learns colours and averages for a long time, and no outlines; the sigmas
-    below show it what there is to find. A resumed run goes on where it was.
+    an expert that sees nothing but strong noise learns colours and averages for a long time, and no outlines; the
+    sigmas below show it what there is to find. A resumed run goes on where it was.
 
     Args:
         num_steps (`int`): after so many steps each expert learns its own interval alone.
