@@ -37,6 +37,7 @@ from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from ..modeling.processing_latte_flow import LatteFlowProcessor
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline, encode_pixels
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
+from ..training.adapters import train_only_experts
 from ..training.callbacks import EMACallback, IntervalWarmupCallback
 from ..training.collator import ConversationCollator, PaintingCollator, encode_prompts
 from .autoencoder import AutoencoderWithLoss
@@ -63,12 +64,12 @@ class Recipe:
         tokenizer (`dict`): `vocab_size`.
         autoencoder (`dict`): arguments of `AutoencoderDC`.
         autoencoder_loss (`dict`): `latent_noise`, `latent_penalty`.
-        autoencoder_training, vision_training, language_training, joint_training, backbone_training, experts_training
-            (`dict`): `TrainingArguments` each.
+        autoencoder_training, vision_training, language_training, joint_training, backbone_training, experts_training,
+        noisy_experts_training (`dict`): `TrainingArguments` each.
         backbone (`dict`): arguments of `Qwen2VLConfig`, token ids left out.
         experts (`dict`): arguments of `LatteFlowForConditionalGeneration.from_vlm`.
         experts_data (`dict`): `num_pictures`, `digit_share`, `single_share`, `prompt_dropout`, `ema_decay`,
-            `interval_warmup_steps`.
+            `interval_warmup_steps`, `noisy_experts` (which learn longer than the others).
     """
 
     seed: int
@@ -84,6 +85,7 @@ class Recipe:
     experts: dict
     experts_data: dict
     experts_training: dict
+    noisy_experts_training: dict
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Recipe":
@@ -352,6 +354,28 @@ def build_experts(recipe: Recipe, work_dir: Path) -> LatteFlowForConditionalGene
     return LatteFlowForConditionalGeneration.from_pretrained(_finished(work_dir / "experts", make))
 
 
+def build_noisy_experts(recipe: Recipe, work_dir: Path) -> LatteFlowForConditionalGeneration:
+    """The experts of strong noise learn on alone, each from more of every batch: they have more to find out."""
+
+    def make(folder: Path) -> None:
+        model = build_experts(recipe, work_dir)
+        before = hash_parameters(model.vlm)
+        set_seed(recipe.seed + 1)
+        model.set_attn_implementation("eager")
+        train_only_experts(model, recipe.experts_data["noisy_experts"])
+        paintings = build_paintings(recipe, work_dir)
+        contexts = encode_prompts(model, build_processor(recipe, work_dir), [*paintings.prompts, ""])
+        collator = PaintingCollator(contexts, recipe.experts_data["prompt_dropout"])
+        ema = EMACallback(recipe.experts_data["ema_decay"])
+        run_dir = work_dir / "runs" / "noisy_experts"
+        _train(model, paintings, collator, run_dir, recipe.seed + 1, recipe.noisy_experts_training, callbacks=[ema])
+        if hash_parameters(model.vlm) != before:
+            raise RuntimeError("the frozen backbone changed during the experts' training.")
+        model.save_pretrained(folder)
+
+    return LatteFlowForConditionalGeneration.from_pretrained(_finished(work_dir / "noisy_experts", make))
+
+
 def hash_parameters(module: torch.nn.Module) -> str:
     """SHA-256 over the names and bytes of all parameters."""
     digest = hashlib.sha256()
@@ -371,7 +395,7 @@ def build_checkpoint(recipe: Recipe, work_dir: Path, output_dir: Path) -> Path:
         raise ValueError(f"output folder {output_dir} exists; give another one, or remove it.")
 
     def make(folder: Path) -> None:
-        model = build_experts(recipe, work_dir)
+        model = build_noisy_experts(recipe, work_dir)
         # Where the backbone lay while it was built is nobody's business.
         model.config.vlm_config._name_or_path = ""
         scheduler = LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries)
