@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -332,23 +333,10 @@ def build_experts(recipe: Recipe, work_dir: Path) -> LatteFlowForConditionalGene
     """Train the generation tower beside the frozen backbone."""
 
     def make(folder: Path) -> None:
-        processor = build_processor(recipe, work_dir)
         set_seed(recipe.seed)
         model = LatteFlowForConditionalGeneration.from_vlm(build_backbone(recipe, work_dir), **recipe.experts)
-        # The faster one on a CPU at this size.
-        model.set_attn_implementation("eager")
-        before = hash_parameters(model.vlm)
-        paintings = build_paintings(recipe, work_dir)
-        contexts = encode_prompts(model, processor, [*paintings.prompts, ""])
-        collator = PaintingCollator(contexts, recipe.experts_data["prompt_dropout"])
-        callbacks = [
-            EMACallback(recipe.experts_data["ema_decay"]),
-            IntervalWarmupCallback(recipe.experts_data["interval_warmup_steps"]),
-        ]
-        run_dir = work_dir / "runs" / "experts"
-        _train(model, paintings, collator, run_dir, recipe.seed, recipe.experts_training, callbacks=callbacks)
-        if hash_parameters(model.vlm) != before:
-            raise RuntimeError("the frozen backbone changed during the experts' training.")
+        warmup = IntervalWarmupCallback(recipe.experts_data["interval_warmup_steps"])
+        _train_tower(model, recipe, work_dir, "experts", recipe.seed, recipe.experts_training, [warmup])
         model.save_pretrained(folder)
 
     return LatteFlowForConditionalGeneration.from_pretrained(_finished(work_dir / "experts", make))
@@ -358,22 +346,33 @@ def build_noisy_experts(recipe: Recipe, work_dir: Path) -> LatteFlowForCondition
     """The experts of strong noise learn on alone, each from more of every batch: they have more to find out."""
 
     def make(folder: Path) -> None:
-        model = build_experts(recipe, work_dir)
-        before = hash_parameters(model.vlm)
-        set_seed(recipe.seed + 1)
-        model.set_attn_implementation("eager")
-        train_only_experts(model, recipe.experts_data["noisy_experts"])
-        paintings = build_paintings(recipe, work_dir)
-        contexts = encode_prompts(model, build_processor(recipe, work_dir), [*paintings.prompts, ""])
-        collator = PaintingCollator(contexts, recipe.experts_data["prompt_dropout"])
-        ema = EMACallback(recipe.experts_data["ema_decay"])
-        run_dir = work_dir / "runs" / "noisy_experts"
-        _train(model, paintings, collator, run_dir, recipe.seed + 1, recipe.noisy_experts_training, callbacks=[ema])
-        if hash_parameters(model.vlm) != before:
-            raise RuntimeError("the frozen backbone changed during the experts' training.")
+        model = train_only_experts(build_experts(recipe, work_dir), recipe.experts_data["noisy_experts"])
+        _train_tower(model, recipe, work_dir, "noisy_experts", recipe.seed + 1, recipe.noisy_experts_training)
         model.save_pretrained(folder)
 
     return LatteFlowForConditionalGeneration.from_pretrained(_finished(work_dir / "noisy_experts", make))
+
+
+def _train_tower(
+    model: LatteFlowForConditionalGeneration,
+    recipe: Recipe,
+    work_dir: Path,
+    stage: str,
+    seed: int,
+    settings: dict,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> None:
+    """What of the tower asks for gradients learns from the paintings, and ends as its moving average."""
+    # The faster one on a CPU at this size.
+    model.set_attn_implementation("eager")
+    before = hash_parameters(model.vlm)
+    paintings = build_paintings(recipe, work_dir)
+    contexts = encode_prompts(model, build_processor(recipe, work_dir), [*paintings.prompts, ""])
+    collator = PaintingCollator(contexts, recipe.experts_data["prompt_dropout"])
+    ema = EMACallback(recipe.experts_data["ema_decay"])
+    _train(model, paintings, collator, work_dir / "runs" / stage, seed, settings, callbacks=[ema, *callbacks])
+    if hash_parameters(model.vlm) != before:
+        raise RuntimeError("the frozen backbone changed during the experts' training.")
 
 
 def hash_parameters(module: torch.nn.Module) -> str:
