@@ -3,8 +3,8 @@
 
 A random model of medium size (12 layers of width 512). The two take turns, step by step, so that a busy machine slows
 both alike; the medians are compared. A step is what the Trainer does: loss, gradients, clipping, its default
-AdamW (fused). With `--cached` the prompts' contexts are computed beforehand, as the recipes' cache does; without, at each
-step.
+AdamW (fused). With `--cached` the prompts' contexts are computed beforehand, as the recipes' cache does; without, at
+each step.
 """
 
 import argparse
