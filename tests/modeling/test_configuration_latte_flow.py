@@ -37,6 +37,17 @@ def test_timestep_embedding_is_as_wide_as_the_backbone_unless_given():
     assert LatteFlowConfig(vlm_config=vlm_config(), timestep_embed_dim=20).timestep_embed_dim == 20
 
 
+def test_a_token_is_embedded_from_its_own_latent_pixels_unless_told_otherwise():
+    assert LatteFlowConfig(vlm_config=vlm_config(), latent_patch_size=2).latent_kernel_size == 2
+    assert LatteFlowConfig(vlm_config=vlm_config(), latent_patch_size=2, latent_kernel_size=6).latent_kernel_size == 6
+
+
+@pytest.mark.parametrize(("patch_size", "kernel_size"), [(2, 1), (2, 3), (1, 4), (1, 0)])
+def test_a_kernel_that_cannot_be_centred_is_refused(patch_size, kernel_size):
+    with pytest.raises(ValueError, match=f"latent_kernel_size must be .* got {kernel_size}"):
+        LatteFlowConfig(vlm_config=vlm_config(), latent_patch_size=patch_size, latent_kernel_size=kernel_size)
+
+
 def test_sub_config_may_be_a_dict_or_an_object():
     given = vlm_config()
     by_object = LatteFlowConfig(vlm_config=given)

@@ -152,6 +152,17 @@ def test_from_vlm_takes_the_backbone_s_dtype(backbone):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+def test_from_vlm_can_leave_the_layers_random(backbone):
+    def differing(**given):
+        torch.manual_seed(0)
+        model = LatteFlowForConditionalGeneration.from_vlm(copy.deepcopy(backbone), num_experts=2, **given)
+        own, theirs = model.tower.layers[1].state_dict(), backbone.get_decoder().layers[1].state_dict()
+        return {name for name in own if name in theirs and not torch.equal(own[name], theirs[name])}
+
+    weights = {f"self_attn.{n}_proj.weight" for n in "qkvo"} | {f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")}
+    assert not differing() and differing(copy_layers=False) >= weights
+
+
 def test_from_vlm_refuses_experts_that_do_not_divide(backbone):
     with pytest.raises(ValueError, match=re.escape("num_experts must divide the backbone's 4 layers, got 3")):
         LatteFlowForConditionalGeneration.from_vlm(copy.deepcopy(backbone), num_experts=3)
@@ -267,15 +278,14 @@ def oracle_velocity(model, latents, timestep, context, expert):
         embedding = tower.timestep_embedding.mlp
         time = silu(linear(embedding.linear_2, silu(linear(embedding.linear_1, time))))
 
+        def pixel(c, row, column, picture=latents[b]):
+            inside = 0 <= row < height and 0 <= column < width
+            return picture[c, row, column] if inside else torch.zeros((), dtype=torch.float64)
+
+        around = (config.latent_kernel_size - patch) // 2
+        seen = range(-around, patch + around)
         tokens = [
-            torch.stack(
-                [
-                    latents[b, c, r * patch + i, s * patch + j]
-                    for c in range(channels)
-                    for i in range(patch)
-                    for j in range(patch)
-                ]
-            )
+            torch.stack([pixel(c, r * patch + i, s * patch + j) for c in range(channels) for i in seen for j in seen])
             for r in range(rows)
             for s in range(columns)
         ]
@@ -337,10 +347,11 @@ def oracle_velocity(model, latents, timestep, context, expert):
 
 @torch.no_grad()
 @pytest.mark.parametrize("num_experts", [1, 2])
-@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize(("patch_size", "kernel_size"), [(1, None), (2, None), (1, 3), (2, 6)])
 @pytest.mark.parametrize("mode", ["scores", "probabilities", None])
-def test_velocity_equals_the_oracle_s(make_model, encode, mode, patch_size, num_experts):
-    model = make_model(num_experts=num_experts, latent_patch_size=patch_size, residual_attention=mode).double()
+def test_velocity_equals_the_oracle_s(make_model, encode, mode, patch_size, kernel_size, num_experts):
+    sizes = {"latent_patch_size": patch_size, "latent_kernel_size": kernel_size}
+    model = make_model(num_experts=num_experts, residual_attention=mode, **sizes).double()
     context = model.encode_context(**encode("a red circle", "a small blue square above a handwritten seven"))
     latents = noise(2, 4, 4, 6).double()
     for expert in range(num_experts):

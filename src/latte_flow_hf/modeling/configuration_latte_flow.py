@@ -28,6 +28,10 @@ class LatteFlowConfig(PreTrainedConfig):
             Channels of the autoencoder's latents (DC-AE f32c32).
         latent_patch_size (`int`, defaults to 1):
             Side of the square of latent pixels that one token holds.
+        latent_kernel_size (`int`, *optional*):
+            Side of the square of latent pixels around it that a token is embedded from; `latent_patch_size` if not
+            given: its own alone. A larger one is a convolution (chosen: experts of few layers need it to see a whole
+            outline through strong noise; the embedded checkpoint has it).
         sample_size (`int`, defaults to 8):
             Side of the latents, in latent pixels, when a call of the pipeline names no size: the one that the experts
             learned on. (Paper: 256x256 pixels under DC-AE f32, hence 8.)
@@ -55,6 +59,7 @@ class LatteFlowConfig(PreTrainedConfig):
     expert_boundaries: list[float] = None  # type: ignore[assignment]
     latent_channels: int = 32
     latent_patch_size: int = 1
+    latent_kernel_size: int = None  # type: ignore[assignment]
     sample_size: int = 8
     residual_attention: str | None = "scores"
     timestep_frequency_dim: int = 256
@@ -65,10 +70,13 @@ class LatteFlowConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.timestep_embed_dim is None:
             self.timestep_embed_dim = self.text_config.hidden_size
+        if self.latent_kernel_size is None:
+            self.latent_kernel_size = self.latent_patch_size
         counts = (
             "num_experts",
             "latent_channels",
             "latent_patch_size",
+            "latent_kernel_size",
             "sample_size",
             "timestep_frequency_dim",
             "timestep_embed_dim",
@@ -80,6 +88,12 @@ class LatteFlowConfig(PreTrainedConfig):
             raise ValueError(
                 f"sample_size must be a multiple of latent_patch_size = {self.latent_patch_size}, "
                 f"got {self.sample_size}."
+            )
+        around = self.latent_kernel_size - self.latent_patch_size
+        if around < 0 or around % 2:
+            raise ValueError(
+                f"latent_kernel_size must be latent_patch_size = {self.latent_patch_size} or an even number more, "
+                f"got {self.latent_kernel_size}."
             )
         num_layers = self.text_config.num_hidden_layers
         if num_layers % self.num_experts:

@@ -148,15 +148,18 @@ class LatteFlowZeroLinear(nn.Linear):
 
 
 class LatteFlowLatentEmbedding(nn.Linear):
-    """Latents -> tokens: a linear map of each square of `latent_patch_size` latent pixels, plus where it lies.
+    """Latents -> tokens: a linear map of what each token sees of the latents, plus where it lies.
+
+    A token sees its own square of `latent_patch_size` latent pixels, or, with a larger `latent_kernel_size`, a square
+    of so many around it: a convolution, with zeros beyond the edge (as in overlapping patch embeddings).
 
     The place is DiT's fixed 2D sine-cosine embedding. Chosen: because the backbone's M-RoPE alone leaves neighbours
     apart by almost nothing (it gives columns its lowest frequencies), and without it pictures smear along the rows.
     """
 
     def __init__(self, config: LatteFlowConfig):
-        super().__init__(config.latent_channels * config.latent_patch_size**2, config.text_config.hidden_size)
-        self.patch_size = config.latent_patch_size
+        super().__init__(config.latent_channels * config.latent_kernel_size**2, config.text_config.hidden_size)
+        self.patch_size, self.kernel_size = config.latent_patch_size, config.latent_kernel_size
 
     def places(self, height: int, width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """The embedding of the places of height x width tokens, (N, D)."""
@@ -166,8 +169,9 @@ class LatteFlowLatentEmbedding(nn.Linear):
 
     def forward(self, latents: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """(B, C, height, width) and `places` (N, D) -> (B, N, D), row by row."""
-        patches = nn.functional.pixel_unshuffle(latents, self.patch_size)
-        return super().forward(patches.flatten(2).transpose(1, 2)) + places
+        around = (self.kernel_size - self.patch_size) // 2
+        patches = nn.functional.unfold(latents, self.kernel_size, padding=around, stride=self.patch_size)
+        return super().forward(patches.transpose(1, 2)) + places
 
 
 class LatteFlowTimestepEmbedding(nn.Module):
@@ -876,11 +880,15 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
     save_pretrained.__signature__ = inspect.signature(PreTrainedModel.save_pretrained)  # type: ignore[attr-defined]
 
     @classmethod
-    def from_vlm(cls, vlm: PreTrainedModel, **config: Any) -> "LatteFlowForConditionalGeneration":
+    def from_vlm(
+        cls, vlm: PreTrainedModel, copy_layers: bool = True, **config: Any
+    ) -> "LatteFlowForConditionalGeneration":
         """A new model around a loaded backbone, its tower initialised from the backbone's own layers.
 
         Args:
             vlm (`PreTrainedModel`): the backbone; it is used as it is, not copied, and frozen.
+            copy_layers (`bool`, defaults to `True`): `False` leaves the tower's layers random, which a backbone that
+                was trained on next to nothing calls for (the embedded checkpoint's; see the departures).
             config: arguments of [`LatteFlowConfig`] other than `vlm_config`, e.g. `num_experts=4`.
 
         Raises:
@@ -892,8 +900,9 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         model.vlm = vlm.requires_grad_(False).eval()
         model.tower.to(device=vlm.device, dtype=vlm.dtype)
         model.tower.rotary_emb = copy.deepcopy(vlm.get_decoder().rotary_emb)
-        for layer, source in zip(model.tower.layers, vlm.get_decoder().layers):
-            layer.copy_from(source)
+        if copy_layers:
+            for layer, source in zip(model.tower.layers, vlm.get_decoder().layers):
+                layer.copy_from(source)
         if vlm.generation_config is not None:
             model.generation_config = copy.deepcopy(vlm.generation_config)
         return model

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -38,7 +37,6 @@ from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from ..modeling.processing_latte_flow import LatteFlowProcessor
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline, encode_pixels
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
-from ..training.adapters import train_only_experts
 from ..training.callbacks import EMACallback, IntervalWarmupCallback
 from ..training.collator import ConversationCollator, PaintingCollator, encode_prompts
 from .autoencoder import AutoencoderWithLoss
@@ -65,12 +63,12 @@ class Recipe:
         tokenizer (`dict`): `vocab_size`.
         autoencoder (`dict`): arguments of `AutoencoderDC`.
         autoencoder_loss (`dict`): `latent_noise`, `latent_penalty`.
-        autoencoder_training, vision_training, language_training, joint_training, backbone_training, experts_training,
-        noisy_experts_training (`dict`): `TrainingArguments` each.
+        autoencoder_training, vision_training, language_training, joint_training, backbone_training,
+        experts_training (`dict`): `TrainingArguments` each.
         backbone (`dict`): arguments of `Qwen2VLConfig`, token ids left out.
         experts (`dict`): arguments of `LatteFlowForConditionalGeneration.from_vlm`.
         experts_data (`dict`): `num_pictures`, `digit_share`, `single_share`, `prompt_dropout`, `ema_decay`,
-            `interval_warmup_steps`, `noisy_experts` (which learn longer than the others).
+            `interval_warmup_steps`.
     """
 
     seed: int
@@ -86,7 +84,6 @@ class Recipe:
     experts: dict
     experts_data: dict
     experts_training: dict
-    noisy_experts_training: dict
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Recipe":
@@ -330,49 +327,25 @@ def build_paintings(recipe: Recipe, work_dir: Path) -> Paintings:
 
 
 def build_experts(recipe: Recipe, work_dir: Path) -> LatteFlowForConditionalGeneration:
-    """Train the generation tower beside the frozen backbone."""
+    """Train the generation tower beside the frozen backbone; it ends as its moving average."""
 
     def make(folder: Path) -> None:
         set_seed(recipe.seed)
         model = LatteFlowForConditionalGeneration.from_vlm(build_backbone(recipe, work_dir), **recipe.experts)
-        warmup = IntervalWarmupCallback(recipe.experts_data["interval_warmup_steps"])
-        _train_tower(model, recipe, work_dir, "experts", recipe.seed, recipe.experts_training, [warmup])
+        # The faster one on a CPU at this size.
+        model.set_attn_implementation("eager")
+        before = hash_parameters(model.vlm)
+        paintings, data = build_paintings(recipe, work_dir), recipe.experts_data
+        contexts = encode_prompts(model, build_processor(recipe, work_dir), [*paintings.prompts, ""])
+        collator = PaintingCollator(contexts, data["prompt_dropout"])
+        callbacks = [EMACallback(data["ema_decay"]), IntervalWarmupCallback(data["interval_warmup_steps"])]
+        run_dir = work_dir / "runs" / "experts"
+        _train(model, paintings, collator, run_dir, recipe.seed, recipe.experts_training, callbacks=callbacks)
+        if hash_parameters(model.vlm) != before:
+            raise RuntimeError("the frozen backbone changed during the experts' training.")
         model.save_pretrained(folder)
 
     return LatteFlowForConditionalGeneration.from_pretrained(_finished(work_dir / "experts", make))
-
-
-def build_noisy_experts(recipe: Recipe, work_dir: Path) -> LatteFlowForConditionalGeneration:
-    """The experts of strong noise learn on alone, each from more of every batch: they have more to find out."""
-
-    def make(folder: Path) -> None:
-        model = train_only_experts(build_experts(recipe, work_dir), recipe.experts_data["noisy_experts"])
-        _train_tower(model, recipe, work_dir, "noisy_experts", recipe.seed + 1, recipe.noisy_experts_training)
-        model.save_pretrained(folder)
-
-    return LatteFlowForConditionalGeneration.from_pretrained(_finished(work_dir / "noisy_experts", make))
-
-
-def _train_tower(
-    model: LatteFlowForConditionalGeneration,
-    recipe: Recipe,
-    work_dir: Path,
-    stage: str,
-    seed: int,
-    settings: dict,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> None:
-    """What of the tower asks for gradients learns from the paintings, and ends as its moving average."""
-    # The faster one on a CPU at this size.
-    model.set_attn_implementation("eager")
-    before = hash_parameters(model.vlm)
-    paintings = build_paintings(recipe, work_dir)
-    contexts = encode_prompts(model, build_processor(recipe, work_dir), [*paintings.prompts, ""])
-    collator = PaintingCollator(contexts, recipe.experts_data["prompt_dropout"])
-    ema = EMACallback(recipe.experts_data["ema_decay"])
-    _train(model, paintings, collator, work_dir / "runs" / stage, seed, settings, callbacks=[ema, *callbacks])
-    if hash_parameters(model.vlm) != before:
-        raise RuntimeError("the frozen backbone changed during the experts' training.")
 
 
 def hash_parameters(module: torch.nn.Module) -> str:
@@ -394,7 +367,7 @@ def build_checkpoint(recipe: Recipe, work_dir: Path, output_dir: Path) -> Path:
         raise ValueError(f"output folder {output_dir} exists; give another one, or remove it.")
 
     def make(folder: Path) -> None:
-        model = build_noisy_experts(recipe, work_dir)
+        model = build_experts(recipe, work_dir)
         # Where the backbone lay while it was built is nobody's business.
         model.config.vlm_config._name_or_path = ""
         scheduler = LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries)
