@@ -41,11 +41,11 @@ def test_it_computes_in_single_precision_through_every_door(tiny):
         assert torch.equal(ours, theirs), name
 
 
-def test_the_demo_paints_digits(tiny):
+def test_the_demo_paints_and_answers(tiny):
     items = [paint_and_ask(tiny, prompt, number) for number, prompt in enumerate(DEMO_PROMPTS)]
-    digits = [item for item in items if "handwritten" in item.prompt]
-    assert len(digits) == 2 and all(item.painted_right for item in digits)
-    assert any(item.answers == [asked.answer for asked in item.asked] for item in digits)
+    assert len(items) == 8 and sum(item.painted_right for item in items) >= 7
+    right = [answer == asked.answer for item in items for answer, asked in zip(item.answers, item.asked)]
+    assert len(right) == 16 and sum(right) >= 14
     assert contact_sheet(items).width > 4 * 256
 
 

@@ -368,12 +368,12 @@ def build_checkpoint(recipe: Recipe, work_dir: Path, output_dir: Path) -> Path:
 
     def make(folder: Path) -> None:
         model = build_experts(recipe, work_dir)
-        # Where the backbone lay while it was built is nobody's business.
+        vae = build_autoencoder(recipe, work_dir)
+        # Where the parts lay while they were built is nobody's business.
         model.config.vlm_config._name_or_path = ""
+        vae.register_to_config(_name_or_path="")
         scheduler = LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries)
-        pipeline = LatteFlowPipeline(
-            model, build_processor(recipe, work_dir), build_autoencoder(recipe, work_dir), scheduler
-        )
+        pipeline = LatteFlowPipeline(model, build_processor(recipe, work_dir), vae, scheduler)
         pipeline.to(torch.float16).save_pretrained(folder)
         # Stored in half precision, computed in single: transformers takes the dtype that the configuration names, and
         # float32 is the fast one on a CPU.
