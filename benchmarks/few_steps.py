@@ -19,12 +19,12 @@ ROWS: list[tuple[str, dict]] = [
     ("euler", {"num_inference_steps": 40}),
     *((solver, {"num_inference_steps": 20}) for solver in ("euler", "multistep")),
     ("heun", {"num_inference_steps": 10}),
-    ("multistep", {"steps_per_expert": [8, 6, 4, 2]}),
-    ("multistep", {"steps_per_expert": [6, 6, 4, 4]}),
+    ("multistep", {"steps_per_expert": [3, 3, 4, 10]}),
+    ("multistep", {"steps_per_expert": [4, 4, 5, 7]}),
     *((solver, {"num_inference_steps": 10}) for solver in ("euler", "multistep")),
     ("heun", {"num_inference_steps": 5}),
-    ("multistep", {"steps_per_expert": [4, 3, 2, 1]}),
-    ("multistep", {"steps_per_expert": [3, 3, 2, 2]}),
+    ("multistep", {"steps_per_expert": [2, 2, 2, 4]}),
+    ("multistep", {"steps_per_expert": [2, 2, 3, 3]}),
 ]
 
 

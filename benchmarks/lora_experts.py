@@ -44,7 +44,8 @@ class Settings:
     Args:
         seed (`int`): of pictures, initial weights and noise.
         concept (`str`): the new colour or shape.
-        rows (`list[str]`): `"none"`, `"all"`, or experts joined by `+`.
+        rows (`list[str]`): `"autoencoder"` (drawn pictures that it alone takes there and back: what the painter cannot
+            pass), `"none"`, `"all"`, or experts joined by `+`.
         lora (`dict`): arguments of `expert_lora_config`.
         data (`dict`): `num_pictures`, `new_share`, `prompt_dropout`.
         training (`dict`): arguments of `TrainingArguments`.
@@ -183,8 +184,28 @@ def evaluate(pipe: LatteFlowPipeline, settings: Settings) -> dict:
     return {"new": share(True), "old": share(False), "kinds": kinds_right}
 
 
+@torch.no_grad()
+def evaluate_autoencoder(pipe: LatteFlowPipeline, settings: Settings) -> dict:
+    """Shares of right pictures among drawn ones, new and old, that the autoencoder encodes and decodes."""
+    rng = np.random.default_rng((settings.seed, 3))
+    old = painting_prompts(settings.seed, **settings.evaluation["old"])
+    scenes = {
+        "new": [sample_new_scene(rng, settings.concept) for _ in range(settings.evaluation["new"])],
+        "old": [scene for prompts in old.values() for scene in map(parse_prompt, prompts) if isinstance(scene, Scene)],
+    }
+    shares = {}
+    for kind, wanted in scenes.items():
+        latents = pipe.encode_images([draw_scene(scene, place_objects(scene, rng)) for scene in wanted])
+        pictures = pipe.decode_latents(latents, output_type="pil")
+        judged = [shows_in_wider_world(picture, scene) for picture, scene in zip(pictures, wanted)]
+        shares[kind] = sum(judged) / len(judged)
+    return shares
+
+
 def make_row(pipe: LatteFlowPipeline, row: str, settings: Settings, paintings, contexts, output: Path) -> dict:
     """Train (unless the adapter is there already) and judge one row."""
+    if row == "autoencoder":
+        return {"row": row, "experts": [], **evaluate_autoencoder(pipe, settings)}
     if row == "none":
         return {"row": row, "experts": [], **evaluate(pipe, settings)}
     experts = list(range(pipe.model.config.num_experts)) if row == "all" else [int(k) for k in row.split("+")]

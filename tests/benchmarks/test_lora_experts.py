@@ -27,7 +27,7 @@ def lora_experts():
 @pytest.fixture
 def settings() -> dict:
     settings = yaml.safe_load((ROOT / "recipes" / "tinyworld" / "lora_experts.yaml").read_text())
-    settings["rows"] = ["none", "all", "1"]
+    settings["rows"] = ["autoencoder", "none", "all", "1"]
     settings["data"]["num_pictures"] = 12
     settings["training"].update(max_steps=2, per_device_train_batch_size=4, warmup_steps=0, disable_tqdm=True)
     small = {"one": 1, "two": 1, "held_out": 1, "digits": 1}
@@ -44,10 +44,10 @@ def test_rows_are_trained_judged_and_kept(lora_experts, settings, pipe, tmp_path
     lora_experts.main()
     output = tmp_path / "out" / "orange"
     rows = json.loads((output / "table.json").read_text())
-    assert [row["experts"] for row in rows] == [[], [0, 1], [1]]
+    assert [row["experts"] for row in rows] == [[], [], [0, 1], [1]]
     assert all(0 <= row["new"] <= 1 and 0 <= row["old"] <= 1 for row in rows)
-    assert rows[1]["parameters"] > rows[2]["parameters"] > 0
-    assert len((output / "table.md").read_text().splitlines()) == 2 + 3
+    assert rows[2]["parameters"] > rows[3]["parameters"] > 0
+    assert len((output / "table.md").read_text().splitlines()) == 2 + 4
 
     # Again, with one judgement lost: nothing is trained, the judgement is made anew and is the same.
     (output / "rows" / "1.json").unlink()
