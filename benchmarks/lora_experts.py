@@ -44,8 +44,8 @@ class Settings:
     Args:
         seed (`int`): of pictures, initial weights and noise.
         concept (`str`): the new colour or shape.
-        rows (`list[str]`): `"autoencoder"` (drawn pictures that it alone takes there and back: what the painter cannot
-            pass), `"none"`, `"all"`, or experts joined by `+`.
+        rows (`list[str]`): `"autoencoder"` (drawn pictures that it alone takes there and back: what the adapters learn
+            from), `"none"`, `"all"`, or experts joined by `+`.
         lora (`dict`): arguments of `expert_lora_config`.
         data (`dict`): `num_pictures`, `new_share`, `prompt_dropout`.
         training (`dict`): arguments of `TrainingArguments`.

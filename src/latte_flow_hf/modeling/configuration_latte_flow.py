@@ -30,8 +30,8 @@ class LatteFlowConfig(PreTrainedConfig):
             Side of the square of latent pixels that one token holds.
         latent_kernel_size (`int`, *optional*):
             Side of the square of latent pixels around it that a token is embedded from; `latent_patch_size` if not
-            given: its own alone. A larger one is a convolution (chosen: experts of few layers need it to see a whole
-            outline through strong noise; the embedded checkpoint has it).
+            given: its own alone. A larger one is a convolution (chosen: experts of few layers learned faster so;
+            the embedded checkpoint has it).
         sample_size (`int`, defaults to 8):
             Side of the latents, in latent pixels, when a call of the pipeline names no size: the one that the experts
             learned on. (Paper: 256x256 pixels under DC-AE f32, hence 8.)

@@ -887,8 +887,8 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
 
         Args:
             vlm (`PreTrainedModel`): the backbone; it is used as it is, not copied, and frozen.
-            copy_layers (`bool`, defaults to `True`): `False` leaves the tower's layers random, which a backbone that
-                was trained on next to nothing calls for (the embedded checkpoint's; see the departures).
+            copy_layers (`bool`, defaults to `True`): `False` leaves the tower's layers random (chosen for the embedded
+                checkpoint, whose small backbone's layers learned more slowly; see the departures).
             config: arguments of [`LatteFlowConfig`] other than `vlm_config`, e.g. `num_experts=4`.
 
         Raises:
