@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latte_flow_hf.tinyworld.datasets import Conversations, LabelledPictures, Pictures, draw_example
+from latte_flow_hf.tinyworld.datasets import Conversations, Doodles, LabelledPictures, Pictures, draw_example
 from latte_flow_hf.tinyworld.digits import digit_indices, draw_digit
 from latte_flow_hf.tinyworld.shapes import COLOURS, RELATIONS, SHAPES, Scene
 
@@ -27,7 +27,7 @@ def content(value):
     return [content(item) for item in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("kind", [Pictures, Conversations])
+@pytest.mark.parametrize("kind", [Pictures, Conversations, Doodles])
 def test_an_example_depends_on_seed_and_index_alone(kind):
     data, again, other = kind(3, 50), kind(3, 50), kind(4, 50)
     forward = [content(data[i]) for i in range(20)]

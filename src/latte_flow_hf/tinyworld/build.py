@@ -19,7 +19,7 @@ import torch
 import yaml
 from diffusers import AutoencoderDC
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
@@ -40,7 +40,7 @@ from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
 from ..training.callbacks import EMACallback, IntervalWarmupCallback
 from ..training.collator import ConversationCollator, PaintingCollator, encode_prompts
 from .autoencoder import AutoencoderWithLoss
-from .datasets import Conversations, LabelledPictures, Pictures
+from .datasets import Conversations, Doodles, LabelledPictures, Pictures
 from .shapes import IMAGE_SIZE
 
 
@@ -62,6 +62,7 @@ class Recipe:
         seed (`int`): of initial weights, examples and noise.
         tokenizer (`dict`): `vocab_size`.
         autoencoder (`dict`): arguments of `AutoencoderDC`.
+        autoencoder_data (`dict`): `doodle_share`, of pictures that show no object of the world.
         autoencoder_loss (`dict`): `latent_noise`, `latent_penalty`.
         autoencoder_training, vision_training, language_training, joint_training, backbone_training,
         experts_training (`dict`): `TrainingArguments` each.
@@ -74,6 +75,7 @@ class Recipe:
     seed: int
     tokenizer: dict
     autoencoder: dict
+    autoencoder_data: dict
     autoencoder_loss: dict
     autoencoder_training: dict
     backbone: dict
@@ -161,8 +163,11 @@ def build_autoencoder(recipe: Recipe, work_dir: Path) -> AutoencoderDC:
         set_seed(recipe.seed)
         model = AutoencoderWithLoss(AutoencoderDC(**recipe.autoencoder), **recipe.autoencoder_loss)
         settings = recipe.autoencoder_training
-        pictures = Pictures(recipe.seed, settings["max_steps"] * settings["per_device_train_batch_size"])
-        _train(model, pictures, _collate_pixels, work_dir / "runs" / "autoencoder", recipe.seed, settings)
+        size = settings["max_steps"] * settings["per_device_train_batch_size"]
+        num_doodles = round(recipe.autoencoder_data["doodle_share"] * size)
+        pictures = Pictures(recipe.seed, size - num_doodles)
+        data = ConcatDataset([pictures, Doodles(recipe.seed, num_doodles)])
+        _train(model, data, _collate_pixels, work_dir / "runs" / "autoencoder", recipe.seed, settings)
         autoencoder = model.autoencoder.eval()
         with torch.no_grad():
             latents = autoencoder.encode(_collate_pixels([pictures[i] for i in range(512)])["pixel_values"]).latent

@@ -12,7 +12,17 @@ from torch.utils.data import Dataset
 
 from .digits import digit_indices, digit_prompt, draw_digit, load_digits
 from .questions import practice_questions, questions_about
-from .shapes import COLOURS, IMAGE_SIZE, RELATIONS, SHAPES, Scene, draw_scene, place_objects, sample_scene
+from .shapes import (
+    COLOURS,
+    IMAGE_SIZE,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    draw_doodle,
+    draw_scene,
+    place_objects,
+    sample_scene,
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,19 @@ class Pictures(Dataset):
         rng = np.random.default_rng((self.seed, index))
         example = draw_example(rng, *self.shares, jitter=0.5)
         return {"image": example.image, "prompt": vary_prompt(example.prompt, rng)}
+
+
+class Doodles(Dataset):
+    """`size` pictures of polygons without a name as `{"image"}`; example `i` depends on `seed` and `i` alone."""
+
+    def __init__(self, seed: int, size: int):
+        self.seed, self.size = seed, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": draw_doodle(np.random.default_rng((self.seed, index)))}
 
 
 class LabelledPictures(Dataset):

@@ -169,6 +169,27 @@ def draw_scene(scene: Scene, places: list[tuple[float, float, float]]) -> Image.
     return canvas.reduce(_SUPERSAMPLING)
 
 
+def draw_doodle(rng: np.random.Generator) -> Image.Image:
+    """One to three polygons of no name, of 3 to 12 corners each, plain or spiky, in any RGB colour on the dark ground.
+
+    Chosen: an autoencoder that sees the world's six colours and four shapes alone cannot give back a seventh colour or
+    a fifth shape, and no adapter of the tower can make up for it. Real ones have seen everything.
+    """
+    canvas = Image.new("RGB", (IMAGE_SIZE * _SUPERSAMPLING,) * 2, BACKGROUND)
+    drawing = ImageDraw.Draw(canvas)
+    for _ in range(rng.integers(1, 4)):
+        corners = int(rng.integers(3, 13))
+        if rng.random() < 0.5:
+            angles = np.sort(rng.uniform(0, 2 * np.pi, corners))
+        else:
+            angles = rng.uniform(0, 2 * np.pi) + np.arange(corners) * 2 * np.pi / corners
+        radii = rng.uniform(5, 22) * np.where(np.arange(corners) % 2 == 0, 1.0, rng.uniform(0.3, 1.0))
+        x, y = rng.uniform(10, IMAGE_SIZE - 10, size=2)
+        points = np.stack([x + radii * np.cos(angles), y + radii * np.sin(angles)], axis=-1) * _SUPERSAMPLING
+        drawing.polygon([tuple(point) for point in points.tolist()], fill=tuple(rng.integers(0, 256, 3).tolist()))
+    return canvas.reduce(_SUPERSAMPLING)
+
+
 def _draw_object(drawing: ImageDraw.ImageDraw, item: SceneObject, x: float, y: float, size: float) -> None:
     fill = item.colours[item.colour]
     for polygon in outline(item.shape):
