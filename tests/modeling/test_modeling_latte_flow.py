@@ -689,12 +689,26 @@ def test_labels_add_the_backbone_s_own_loss(model, backbone, encode):
     assert torch.equal(output.loss, alone.flow_loss + stock.loss)
 
 
-def test_given_context_replaces_the_prompt(model, encode):
-    inputs, data = encode("a red circle", "a cross"), noise(2, 4, 4, 4)
+@pytest.mark.parametrize(
+    "prompts", [["a red circle", "a cross"], ["a cross", "a red circle above a blue square", "a"]]
+)
+def test_given_context_replaces_the_prompt(model, encode, prompts):
+    # Equal up to rounding: without one, each expert's prompts are prefilled on their own.
+    inputs, data = encode(*prompts), noise(len(prompts), 4, 4, 4)
     with torch.no_grad():
         one = model(**inputs, latents=data, generator=torch.Generator().manual_seed(0))
         other = model(context=model.encode_context(**inputs), latents=data, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(one.loss, other.loss)
+    torch.testing.assert_close(one.expert_losses, other.expert_losses, rtol=1e-5, atol=0)
+
+
+def test_context_of_the_first_layers_is_the_start_of_the_whole(model, encode):
+    inputs = encode("a red circle", "a cross")
+    whole, part = model.encode_context(**inputs), model.encode_context(**inputs, num_layers=2)
+    assert len(whole.keys) == len(model.vlm.model.language_model.layers) == 4 and len(part.keys) == 2
+    for name in ("keys", "values"):
+        for ours, theirs in zip(getattr(part, name), getattr(whole, name)):
+            assert torch.equal(ours, theirs)
+    assert torch.equal(part.next_position, whole.next_position)
 
 
 def test_loss_follows_its_generator_and_may_be_a_tuple(model, encode):
@@ -740,14 +754,32 @@ def test_each_expert_learns_from_its_own_share(trainable, encode):
     assert with_gradient == {2, 3}
 
 
-def test_training_step_costs_one_run_of_each_layer_and_one_prefill(trainable, encode, count_layers):
-    prefills = []
-    handle = trainable.vlm.model.language_model.register_forward_hook(lambda *_: prefills.append(1))
+def test_training_step_runs_each_layer_once_and_prefills_as_deep_as_it_reads(trainable, encode, count_layers):
+    prompts = encode("a red circle", "a cross", "a blue square")
+    rows = dict.fromkeys(range(4), 0)
+
+    def count(index):
+        def add(module, inputs, output):
+            rows[index] += len(inputs[0])
+
+        return add
+
+    handles = [
+        layer.register_forward_hook(count(index))
+        for index, layer in enumerate(trainable.vlm.model.language_model.layers)
+    ]
     with count_layers(trainable) as calls:
-        trainable(**encode("a red circle", "a cross", "a blue square"), latents=noise(3, 4, 4, 4))
-    handle.remove()
+        trainable(**prompts, latents=noise(3, 4, 4, 4))
     assert calls == dict.fromkeys(range(4), 1)
-    assert len(prefills) == 1
+    # Two prompts for the first expert, which reads two layers; one for the second, which reads the layers above.
+    assert rows == {0: 3, 1: 3, 2: 1, 3: 1}
+
+    context = trainable.encode_context(**prompts)
+    rows = dict.fromkeys(range(4), 0)
+    trainable(context=context, latents=noise(3, 4, 4, 4))
+    assert rows == dict.fromkeys(range(4), 0)
+    for handle in handles:
+        handle.remove()
 
 
 def test_new_model_learns(make_model, encode):

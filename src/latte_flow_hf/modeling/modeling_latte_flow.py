@@ -9,12 +9,13 @@ Shapes: B batch, N latent tokens, T prompt tokens, D hidden size, H heads, G key
 The file reads in the order data flows: embed, modulation, attention, layer, expert, tower, model.
 """
 
+import contextlib
 import copy
 import importlib
 import importlib.util
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -1068,11 +1069,8 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             "image_grid_thw": image_grid_thw,
             **kwargs,
         }
-        if isinstance(context, LatteFlowContext):
-            encoded = context
-        else:
-            encoded = self.encode_context(**(text if context is None else context))
-        flow_loss, expert_losses = self.flow_loss(latents, encoded, noise, generator)
+        prompts = text if context is None else context
+        flow_loss, expert_losses = self.flow_loss(latents, prompts, noise, generator)
         output = LatteFlowModelOutput(loss=flow_loss, flow_loss=flow_loss, expert_losses=expert_losses)
         if labels is not None:
             spoken = self.vlm(labels=labels, **text)
@@ -1086,7 +1084,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
     def flow_loss(
         self,
         latents: torch.Tensor,
-        context: LatteFlowContext,
+        context: LatteFlowContext | Mapping[str, Any],
         noise: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1097,15 +1095,25 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         that do not learn ([`~LatteFlowForConditionalGeneration.training_experts`]) get no example. In training mode
         each interval reaches down to (1 - `interval_overlap`) times its lower end ([`IntervalWarmupCallback`]).
 
+        `context` are the prompts, or the arguments of `encode_context`. Each expert's prompts are then prefilled on
+        their own, through the layers that the expert reads and no further; prompts with pictures, whose patches are
+        not parted by prompt, all together.
+
         With several processes, "the batch" is all of theirs: the mean of what they return is what one process returns
         for it. `latents`, `context` and a given `noise` are this process's share, of the same size in each.
 
         Returns:
             The sum (scalar), and the summands (K,) without gradients, 0 where no example went.
         """
-        self._check_latents(latents, context)
-        if len(context) != len(latents):
-            raise ValueError(f"context must hold a prompt for each of {len(latents)} latents, got {len(context)}.")
+        if not isinstance(context, LatteFlowContext):
+            _check_prompts(context.get("input_ids"), context.get("attention_mask"))
+            pictures = [name for name in context if name.startswith(("pixel_values", "image_", "video_"))]
+            if any(context[name] is not None for name in pictures):
+                context = self.encode_context(**context)
+        num_prompts = len(context if isinstance(context, LatteFlowContext) else context["input_ids"])
+        self._check_latents(latents, num_prompts)
+        if num_prompts != len(latents):
+            raise ValueError(f"context must hold a prompt for each of {len(latents)} latents, got {num_prompts}.")
         size, (process, num_processes) = len(latents), own_process()
         if noise is None:
             noise = torch.randn(
@@ -1134,8 +1142,15 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             rows, own = (rows[own] % size).to(latents.device), own.to(sigma.device)
             sigma = sigma[own].to(latents.device)
             data, expert_noise = latents[rows], noise[rows]
+            if isinstance(context, LatteFlowContext):
+                own_context = context.rows(rows)
+            else:
+                by_prompt = {name: context[name][rows] for name in _BY_PROMPT if context.get(name) is not None}
+                own_context = self.encode_context(
+                    **{**context, **by_prompt}, num_layers=self.expert_layers(expert).stop
+                )
             predicted = self.predict_velocity(
-                interpolate(data, expert_noise, sigma), 1000.0 * sigma, context.rows(rows), expert=expert
+                interpolate(data, expert_noise, sigma), 1000.0 * sigma, own_context, expert=expert
             )
             losses.append(weight * velocity_loss(predicted, velocity_target(data, expert_noise)))
         stacked = torch.stack(losses)
@@ -1150,6 +1165,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        num_layers: int | None = None,
         **vision: torch.Tensor | None,
     ) -> LatteFlowContext:
         """Prefill the prompts once.
@@ -1157,6 +1173,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         Args:
             input_ids, attention_mask: (B, T); padding on either side.
             mm_token_type_ids: (B, T), 1 at image tokens, as the processor gives it; needed with pictures.
+            num_layers: only through the first so many layers of the decoder: enough for experts that end there.
             vision: `pixel_values`, `image_grid_thw`, as the processor gives them.
 
         Returns:
@@ -1166,16 +1183,9 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             `ValueError`: if there are no `input_ids`, the mask is not of their shape, pictures come without
                 `mm_token_type_ids`, or something else is given in place of tokens.
         """
-        if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
-            found = None if input_ids is None else tuple(input_ids.shape)
-            raise ValueError(f"input_ids must be the prompts' tokens, (batch, length), got {found}.")
+        _check_prompts(input_ids, attention_mask)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        elif attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask must be of shape {tuple(input_ids.shape)}, as input_ids, got "
-                f"{tuple(attention_mask.shape)}."
-            )
         if vision.get("image_grid_thw") is not None and mm_token_type_ids is None:
             raise ValueError("mm_token_type_ids must be given with pictures, as the processor gives them; got None.")
         vision.pop("use_cache", None)  # a context is a cache, also where a training loop wants none of the backbone's
@@ -1196,16 +1206,17 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         # A cache without a config keeps every key, also of layers with a sliding window.
         cache = DynamicCache()
         # Off-load hooks listen to `forward`, hence the whole backbone; its language head sees one token.
-        self.vlm(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            mm_token_type_ids=mm_token_type_ids,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **vision,
-        )
+        with _first_layers(self.vlm.get_decoder(), num_layers):
+            self.vlm(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                mm_token_type_ids=mm_token_type_ids,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+                **vision,
+            )
         last = position_ids.amax(dim=0) if position_ids.ndim == 3 else position_ids
         last = last.masked_fill(attention_mask == 0, -1).amax(dim=-1)
         return LatteFlowContext(
@@ -1239,7 +1250,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             `ValueError`: if the timesteps belong to several experts or lie outside 0 to 1000, there is no such expert,
                 or a shape does not fit.
         """
-        self._check_latents(latents, context)
+        self._check_latents(latents, len(context))
         # That of a norm: no quantization touches it.
         latents = latents.to(self.tower.head.norm.weight.dtype)
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=latents.device).reshape(-1)
@@ -1304,17 +1315,43 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         answer = tokens[0, inputs["input_ids"].shape[1] :]
         return processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
-    def _check_latents(self, latents: torch.Tensor, context: LatteFlowContext) -> None:
+    def _check_latents(self, latents: torch.Tensor, num_prompts: int) -> None:
         channels, patch_size = self.config.latent_channels, self.config.latent_patch_size
         if latents.ndim != 4 or latents.shape[1] != channels or not latents.numel():
             raise ValueError(f"latents must be (batch, {channels}, height, width), got {tuple(latents.shape)}.")
         if latents.shape[2] % patch_size or latents.shape[3] % patch_size:
             raise ValueError(f"latents' sides must be multiples of {patch_size}, got {tuple(latents.shape[2:])}.")
-        if not len(context) or len(latents) % len(context):
+        if not num_prompts or len(latents) % num_prompts:
             raise ValueError(
                 f"context must hold a prompt for each of {len(latents)} latents, or one for every so many, got "
-                f"{len(context)}."
+                f"{num_prompts}."
             )
+
+
+# The arguments of `encode_context` that have a row for each prompt.
+_BY_PROMPT = ("input_ids", "attention_mask", "mm_token_type_ids")
+
+
+def _check_prompts(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+    if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
+        found = None if input_ids is None else tuple(input_ids.shape)
+        raise ValueError(f"input_ids must be the prompts' tokens, (batch, length), got {found}.")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must be of shape {tuple(input_ids.shape)}, as input_ids, got "
+            f"{tuple(attention_mask.shape)}."
+        )
+
+
+@contextlib.contextmanager
+def _first_layers(decoder: nn.Module, count: int | None) -> Iterator[None]:
+    """Inside, `decoder` ends after `count` of its layers."""
+    layers = decoder.layers
+    decoder.layers = layers if count is None else layers[:count]
+    try:
+        yield
+    finally:
+        decoder.layers = layers
 
 
 def _check_decoder(decoder: nn.Module) -> None:
