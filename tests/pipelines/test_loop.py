@@ -89,6 +89,16 @@ def test_many_pictures_of_a_prompt_are_those_one_by_one(pipe):
         torch.testing.assert_close(picture, alone, rtol=1e-3, atol=1e-4)
 
 
+def test_stochastic_steps_draw_from_each_picture_s_generator(pipe):
+    plain = paint(pipe, PROMPTS[:2], generator=[torch.Generator().manual_seed(seed) for seed in range(2)])
+    pipe.scheduler = LatteFlowScheduler.from_config(pipe.scheduler.config, stochastic_sampling=True)
+    together = paint(pipe, PROMPTS[:2], generator=tuple(torch.Generator().manual_seed(seed) for seed in range(2)))
+    for index, picture in enumerate(together):
+        alone = paint(pipe, PROMPTS[index], generator=torch.Generator().manual_seed(index))[0]
+        torch.testing.assert_close(picture, alone, rtol=1e-3, atol=1e-4)
+        assert (picture - plain[index]).abs().max() > 1e-2
+
+
 def test_eight_pictures_of_a_prompt_share_one_cache(pipe, rows, monkeypatch):
     copies = []
     cat = LatteFlowContext.cat

@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
 from latte_flow_hf import LatteFlowScheduler
 
@@ -92,8 +92,72 @@ def test_heun_can_start_at_a_later_step():
     assert scheduler.step_index == 5  # 4 starts the step, 3 would have been the corrector of the one before
 
 
+@pytest.mark.parametrize("num_inference_steps", [1, 2, 20])
+def test_stochastic_sampling_equals_diffusers_bit_for_bit(num_inference_steps):
+    found = []
+    for kind in (LatteFlowScheduler, FlowMatchEulerDiscreteScheduler):
+        scheduler = kind(stochastic_sampling=True)
+        scheduler.set_timesteps(num_inference_steps)
+        torch.manual_seed(0)
+        found.append(run(scheduler, lambda sample, sigma: torch.sin(3 * sample) + sigma, torch.ones(2, 3)))
+    assert torch.equal(*found) and found[0].isfinite().all()
+
+
+def test_stochastic_noise_comes_from_the_generator_of_each_sample():
+    def step(*seeds):
+        scheduler = LatteFlowScheduler(stochastic_sampling=True)
+        scheduler.set_timesteps(4)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        start = torch.zeros(len(seeds), 2, 3, 3)
+        return scheduler.step(start, scheduler.timesteps[1], start, generators).prev_sample
+
+    both = step(0, 1)
+    assert torch.equal(both, torch.cat([step(0), step(1)])) and not torch.equal(both[0], both[1])
+
+
 def test_solvers_are_kept_and_checked(tmp_path):
     LatteFlowScheduler(solver="multistep").save_pretrained(tmp_path)
     assert LatteFlowScheduler.from_pretrained(tmp_path).config.solver == "multistep"
     with pytest.raises(ValueError, match=r"solver must be one of .*'rk4'"):
         LatteFlowScheduler(solver="rk4")
+
+
+@pytest.mark.parametrize("shares", [-0.1, 1.5, [0.5, 0.5], [0.5, 0.5, 0.5, 2.0], []])
+def test_a_share_of_new_noise_that_cannot_be(shares):
+    with pytest.raises(ValueError, match=r"stochastic_sampling must be from 0 to 1, or .* each of 4 experts, got"):
+        LatteFlowScheduler(stochastic_sampling=shares)
+
+
+def test_shares_of_new_noise_go_by_expert_and_keep_the_noise_s_variance(tmp_path):
+    shares = [0.5, 0.0, 0.1, 1.0]
+    LatteFlowScheduler(stochastic_sampling=shares).save_pretrained(tmp_path)
+    scheduler, plain = LatteFlowScheduler.from_pretrained(tmp_path), LatteFlowScheduler()
+    # With the true velocity every step stays on the path, its noise standard normal.
+    data, start = torch.full((1, 200, 200), 3.0), torch.randn(1, 200, 200, generator=torch.Generator().manual_seed(0))
+    for kind in (scheduler, plain):
+        kind.set_timesteps(8)
+    drawn = torch.Generator().manual_seed(1)
+    noise = start
+    for index, timestep in enumerate(scheduler.timesteps[:-1]):
+        sigma = scheduler.sigmas[index]
+        sample = (1 - sigma) * data + sigma * noise
+        stepped = scheduler.step(noise - data, timestep, sample, drawn).prev_sample
+        share = shares[scheduler.experts[index]]
+        if share == 0.0:
+            assert torch.equal(stepped, plain.step(noise - data, timestep, sample).prev_sample)
+        else:
+            plain.step(noise - data, timestep, sample)
+        following = scheduler.sigmas[index + 1]
+        after = (stepped - (1 - following) * data) / following
+        assert after.std().item() == pytest.approx(1.0, abs=0.02)
+        assert (after * noise).mean().item() == pytest.approx((1 - share) ** 0.5, abs=0.02)
+        noise = after
+
+
+def test_other_solvers_draw_nothing():
+    found = []
+    for share in (0.0, 0.5):
+        scheduler = LatteFlowScheduler(solver="multistep", stochastic_sampling=share)
+        scheduler.set_timesteps(5)
+        found.append(run(scheduler, curved, torch.ones(1)))
+    assert torch.equal(*found)

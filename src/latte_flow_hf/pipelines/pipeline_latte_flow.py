@@ -351,7 +351,6 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
         scale = self.vae_scale_factor
         shape = (batch_size, self.model.config.latent_channels, height // scale, width // scale)
         if latents is None:
-            generator = list(generator) if isinstance(generator, tuple) else generator
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents must be of shape {shape}, got {tuple(latents.shape)}.")
@@ -474,6 +473,10 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
             for expert, timestep in zip(experts, timesteps.tolist())
         ]
         batch_size = _num_prompts(prompt, messages, context) * num_images_per_prompt
+        generator = list(generator) if isinstance(generator, tuple) else generator
+        # A step may draw noise as well.
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        drawn_from = {"generator": generator} if takes_generator else {}
         latents = self.prepare_latents(batch_size, height, width, self.model.dtype, device, generator, latents)
 
         # 3. Encode the prompts
@@ -505,7 +508,7 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
                     velocity = unconditional + self.guidance_scale * (conditional - unconditional)
                 else:
                     velocity = self.model.predict_velocity(latents, timestep, context, **of_call)
-                latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+                latents = self.scheduler.step(velocity, timestep, latents, **drawn_from, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     latents = (callback_on_step_end(self, step, timestep, tensors) or {}).pop("latents", latents)

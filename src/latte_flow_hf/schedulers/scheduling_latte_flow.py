@@ -15,8 +15,15 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 # `SchedulerMixin` must be visible here: diffusers looks in a component's defining module for the base class it knows.
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
 
-from ..modeling.flow_matching import check_boundaries, expert_of_sigma, interpolate, uniform_boundaries
+from ..modeling.flow_matching import (
+    check_boundaries,
+    data_from_velocity,
+    expert_of_sigma,
+    interpolate,
+    uniform_boundaries,
+)
 
 
 SOLVERS = ("euler", "heun", "multistep")
@@ -48,9 +55,15 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
             `"euler"` (the paper's); `"heun"`, which evaluates the model a second time where each step but the last
             ends (n steps are 2n - 1 evaluations, as in diffusers); or `"multistep"`, which extrapolates the velocity
             from the evaluation before, at no cost (Adams-Bashforth of second order).
+        stochastic_sampling (`bool`, `float` or `list[float]`, defaults to `False`):
+            How much of the noise (of its variance, 0 to 1) each of Euler's steps draws anew; one value, or one for
+            each expert. What an expert got wrong is then noise to the next step and not carried on. `True` is 1, as
+            diffusers' `FlowMatchEulerDiscreteScheduler` has it (chosen: the paper's steps are deterministic). The
+            other solvers draw nothing.
 
     Raises:
-        `ValueError`: if the boundaries do not fall from 1 to 0, a number is not positive, or there is no such solver.
+        `ValueError`: if the boundaries do not fall from 1 to 0, a number is out of range, there is no such solver, or
+            `stochastic_sampling` has not one value for each expert.
     """
 
     _compatibles = ["FlowMatchEulerDiscreteScheduler"]
@@ -64,6 +77,7 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         shift: float = 1.0,
         expert_boundaries: list[float] | None = None,
         solver: str = "euler",
+        stochastic_sampling: bool | float | list[float] = False,
     ):
         if solver not in SOLVERS:
             raise ValueError(f"solver must be one of {list(SOLVERS)}, got {solver!r}.")
@@ -73,6 +87,12 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"shift must be positive, got {shift}.")
         boundaries = uniform_boundaries(4) if expert_boundaries is None else list(expert_boundaries)
         self.register_to_config(expert_boundaries=check_boundaries(boundaries, len(boundaries) - 1))
+        shares = stochastic_sampling if isinstance(stochastic_sampling, (list, tuple)) else [stochastic_sampling]
+        if len(shares) not in (1, self.num_experts) or not all(0 <= share <= 1 for share in shares):
+            raise ValueError(
+                f"stochastic_sampling must be from 0 to 1, or such a value for each of {self.num_experts} experts, "
+                f"got {stochastic_sampling!r}."
+            )
         trained = np.linspace(1, num_train_timesteps, num_train_timesteps, dtype=np.float32)[::-1].copy()
         self._set_sigmas(self._shifted(torch.from_numpy(trained) / num_train_timesteps))
         # The range from which `set_timesteps` takes its steps.
@@ -194,18 +214,21 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         model_output: torch.Tensor,
         timestep: float | torch.Tensor,
         sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> LatteFlowSchedulerOutput | tuple[torch.Tensor]:
         """One evaluation's share of a step, in float32; h is the step's width, sigma_next - sigma, below zero.
 
         Euler: x_next = x + h * v. Heun: the same to where the step ends, and from the velocity there
         x_next = x + h * (v + v_there) / 2. Multistep: x_next = x + h * (v + h / (2 * h_before) * (v - v_before)), the
-        first step Euler's.
+        first step Euler's. With a share s of new noise e, and
+        data = x - sigma * v: x_next = (1 - sigma_next) * data + sigma_next * (sqrt(1 - s) * (data + v) + sqrt(s) * e).
 
         Args:
             model_output (`torch.Tensor`): the velocity (noise - data) at `sample`.
             timestep (`float` or `torch.Tensor`): one of `timesteps`.
             sample (`torch.Tensor`): x at this timestep.
+            generator (`torch.Generator` or a list of them, *optional*): of the new noise, with `stochastic_sampling`.
             return_dict (`bool`, defaults to `True`): a [`LatteFlowSchedulerOutput`] or a tuple.
 
         Raises:
@@ -218,10 +241,23 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         index = self._step_index
         if index >= len(self.sigmas) - 1:
             raise ValueError(f"all {len(self.sigmas) - 1} steps are taken; call set_timesteps first.")
-        advance = getattr(self, f"_{self.config.solver}")
-        prev_sample = advance(index, model_output, sample.to(torch.float32)).to(model_output.dtype)
+        sample = sample.to(torch.float32)
+        prev_sample = getattr(self, f"_{self.config.solver}")(index, model_output, sample)
+        share = self._share_of_new_noise(index)
+        if share > 0:
+            data = data_from_velocity(sample, model_output, self.sigmas[index])
+            new = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+            noise = (1.0 - share) ** 0.5 * (data + model_output) + share**0.5 * new
+            prev_sample = interpolate(data, noise, self.sigmas[index + 1])
+        prev_sample = prev_sample.to(model_output.dtype)
         self._step_index += 1
         return LatteFlowSchedulerOutput(prev_sample) if return_dict else (prev_sample,)
+
+    def _share_of_new_noise(self, index: int) -> float:
+        shares = self.config.stochastic_sampling
+        if self.config.solver != "euler":
+            return 0.0
+        return float(shares[self.experts[index]] if isinstance(shares, (list, tuple)) else shares)
 
     def _euler(self, index: int, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         return sample + (self.sigmas[index + 1] - self.sigmas[index]) * velocity

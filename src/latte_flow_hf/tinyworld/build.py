@@ -68,6 +68,7 @@ class Recipe:
         experts_training (`dict`): `TrainingArguments` each.
         backbone (`dict`): arguments of `Qwen2VLConfig`, token ids left out.
         experts (`dict`): arguments of `LatteFlowForConditionalGeneration.from_vlm`.
+        scheduler (`dict`): arguments of `LatteFlowScheduler`, the boundaries left out.
         experts_data (`dict`): `num_pictures`, `digit_share`, `single_share`, `prompt_dropout`, `ema_decay`,
             `interval_warmup_steps`.
     """
@@ -84,6 +85,7 @@ class Recipe:
     joint_training: dict
     backbone_training: dict
     experts: dict
+    scheduler: dict
     experts_data: dict
     experts_training: dict
 
@@ -377,7 +379,7 @@ def build_checkpoint(recipe: Recipe, work_dir: Path, output_dir: Path) -> Path:
         # Where the parts lay while they were built is nobody's business.
         model.config.vlm_config._name_or_path = ""
         vae.register_to_config(_name_or_path="")
-        scheduler = LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries)
+        scheduler = LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries, **recipe.scheduler)
         pipeline = LatteFlowPipeline(model, build_processor(recipe, work_dir), vae, scheduler)
         pipeline.to(torch.float16).save_pretrained(folder)
         # Stored in half precision, computed in single: transformers takes the dtype that the configuration names, and
