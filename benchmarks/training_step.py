@@ -39,8 +39,8 @@ def new_model(num_experts: int) -> LatteFlowForConditionalGeneration:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--experts", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--cached", action="store_true", help="contexts of the prompts computed beforehand")
     options = parser.parse_args()
     models = {count: new_model(count) for count in (options.experts, 1)}
