@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import Trainer, TrainingArguments, set_seed
 
-from latte_flow_hf import LatteFlowPipeline, tiny_checkpoint
+from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler, tiny_checkpoint
 from latte_flow_hf.evaluation.tinyworld import evaluate_painting, painting_prompts
 from latte_flow_hf.tinyworld.build import Paintings
 from latte_flow_hf.tinyworld.datasets import Pictures
@@ -49,8 +49,8 @@ class Settings:
         lora (`dict`): arguments of `expert_lora_config`.
         data (`dict`): `num_pictures`, `new_share`, `prompt_dropout`.
         training (`dict`): arguments of `TrainingArguments`.
-        evaluation (`dict`): `new` (number of prompts), `old` (arguments of `painting_prompts`), `call` (of the
-            pipeline).
+        evaluation (`dict`): `new` (number of prompts), `old` (arguments of `painting_prompts`), `scheduler` (changes
+            to the checkpoint's), `call` (of the pipeline).
     """
 
     seed: int
@@ -251,6 +251,7 @@ def main() -> None:
     settings = Settings.from_yaml(arguments.settings)
     pipe = LatteFlowPipeline.from_pretrained(arguments.model)
     pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = LatteFlowScheduler.from_config(pipe.scheduler.config, **settings.evaluation["scheduler"])
     # The faster one on a CPU at this size.
     pipe.model.set_attn_implementation("eager")
     output = arguments.output / settings.concept

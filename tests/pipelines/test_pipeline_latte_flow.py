@@ -442,7 +442,13 @@ def assert_same_components(found, expected):
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
     # What begins with an underscore tells where a configuration is from.
     one, other = ({k: v for k, v in p.scheduler.config.items() if k[0] != "_"} for p in (found, expected))
-    assert one == other and set(one) == {"num_train_timesteps", "shift", "expert_boundaries", "solver"}
+    assert one == other and set(one) == {
+        "num_train_timesteps",
+        "shift",
+        "expert_boundaries",
+        "solver",
+        "stochastic_sampling",
+    }
     assert found.processor.chat_template == expected.processor.chat_template
 
 
