@@ -31,7 +31,7 @@ def settings() -> dict:
     settings["data"]["num_pictures"] = 12
     settings["training"].update(max_steps=2, per_device_train_batch_size=4, warmup_steps=0, disable_tqdm=True)
     small = {"one": 1, "two": 1, "held_out": 1, "digits": 1}
-    settings["evaluation"] = {"new": 4, "old": small, "call": {"guidance_scale": 1.0, "num_inference_steps": 2}}
+    settings["evaluation"].update(new=4, old=small, call={"guidance_scale": 1.0, "num_inference_steps": 2})
     return settings
 
 
