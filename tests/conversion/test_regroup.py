@@ -1,6 +1,7 @@
 """K -> K': the weights stay, gates come and go."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -60,6 +61,20 @@ def test_a_gate_that_comes_changes_no_velocity(pipeline_folder, model, tmp_path,
         gate = attention.residual_gate(embedded).tanh()
         given, expected = attention(hidden, gate, previous, *arguments)[0], alone(hidden, None, None, *arguments)[0]
         assert torch.allclose(given, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "shares", "expected"), [(2, [0.5, 0.0], [0.5, 0.0]), (4, [0.5, 0.0], False), (4, 0.3, 0.3)]
+)
+def test_shares_of_new_noise_by_expert_stay_with_their_experts(
+    pipeline_folder, tmp_path, num_experts, shares, expected
+):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(pipeline_folder, source)
+    config = source / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "stochastic_sampling": shares}))
+    regroup(source, num_experts).write(out)
+    assert LatteFlowPipeline.from_pretrained(out).scheduler.config.stochastic_sampling == expected
 
 
 def test_other_boundaries(pipeline_folder, tmp_path):

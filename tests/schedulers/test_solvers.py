@@ -122,7 +122,7 @@ def test_solvers_are_kept_and_checked(tmp_path):
         LatteFlowScheduler(solver="rk4")
 
 
-@pytest.mark.parametrize("shares", [-0.1, 1.5, [0.5, 0.5], [0.5, 0.5, 0.5, 2.0], []])
+@pytest.mark.parametrize("shares", [-0.1, 1.5, [0.5], [0.5, 0.5], [0.5, 0.5, 0.5, 2.0], []])
 def test_a_share_of_new_noise_that_cannot_be(shares):
     with pytest.raises(ValueError, match=r"stochastic_sampling must be from 0 to 1, or .* each of 4 experts, got"):
         LatteFlowScheduler(stochastic_sampling=shares)

@@ -87,8 +87,11 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"shift must be positive, got {shift}.")
         boundaries = uniform_boundaries(4) if expert_boundaries is None else list(expert_boundaries)
         self.register_to_config(expert_boundaries=check_boundaries(boundaries, len(boundaries) - 1))
-        shares = stochastic_sampling if isinstance(stochastic_sampling, (list, tuple)) else [stochastic_sampling]
-        if len(shares) not in (1, self.num_experts) or not all(0 <= share <= 1 for share in shares):
+        if isinstance(stochastic_sampling, (list, tuple)):
+            shares = list(stochastic_sampling)
+        else:
+            shares = [stochastic_sampling] * self.num_experts
+        if len(shares) != self.num_experts or not all(0 <= share <= 1 for share in shares):
             raise ValueError(
                 f"stochastic_sampling must be from 0 to 1, or such a value for each of {self.num_experts} experts, "
                 f"got {stochastic_sampling!r}."
