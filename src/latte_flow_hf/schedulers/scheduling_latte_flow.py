@@ -245,9 +245,10 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         if index >= len(self.sigmas) - 1:
             raise ValueError(f"all {len(self.sigmas) - 1} steps are taken; call set_timesteps first.")
         sample = sample.to(torch.float32)
-        prev_sample = getattr(self, f"_{self.config.solver}")(index, model_output, sample)
         share = self._share_of_new_noise(index)
-        if share > 0:
+        if share == 0:
+            prev_sample = getattr(self, f"_{self.config.solver}")(index, model_output, sample)
+        else:
             data = data_from_velocity(sample, model_output, self.sigmas[index])
             new = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
             noise = (1.0 - share) ** 0.5 * (data + model_output) + share**0.5 * new
