@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler, tiny_checkpoint
-from latte_flow_hf.evaluation.tinyworld import evaluate_painting, painting_prompts
+from latte_flow_hf.evaluation.tinyworld import evaluate_generation, generation_prompts
 
 
 # (arguments of the scheduler, arguments of the call); Heun evaluates twice a step but for the last. The first row is
@@ -36,7 +36,7 @@ ROWS: list[tuple[dict, dict]] = [
 def measure(pipe: LatteFlowPipeline, scheduler: dict, call: dict, prompts: dict, seed: int) -> dict:
     """One row: evaluations of the model a picture, the share of prompts painted right by kind, and over all."""
     pipe.scheduler = LatteFlowScheduler.from_config(pipe.scheduler.config, **scheduler)
-    found = evaluate_painting(pipe, prompts, seed=seed, **call)
+    found = evaluate_generation(pipe, prompts, seed=seed, **call)
     counts = {kind: result["count"] for kind, result in found.items()}
     return {
         "solver": pipe.scheduler.config.solver,
@@ -74,7 +74,7 @@ def main() -> None:
     options = parser.parse_args()
     pipe = LatteFlowPipeline.from_pretrained(options.model or tiny_checkpoint())
     pipe.set_progress_bar_config(disable=True)
-    prompts = painting_prompts(options.seed)
+    prompts = generation_prompts(options.seed)
     rows = []
     own = pipe.scheduler
     for scheduler, call in ROWS:

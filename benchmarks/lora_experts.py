@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import Trainer, TrainingArguments, set_seed
 
 from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler, tiny_checkpoint
-from latte_flow_hf.evaluation.tinyworld import evaluate_painting, painting_prompts
+from latte_flow_hf.evaluation.tinyworld import evaluate_generation, generation_prompts
 from latte_flow_hf.tinyworld.build import Paintings
 from latte_flow_hf.tinyworld.datasets import Pictures
 from latte_flow_hf.tinyworld.oracle import read_digit, read_scene
@@ -34,7 +34,7 @@ from latte_flow_hf.tinyworld.shapes import (
     draw_scene,
     place_objects,
 )
-from latte_flow_hf.training import PaintingCollator, encode_prompts, expert_lora_config
+from latte_flow_hf.training import TextToImageCollator, encode_prompts, expert_lora_config
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Settings:
         lora (`dict`): arguments of `expert_lora_config`.
         data (`dict`): `num_pictures`, `new_share`, `prompt_dropout`.
         training (`dict`): arguments of `TrainingArguments`.
-        evaluation (`dict`): `new` (number of prompts), `old` (arguments of `painting_prompts`), `scheduler` (changes
+        evaluation (`dict`): `new` (number of prompts), `old` (arguments of `generation_prompts`), `scheduler` (changes
             to the checkpoint's), `call` (of the pipeline).
     """
 
@@ -145,7 +145,7 @@ def train_adapter(
             **settings.training,
         ),
         train_dataset=paintings,
-        data_collator=PaintingCollator(contexts, settings.data["prompt_dropout"]),
+        data_collator=TextToImageCollator(contexts, settings.data["prompt_dropout"]),
     )
     start = time.perf_counter()
     loss = trainer.train().training_loss
@@ -160,7 +160,7 @@ def evaluate(pipe: LatteFlowPipeline, settings: Settings) -> dict:
     """Shares of right pictures of new and of old prompts, together and by kind."""
     rng = np.random.default_rng((settings.seed, 2))
     new = [sample_new_scene(rng, settings.concept) for _ in range(settings.evaluation["new"])]
-    old = painting_prompts(settings.seed, **settings.evaluation["old"])
+    old = generation_prompts(settings.seed, **settings.evaluation["old"])
     wanted = {scene.prompt: scene for scene in new}
     wanted |= {prompt: parse_prompt(prompt) for prompts in old.values() for prompt in prompts}
     kinds = {
@@ -168,7 +168,7 @@ def evaluate(pipe: LatteFlowPipeline, settings: Settings) -> dict:
         "new, two objects": [scene.prompt for scene in new if scene.relation is not None],
         **old,
     }
-    results = evaluate_painting(
+    results = evaluate_generation(
         pipe,
         {kind: prompts for kind, prompts in kinds.items() if prompts},
         settings.seed,
@@ -188,7 +188,7 @@ def evaluate(pipe: LatteFlowPipeline, settings: Settings) -> dict:
 def evaluate_autoencoder(pipe: LatteFlowPipeline, settings: Settings) -> dict:
     """Shares of right pictures among drawn ones, new and old, that the autoencoder encodes and decodes."""
     rng = np.random.default_rng((settings.seed, 3))
-    old = painting_prompts(settings.seed, **settings.evaluation["old"])
+    old = generation_prompts(settings.seed, **settings.evaluation["old"])
     scenes = {
         "new": [sample_new_scene(rng, settings.concept) for _ in range(settings.evaluation["new"])],
         "old": [scene for prompts in old.values() for scene in map(parse_prompt, prompts) if isinstance(scene, Scene)],

@@ -100,8 +100,8 @@ def test_evaluate_reports_shares_and_writes_them(folder, tmp_path, monkeypatch):
     """A random model must score badly: the measure is no rubber stamp."""
     from latte_flow_hf.evaluation import tinyworld
 
-    prompts, questions = tinyworld.painting_prompts, tinyworld.understanding_questions
-    monkeypatch.setattr(tinyworld, "painting_prompts", lambda seed: prompts(seed, 2, 2, 2, 2))
+    prompts, questions = tinyworld.generation_prompts, tinyworld.understanding_questions
+    monkeypatch.setattr(tinyworld, "generation_prompts", lambda seed: prompts(seed, 2, 2, 2, 2))
     few = lambda seed: {k: v[:3] for k, v in questions(seed, 4).items()}  # noqa: E731
     monkeypatch.setattr(tinyworld, "understanding_questions", few)
     result = run("evaluate", "-m", folder, "--steps", "2", "-o", str(tmp_path / "measured.json"))

@@ -77,22 +77,23 @@ def demo(
     """Paint a handful of prompts with the embedded checkpoint and ask it about its own pictures."""
     start = time.perf_counter()
     pipe = _load(None)
-    from latte_flow_hf.tinyworld.demo import DEMO_PROMPTS, contact_sheet, paint_and_ask, peak_memory_gb, save_whole
+    from latte_flow_hf.evaluation.demo import DEMO_PROMPTS, contact_sheet, generate_and_ask, peak_memory_gb
+    from latte_flow_hf.files import save_image
 
     typer.echo(f"loaded the embedded checkpoint in {time.perf_counter() - start:.1f} s")
     output.mkdir(parents=True, exist_ok=True)
     items = []
     for number, prompt in enumerate(DEMO_PROMPTS):
         start = time.perf_counter()
-        item = paint_and_ask(pipe, prompt, seed + number)
+        item = generate_and_ask(pipe, prompt, seed + number)
         asking = time.perf_counter() - start - item.seconds
         items.append(item)
-        save_whole(item.image, output / f"{number}-{prompt.replace(' ', '-')}.png")
+        save_image(item.image, output / f"{number}-{prompt.replace(' ', '-')}.png")
         verdict = "as asked" if item.painted_right else "NOT as asked"
         typer.echo(f"{prompt}: {verdict} (painted in {item.seconds:.2f} s, asked in {asking:.2f} s)")
         for question, answer in zip(item.asked, item.answers):
             typer.echo(f"    {question.question}  {answer}  {'✓' if answer == question.answer else '✗'}")
-    save_whole(contact_sheet(items), output / "contact-sheet.png")
+    save_image(contact_sheet(items), output / "contact-sheet.png")
     painted = sum(item.painted_right for item in items)
     answered = [a == q.answer for item in items for q, a in zip(item.asked, item.answers)]
     typer.echo(
@@ -141,7 +142,7 @@ def generate(
     pipe = _load(model)
     import torch
 
-    from latte_flow_hf.tinyworld.demo import save_whole
+    from latte_flow_hf.files import save_image
 
     images = pipe(
         prompt,
@@ -153,7 +154,7 @@ def generate(
     output.parent.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(images):
         path = output if len(images) == 1 else output.with_stem(f"{output.stem}-{number}")
-        save_whole(picture, path)
+        save_image(picture, path)
         typer.echo(f"wrote {path} ({picture.width}x{picture.height})")
 
 
@@ -169,15 +170,15 @@ def _generate_many(
 ) -> None:
     from accelerate import PartialState
 
-    from latte_flow_hf.painting import check_picture_folder, paint_prompts, read_prompts
+    from latte_flow_hf.pipelines.batch_generation import check_image_folder, generate_images, read_prompts
 
     if image:
         raise ValueError("--image goes with one prompt, not with --prompts.")
-    check_picture_folder(folder)
+    check_image_folder(folder)
     words = read_prompts(prompts)
     pipe = _load(model)
     pipe.set_progress_bar_config(disable=True)
-    painted, there = paint_prompts(pipe, words, folder, seed, num_images, batch_size, **call)
+    painted, there = generate_images(pipe, words, folder, seed, num_images, batch_size, **call)
     if PartialState().is_main_process:
         typer.echo(f"wrote {folder}: {painted} pictures painted, {there} were there")
 
@@ -271,7 +272,7 @@ def evaluate(
 
     pipe.set_progress_bar_config(disable=True)
     call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
-    painting = tinyworld.evaluate_painting(pipe, tinyworld.painting_prompts(seed), seed, **call)
+    painting = tinyworld.evaluate_generation(pipe, tinyworld.generation_prompts(seed), seed, **call)
     variety = tinyworld.evaluate_variety(pipe, "a red circle left of a blue square", **call)
     understanding = tinyworld.evaluate_understanding(pipe, tinyworld.understanding_questions(seed))
     for name, results in (("painting", painting), ("understanding", understanding)):

@@ -19,8 +19,9 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
 
 from .checkpoints import describe
+from .files import read_json
 from .modeling.configuration_latte_flow import LatteFlowConfig
-from .modeling.modeling_latte_flow import LatteFlowForConditionalGeneration, read_json
+from .modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from .modeling.processing_latte_flow import LatteFlowProcessor
 from .pipelines.pipeline_latte_flow import LatteFlowPipeline, check_pipeline_files
 from .schedulers.scheduling_latte_flow import LatteFlowScheduler

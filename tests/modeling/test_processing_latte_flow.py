@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from latte_flow_hf import LatteFlowProcessor
-from latte_flow_hf.modeling.processing_latte_flow import load_picture
+from latte_flow_hf.modeling.processing_latte_flow import load_rgb_image
 
 
 QUESTION = "what is this?"
@@ -114,7 +114,7 @@ def test_picture_from_everywhere_is_the_same(picture, tmp_path):
     picture.save(path)
     array = np.asarray(picture)
     for source in (picture, path, str(path), array, torch.from_numpy(array.copy())):
-        found = load_picture(source)
+        found = load_rgb_image(source)
         assert isinstance(found, Image.Image) and found.mode == "RGB"
         assert np.array_equal(found, array)
 
@@ -125,7 +125,7 @@ def test_picture_of_another_mode_becomes_rgb(picture, tmp_path, mode):
     path = tmp_path / "picture.png"
     other.save(path)
     for source in (other, path):
-        assert np.array_equal(load_picture(source), other.convert("RGB"))
+        assert np.array_equal(load_rgb_image(source), other.convert("RGB"))
 
 
 @pytest.mark.parametrize(
@@ -150,13 +150,13 @@ def test_picture_of_another_mode_becomes_rgb(picture, tmp_path, mode):
 def test_what_is_no_picture_is_refused(source, found):
     expected = f"an image must be a PIL image, a path, a URL, or uint8 of shape (height, width, 3), got {found}"
     with pytest.raises(ValueError, match=re.escape(expected)):
-        load_picture(source)
+        load_rgb_image(source)
 
 
 @pytest.mark.parametrize("as_type", [str, Path])
 def test_file_that_is_no_picture_is_refused(text_file, as_type):
     with pytest.raises(ValueError, match=re.escape(f"image {str(text_file)!r} cannot be read as a picture")):
-        load_picture(as_type(text_file))
+        load_rgb_image(as_type(text_file))
 
 
 def test_truncated_file_is_refused(picture, tmp_path):
@@ -164,14 +164,14 @@ def test_truncated_file_is_refused(picture, tmp_path):
     picture.save(path)
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ValueError, match=re.escape(f"image {str(path)!r} cannot be read as a picture")):
-        load_picture(path)
+        load_rgb_image(path)
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder"])
 def test_path_without_a_picture_is_refused(tmp_path, kind):
     path = tmp_path if kind == "folder" else tmp_path / "missing.png"
     with pytest.raises(ValueError, match=re.escape(f"image {str(path)!r} cannot be read as a picture")):
-        load_picture(path)
+        load_rgb_image(path)
 
 
 # Encoding.

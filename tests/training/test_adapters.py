@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from latte_flow_hf import LatteFlowConfig, LatteFlowForConditionalGeneration, tiny_checkpoint
 from latte_flow_hf.modeling.adapters import read_adapter_mark
 from latte_flow_hf.tinyworld.build import hash_parameters
-from latte_flow_hf.training import PaintingCollator, encode_prompts, expert_lora_config, train_only_experts
+from latte_flow_hf.training import TextToImageCollator, encode_prompts, expert_lora_config, train_only_experts
 
 
 class Noise(Dataset):
@@ -52,7 +52,7 @@ def train(model, contexts, folder, max_steps=3):
         disable_tqdm=True,
         seed=0,
     )
-    trainer = Trainer(model, arguments, train_dataset=Noise(), data_collator=PaintingCollator(contexts, 0.1))
+    trainer = Trainer(model, arguments, train_dataset=Noise(), data_collator=TextToImageCollator(contexts, 0.1))
     trainer.train()
     return trainer
 

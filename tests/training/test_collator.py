@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latte_flow_hf.tinyworld.datasets import Conversations
-from latte_flow_hf.training.collator import ConversationCollator, PaintingCollator, encode_prompts
+from latte_flow_hf.training.collator import ConversationCollator, TextToImageCollator, encode_prompts
 
 
 def test_labels_are_the_assistants_words(processor):
@@ -36,7 +36,7 @@ def test_a_template_without_marks_is_refused(processor):
 def test_encoded_prompts_paint_as_fresh_ones(model, processor):
     prompts = ["a red circle", "a blue square left of a green cross", "a handwritten two", ""]
     contexts = encode_prompts(model, processor, prompts, batch_size=2)
-    collator = PaintingCollator(contexts, prompt_dropout=0.0)
+    collator = TextToImageCollator(contexts, prompt_dropout=0.0)
     latents = torch.randn(3, 4, 8, 8)
     batch = collator([{"latents": latents[i], "prompt": row} for i, row in enumerate((2, 0, 1))])
     assert torch.equal(batch["latents"], latents)
@@ -52,8 +52,8 @@ def test_dropped_prompts_become_the_unconditional_one(model, processor):
     contexts = encode_prompts(model, processor, ["a red circle", ""])
     examples = [{"latents": torch.zeros(4, 8, 8), "prompt": 0}] * 400
     torch.manual_seed(0)
-    dropped = PaintingCollator(contexts, prompt_dropout=0.25)(examples)["context"]
+    dropped = TextToImageCollator(contexts, prompt_dropout=0.25)(examples)["context"]
     unconditional = (dropped.next_position == contexts.next_position[1]).float().mean()
     assert contexts.next_position[0] != contexts.next_position[1]
     assert 0.18 < unconditional < 0.32
-    assert (PaintingCollator(contexts, 1.0)(examples)["context"].next_position == contexts.next_position[1]).all()
+    assert (TextToImageCollator(contexts, 1.0)(examples)["context"].next_position == contexts.next_position[1]).all()

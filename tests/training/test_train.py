@@ -180,7 +180,7 @@ def test_other_sources_give_the_same_pictures(sections, pictures, tmp_path, layo
 
     import datasets
 
-    from latte_flow_hf.training.data import CaptionedPictures, DataSettings, Unreadable, open_rows
+    from latte_flow_hf.training.data import CaptionedImageDataset, DataSettings, UnreadableImages, open_rows
 
     source = {"cache_dir": str(tmp_path / "datasets")}
     captions = [json.loads(line)["text"] for line in (pictures / "metadata.jsonl").read_text().splitlines()]
@@ -203,7 +203,7 @@ def test_other_sources_give_the_same_pictures(sections, pictures, tmp_path, layo
         source = {**source, "path": "webdataset", "data_files": str(tmp_path / "shard-0.tar")}
         settings = DataSettings(source, image="png", caption="txt", size=32)
     folder = DataSettings(sections()["data"]["source"], caption="text", size=32)
-    expected, found = (CaptionedPictures(open_rows(s, 0), 0, Unreadable(1)) for s in (folder, settings))
+    expected, found = (CaptionedImageDataset(open_rows(s, 0), 0, UnreadableImages(1)) for s in (folder, settings))
     assert len(found) == 12
     for one, other in zip(expected, found):
         assert one["image"].tobytes() == other["image"].tobytes() and one["prompt"] == other["prompt"]
@@ -249,10 +249,10 @@ def test_accumulation_and_checkpointing_give_the_gradients_of_the_plain_step(mod
 
     from transformers import Trainer, TrainingArguments
 
-    from latte_flow_hf.training import PaintingCollator, encode_prompts
+    from latte_flow_hf.training import TextToImageCollator, encode_prompts
 
     contexts = encode_prompts(model, processor, ["a red circle", ""])
-    batch = PaintingCollator(contexts, 0.0)([{"latents": torch.randn(4, 4, 4), "prompt": 0}] * 4)
+    batch = TextToImageCollator(contexts, 0.0)([{"latents": torch.randn(4, 4, 4), "prompt": 0}] * 4)
     gradients = []
     for checkpointing in (False, True):
         learner = copy.deepcopy(model).train()

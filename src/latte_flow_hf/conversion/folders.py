@@ -14,8 +14,9 @@ from accelerate.hooks import attach_align_device_hook
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig
 
+from ..files import check_files
 from ..modeling.configuration_latte_flow import LatteFlowConfig
-from ..modeling.modeling_latte_flow import LatteFlowContext, LatteFlowForConditionalGeneration, check_files
+from ..modeling.modeling_latte_flow import LatteFlowContext, LatteFlowForConditionalGeneration
 from ..pipelines.pipeline_latte_flow import encode_pixels, spatial_compression
 from .plan import Weights
 from .streaming import StoredTensor, check_tensors, module_tensors, read_weights

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig
 
+from ..files import check_files
 from ..modeling.configuration_latte_flow import LatteFlowConfig
-from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration, LatteFlowLayer, check_files
+from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration, LatteFlowLayer
 from ..modeling.processing_latte_flow import LatteFlowProcessor
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler

@@ -23,7 +23,7 @@ from ..tinyworld.shapes import Scene, draw_scene, place_objects, sample_scene
 _EVALUATION = 1_000_003
 
 
-def painting_prompts(seed: int, one: int = 100, two: int = 200, held_out: int = 100, digits: int = 100) -> dict:
+def generation_prompts(seed: int, one: int = 100, two: int = 200, held_out: int = 100, digits: int = 100) -> dict:
     """Prompts by kind: `one` and `two` objects, two with a held-out colour-shape pair, handwritten digits."""
     rng = np.random.default_rng((_EVALUATION, seed))
     return {
@@ -34,7 +34,7 @@ def painting_prompts(seed: int, one: int = 100, two: int = 200, held_out: int = 
     }
 
 
-def evaluate_painting(
+def evaluate_generation(
     pipe: Any,
     prompts: dict,
     seed: int,
@@ -46,7 +46,7 @@ def evaluate_painting(
 
     Args:
         pipe ([`LatteFlowPipeline`]): what paints.
-        prompts (`dict`): lists of prompts by kind, as of `painting_prompts`.
+        prompts (`dict`): lists of prompts by kind, as of `generation_prompts`.
         seed (`int`): picture i of a kind starts from the noise of seed + i.
         batch_size (`int`): pictures painted at once.
         judge (*optional*): says whether a picture shows what a prompt asks for; the oracle of the embedded world.

@@ -14,7 +14,6 @@ import copy
 import importlib
 import importlib.util
 import inspect
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from typing import Any
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed_from_grid
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForImageTextToText, DynamicCache, GenerationConfig
 from transformers import initialization as init
@@ -37,11 +35,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..files import check_files, read_json
 from .adapters import check_adapter
 from .configuration_latte_flow import LatteFlowConfig
 from .expert_offload import ExpertOffload
 from .flow_matching import draw_expert_sigmas, expert_of_sigma, interpolate, velocity_loss, velocity_target
-from .processes import of_all, own_process, own_rows
+from .processes import all_gather_list, local_rows, rank_and_world_size
 
 
 @dataclass
@@ -356,7 +355,7 @@ def xformers_attention_forward(
         for states in (query, repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1]))
     )
     if attention_mask is not None:
-        # Rows must begin at multiples of 16 bytes: a wider tensor, cut.
+        # ImageRows must begin at multiples of 16 bytes: a wider tensor, cut.
         num_keys = key.shape[1]
         wide = attention_mask.expand(-1, query.shape[2], -1, -1)
         attention_mask = nn.functional.pad(wide, (0, -num_keys % 8)).contiguous()[..., :num_keys]
@@ -736,48 +735,6 @@ class LatteFlowTower(nn.Module):
         return cos, sin
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """What a configuration holds.
-
-    Raises:
-        `OSError`: if it is missing or cut off, with its path.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OSError(f"{path} is cut off or damaged ({error}); save or fetch it again.") from error
-
-
-def check_files(folder: Path, *names: str) -> None:
-    """Refuse a local checkpoint that is not whole, before anything is guessed in its place.
-
-    Without a configuration transformers would build its default, a backbone of 72 billion parameters; and the error of
-    a cut file does not name it.
-
-    Args:
-        folder (`Path`): a component's folder.
-        names (`str`): what it must hold; alternatives are separated by `|`, and `*` stands for anything.
-
-    Raises:
-        `OSError`: with the file's path.
-    """
-    for name in names:
-        if not any(any(folder.glob(alternative)) for alternative in name.split("|")):
-            raise OSError(f"checkpoint folder {folder} holds no {name.replace('|', ' or ')}; save or fetch it again.")
-    for index in sorted(folder.glob("*.safetensors.index*.json")):
-        for shard in sorted(set(read_json(index)["weight_map"].values())):
-            if not (folder / shard).is_file():
-                raise OSError(
-                    f"checkpoint folder {folder} holds no {shard}, which {index.name} names; fetch it again."
-                )
-    for weights in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(weights, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise OSError(f"weights {weights} are cut off or damaged ({error}); save or fetch them again.") from error
-
-
 class LatteFlowPreTrainedModel(PreTrainedModel):
     config_class = LatteFlowConfig
     config: LatteFlowConfig
@@ -944,7 +901,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             download = {**(load_config.download_kwargs if load_config else {}), **(adapter_kwargs or {})}
             file = find_adapter_config_file(peft_model_id, **download)
             if file is not None:
-                check_adapter(self.config, json.loads(Path(file).read_text()).get("target_modules"), name)
+                check_adapter(self.config, read_json(file).get("target_modules"), name)
         before = set(getattr(self, "peft_config", ()))
         try:
             return super().load_adapter(
@@ -1076,7 +1033,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
             spoken = self.vlm(labels=labels, **text)
             # A mean over words: a process with more of them counts for more in the mean over processes.
             words = [int((labels[:, 1:] != -100).sum())]
-            every = of_all(words)
+            every = all_gather_list(words)
             output.lm_loss, output.logits = spoken.loss * (len(every) * words[0] / max(sum(every), 1)), spoken.logits
             output.loss = flow_loss + output.lm_loss
         return output
@@ -1114,7 +1071,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
         self._check_latents(latents, num_prompts)
         if num_prompts != len(latents):
             raise ValueError(f"context must hold a prompt for each of {len(latents)} latents, got {num_prompts}.")
-        size, (process, num_processes) = len(latents), own_process()
+        size, (process, num_processes) = len(latents), rank_and_world_size()
         if noise is None:
             noise = torch.randn(
                 (num_processes * size, *latents.shape[1:]),
@@ -1122,7 +1079,7 @@ class LatteFlowForConditionalGeneration(LatteFlowPreTrainedModel, GenerationMixi
                 device=latents.device if generator is None else generator.device,
                 dtype=latents.dtype,
             )
-            noise = own_rows(noise).to(latents.device)
+            noise = local_rows(noise).to(latents.device)
         elif noise.shape != latents.shape:
             raise ValueError(f"noise must be of shape {tuple(latents.shape)}, as latents, got {tuple(noise.shape)}.")
         experts = self.training_experts

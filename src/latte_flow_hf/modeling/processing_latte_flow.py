@@ -80,7 +80,7 @@ class LatteFlowProcessor(ProcessorMixin):
             return part
         if part.get("type") == "image":
             source = next((part[key] for key in ("image", "url", "path", "base64") if key in part), None)
-            return {"type": "image", "image": load_picture(source)}
+            return {"type": "image", "image": load_rgb_image(source)}
         raise ValueError(f"a part of a message is text or an image, got {part!r}.")
 
     def encode_conversations(self, conversations: list[list[dict]]) -> BatchFeature:
@@ -98,7 +98,7 @@ class LatteFlowProcessor(ProcessorMixin):
         )
 
 
-def load_picture(source: Any) -> Image.Image:
+def load_rgb_image(source: Any) -> Image.Image:
     """A picture as an RGB PIL image.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import Any
 from diffusers.loaders.lora_base import LoraBaseMixin
 from safetensors.torch import save_file
 
-from ..modeling.modeling_latte_flow import check_files
+from ..files import check_files
 
 
 class LatteFlowLoraMixin(LoraBaseMixin):

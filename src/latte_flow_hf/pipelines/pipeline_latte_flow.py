@@ -23,8 +23,9 @@ from diffusers.utils.torch_utils import get_device, randn_tensor
 from PIL import Image
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
+from ..files import check_files, read_json
 from ..modeling.expert_offload import ExpertOffload
-from ..modeling.modeling_latte_flow import LatteFlowContext, LatteFlowSteps, check_files, read_json
+from ..modeling.modeling_latte_flow import LatteFlowContext, LatteFlowSteps
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
 from .lora import LatteFlowLoraMixin
 from .pipeline_output import LatteFlowPipelineOutput

@@ -38,7 +38,7 @@ from ..modeling.processing_latte_flow import LatteFlowProcessor
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline, encode_pixels
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
 from ..training.callbacks import EMACallback, IntervalWarmupCallback
-from ..training.collator import ConversationCollator, PaintingCollator, encode_prompts
+from ..training.collator import ConversationCollator, TextToImageCollator, encode_prompts
 from .autoencoder import AutoencoderWithLoss
 from .datasets import Conversations, Doodles, LabelledPictures, Pictures
 from .shapes import IMAGE_SIZE
@@ -344,7 +344,7 @@ def build_experts(recipe: Recipe, work_dir: Path) -> LatteFlowForConditionalGene
         before = hash_parameters(model.vlm)
         paintings, data = build_paintings(recipe, work_dir), recipe.experts_data
         contexts = encode_prompts(model, build_processor(recipe, work_dir), [*paintings.prompts, ""])
-        collator = PaintingCollator(contexts, data["prompt_dropout"])
+        collator = TextToImageCollator(contexts, data["prompt_dropout"])
         callbacks = [EMACallback(data["ema_decay"]), IntervalWarmupCallback(data["interval_warmup_steps"])]
         run_dir = work_dir / "runs" / "experts"
         _train(model, paintings, collator, run_dir, recipe.seed, recipe.experts_training, callbacks=callbacks)

@@ -10,18 +10,18 @@ from .callbacks import (
     SampleCallback,
     last_checkpoint,
 )
-from .collator import ConversationCollator, PaintingCollator, PictureEncoder, encode_prompts
+from .collator import ConversationCollator, ImagePromptEncoder, TextToImageCollator, encode_prompts
 
 
 __all__ = [
     "CheckpointCallback",
     "ConversationCollator",
     "EMACallback",
+    "ImagePromptEncoder",
     "IntervalWarmupCallback",
     "LossCallback",
-    "PaintingCollator",
-    "PictureEncoder",
     "SampleCallback",
+    "TextToImageCollator",
     "encode_prompts",
     "expert_lora_config",
     "last_checkpoint",

@@ -22,8 +22,8 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..modeling.modeling_latte_flow import LatteFlowContext
-from .collator import PictureEncoder
-from .data import Rows, Unreadable, UnreadablePictureError, example_seed
+from .collator import ImagePromptEncoder
+from .data import ImageRows, UnreadableImageError, UnreadableImages, example_seed
 
 
 # Pictures, or prompts, in a shard.
@@ -50,7 +50,7 @@ def _numbers_of(config: dict) -> dict:
     }
 
 
-def made_by(pipe: Any, rows: Rows, with_contexts: bool) -> dict[str, str]:
+def made_by(pipe: Any, rows: ImageRows, with_contexts: bool) -> dict[str, str]:
     """What the numbers of a cache depend on, by part."""
     settings = rows.settings
     parts = {
@@ -71,7 +71,12 @@ def made_by(pipe: Any, rows: Rows, with_contexts: bool) -> dict[str, str]:
 
 
 def build_cache(
-    folder: Path, pipe: Any, rows: Rows, encoder: PictureEncoder, unreadable: Unreadable, with_contexts: bool = True
+    folder: Path,
+    pipe: Any,
+    rows: ImageRows,
+    encoder: ImagePromptEncoder,
+    unreadable: UnreadableImages,
+    with_contexts: bool = True,
 ) -> None:
     """Fill the cache in `folder`; what is there already is kept. All processes must call it.
 
@@ -146,18 +151,18 @@ def _share(paths: list[Path], words: str) -> Iterator[Path]:
         yield from tqdm(share, desc=words, mininterval=5, disable=hidden)
 
 
-def _count_unreadable(metadata: dict, unreadable: Unreadable) -> None:
+def _count_unreadable(metadata: dict, unreadable: UnreadableImages) -> None:
     for name, reason in metadata["unreadable"].items():
         unreadable.add(name, reason)
 
 
-def _encode_pictures(path: Path, places: range, rows: Rows, encoder: PictureEncoder) -> None:
+def _encode_pictures(path: Path, places: range, rows: ImageRows, encoder: ImagePromptEncoder) -> None:
     kept, names, prompts, images, broken = [], [], [], [], {}
     for place in places:
         row = rows.rows[place]
         try:
             images.append(rows.picture(row))
-        except UnreadablePictureError as error:
+        except UnreadableImageError as error:
             broken[rows.name(row, place)] = str(error)
             continue
         kept.append(place)
@@ -172,7 +177,7 @@ def _encode_pictures(path: Path, places: range, rows: Rows, encoder: PictureEnco
     _write_shard(tensors, metadata, path)
 
 
-def _encode_prompts(path: Path, prompts: list[str], encoder: PictureEncoder) -> None:
+def _encode_prompts(path: Path, prompts: list[str], encoder: ImagePromptEncoder) -> None:
     tensors = {}
     for number, context in enumerate(encoder.each_context(prompts)):
         tensors[f"{number}.keys"] = torch.stack(context.keys).cpu()
@@ -198,12 +203,12 @@ def _metadata(path: Path) -> dict:
         return json.loads(shard.metadata()["json"])
 
 
-class CachedPictures(Dataset):
-    """A finished cache, as `{"latents", "prompt", "name", "seed"}`: the examples of [`CaptionedPictures`], encoded.
+class CachedImageDataset(Dataset):
+    """A finished cache, as `{"latents", "prompt", "name", "seed"}`: encoded [`CaptionedImageDataset`] examples.
 
     Args:
         folder (`Path`): the cache.
-        seed (`int`): as of [`CaptionedPictures`].
+        seed (`int`): as of [`CaptionedImageDataset`].
     """
 
     def __init__(self, folder: Path, seed: int):
@@ -244,7 +249,7 @@ class CachedPictures(Dataset):
 
 
 class CachedContexts:
-    """Prompts -> contexts from a finished cache, for [`PaintingCollator`].
+    """Prompts -> contexts from a finished cache, for [`TextToImageCollator`].
 
     Args:
         folder (`Path`): the cache.

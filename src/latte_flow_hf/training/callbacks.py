@@ -166,7 +166,7 @@ class LossCallback(TrainerCallback):
     """Logs each expert's loss, and stops the run at the first loss that is no number.
 
     It reads the model's output by a hook, so that the Trainer stays as it is: `trainer.add_callback(LossCallback(
-    trainer))`. The names of a batch, which [`PaintingCollator`] sends along, end here.
+    trainer))`. The names of a batch, which [`TextToImageCollator`] sends along, end here.
 
     Args:
         trainer (`Trainer`): the trainer that it is added to.
@@ -341,7 +341,7 @@ class SampleCallback(TrainerCallback):
                 self._paint(state.global_step, is_first)
 
     def _paint(self, step: int, keep: bool) -> None:
-        from ..tinyworld.demo import save_whole
+        from ..files import save_image
 
         was_training = self.pipe.model.training
         self.pipe.model.eval()
@@ -355,4 +355,4 @@ class SampleCallback(TrainerCallback):
         blank.paste((0, 0, 0), (0, 0, *blank.size))
         images += [blank] * (-len(images) % columns)
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_whole(make_image_grid(images, len(images) // columns, columns), self.folder / f"step-{step}.png")
+        save_image(make_image_grid(images, len(images) // columns, columns), self.folder / f"step-{step}.png")

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ..modeling.distributed import all_gather_list, local_rows, rank_and_world_size
 from ..modeling.modeling_latte_flow import LatteFlowContext
-from ..modeling.processes import of_all, own_process, own_rows
 
 
 @dataclass
@@ -44,7 +44,7 @@ class ConversationCollator:
 
 
 @dataclass
-class PaintingCollator:
+class TextToImageCollator:
     """Captioned pictures -> latents and contexts, ready for `forward`; with conversations mixed in, labels too.
 
     An example is a dict:
@@ -60,7 +60,7 @@ class PaintingCollator:
 
     Args:
         contexts ([`LatteFlowContext`] or callable): every prompt, encoded before, the last row the unconditional one;
-            or what gives the contexts of a list of prompts ([`PictureEncoder`] and its like).
+            or what gives the contexts of a list of prompts ([`ImagePromptEncoder`] and its like).
         prompt_dropout (`float`): how often a prompt is replaced by the unconditional one, for classifier-free
             guidance; 0 to 1.
         encoder (`Callable`, *optional*): a list of pictures -> latents (B, C, height, width).
@@ -81,9 +81,9 @@ class PaintingCollator:
         prompts = [example["prompt"] for example in examples]
         # Drawn from the batch itself: loaders collate ahead, so that a draw from the global generator would differ
         # between a run and a resumed one.
-        drawn_from = of_all([example["seed"] for example in examples] if "seed" in examples[0] else prompts)
+        drawn_from = all_gather_list([example["seed"] for example in examples] if "seed" in examples[0] else prompts)
         generator = torch.Generator().manual_seed(_checksum(drawn_from))
-        dropped = own_rows(torch.rand(len(drawn_from), generator=generator)) < self.prompt_dropout
+        dropped = local_rows(torch.rand(len(drawn_from), generator=generator)) < self.prompt_dropout
         batch: dict[str, Any] = {}
         if "latents" in examples[0]:
             batch["latents"] = torch.stack([example["latents"] for example in examples])
@@ -99,7 +99,7 @@ class PaintingCollator:
             batch["names"] = [example["name"] for example in examples]
         if self.conversations is not None:
             assert self.conversation_collator is not None
-            process, num_processes = own_process()
+            process, num_processes = rank_and_world_size()
             count = max(num_processes, round(self.conversation_share * len(drawn_from)))
             drawn = torch.randint(len(self.conversations), (count,), generator=generator).tolist()
             own = drawn[process::num_processes]
@@ -113,7 +113,7 @@ def _checksum(drawn_from: list) -> int:
     return zlib.crc32(torch.as_tensor(drawn_from).numpy().tobytes())
 
 
-class PictureEncoder:
+class ImagePromptEncoder:
     """Pictures -> latents and prompts -> contexts, by a pipeline's own autoencoder and frozen backbone.
 
     Args:

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, IterableDataset
 logger = logging.getLogger(__name__)
 
 
-class UnreadablePictureError(Exception):
+class UnreadableImageError(Exception):
     """A picture that cannot be decoded; its message is the reason."""
 
 
@@ -40,7 +40,7 @@ class DataSettings:
         flip (`bool`, defaults to `False`): whether half of the pictures are mirrored, drawn anew each epoch.
         max_unreadable (`int`, defaults to 100): how many pictures may be unreadable before the run stops.
         shuffle_buffer (`int`, defaults to 1000): of a stream; anything else is shuffled whole.
-        encode_batch_size (`int`, defaults to 1): see [`PictureEncoder`].
+        encode_batch_size (`int`, defaults to 1): see [`ImagePromptEncoder`].
         cache (`str`, *optional*): folder in which latents and contexts are kept; without it they are computed anew in
             each epoch.
         cache_contexts (`bool`, defaults to `True`): `False` keeps latents alone: contexts are large when nearly every
@@ -62,7 +62,7 @@ class DataSettings:
 
 
 @dataclass
-class Unreadable:
+class UnreadableImages:
     """The pictures that could not be read, by name: counted, told, and at some number too many.
 
     Raises:
@@ -85,8 +85,8 @@ class Unreadable:
 
 
 @dataclass
-class Rows:
-    """Rows of a dataset -> pictures, prompts and names.
+class ImageRows:
+    """ImageRows of a dataset -> pictures, prompts and names.
 
     Args:
         rows: of `datasets`, map-style or a stream; or any sequence of `{"image", "prompt"}`.
@@ -133,7 +133,7 @@ class Rows:
         """Decoded, resized and cropped at the centre to `size` x `size`, RGB.
 
         Raises:
-            `UnreadablePictureError`: if it cannot be decoded to its end.
+            `UnreadableImageError`: if it cannot be decoded to its end.
         """
         image, size = row.get(self.settings.image), self.settings.size
         assert size is not None
@@ -141,16 +141,16 @@ class Rows:
             if isinstance(image, dict):
                 image = Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"])
             if not isinstance(image, Image.Image):
-                raise UnreadablePictureError(f"it is {type(image).__name__}, not a picture")
+                raise UnreadableImageError(f"it is {type(image).__name__}, not a picture")
             image = ImageOps.exif_transpose(image).convert("RGB")
         except (OSError, SyntaxError, ValueError, TypeError, AttributeError, Image.DecompressionBombError) as error:
-            raise UnreadablePictureError(str(error)) from error
+            raise UnreadableImageError(str(error)) from error
         if image.size == (size, size):
             return image
         return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
 
 
-def open_rows(settings: DataSettings, seed: int) -> Rows:
+def open_rows(settings: DataSettings, seed: int) -> ImageRows:
     """Open the source.
 
     Raises:
@@ -162,7 +162,7 @@ def open_rows(settings: DataSettings, seed: int) -> Rows:
         from ..tinyworld.datasets import Pictures
 
         rows: Any = Pictures(seed, int(source.get("num_pictures", 1000)))
-        return Rows(rows, settings, f"tinyworld {seed} {len(rows)}")
+        return ImageRows(rows, settings, f"tinyworld {seed} {len(rows)}")
     if (settings.caption is None) == (settings.label is None):
         raise ValueError("data: give either `caption` or `label`, the column that says what a picture shows.")
     import datasets
@@ -186,10 +186,10 @@ def open_rows(settings: DataSettings, seed: int) -> Rows:
     # Not decoded by `datasets`: a broken picture would raise there, far from its name.
     rows = rows.cast_column(settings.image, datasets.Image(decode=False))
     if isinstance(rows, datasets.IterableDataset):
-        return Rows(rows, settings, f"stream {sorted(source.items())}")
+        return ImageRows(rows, settings, f"stream {sorted(source.items())}")
     if len(rows) == 0:
         raise ValueError(f"data: {source} holds no pictures.")
-    return Rows(rows, settings, rows._fingerprint)
+    return ImageRows(rows, settings, rows._fingerprint)
 
 
 def example_seed(seed: int, epoch: int, place: int) -> int:
@@ -197,16 +197,16 @@ def example_seed(seed: int, epoch: int, place: int) -> int:
     return zlib.crc32(f"{seed} {epoch} {place}".encode())
 
 
-class CaptionedPictures(Dataset):
-    """A source that is there whole, as `{"image", "prompt", "name", "seed"}`, for [`PaintingCollator`].
+class CaptionedImageDataset(Dataset):
+    """A source that is there whole, as `{"image", "prompt", "name", "seed"}`, for [`TextToImageCollator`].
 
     Args:
-        rows ([`Rows`]): the source.
+        rows ([`ImageRows`]): the source.
         seed (`int`): of what is drawn.
-        unreadable ([`Unreadable`]): where unreadable pictures are counted.
+        unreadable ([`UnreadableImages`]): where unreadable pictures are counted.
     """
 
-    def __init__(self, rows: Rows, seed: int, unreadable: Unreadable):
+    def __init__(self, rows: ImageRows, seed: int, unreadable: UnreadableImages):
         self.rows, self.seed, self.unreadable, self.epoch = rows, seed, unreadable, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -223,7 +223,7 @@ class CaptionedPictures(Dataset):
             row = self.rows.rows[found]
             try:
                 image = self.rows.picture(row)
-            except UnreadablePictureError as error:
+            except UnreadableImageError as error:
                 self.unreadable.add(self.rows.name(row, found), str(error))
                 continue
             seed = example_seed(self.seed, self.epoch, place)
@@ -231,15 +231,15 @@ class CaptionedPictures(Dataset):
         raise ValueError(f"none of {len(self)} pictures can be read.")
 
 
-class CaptionedStream(IterableDataset):
-    """A stream, as [`CaptionedPictures`] but in the stream's order, shuffled by its buffer, without an end.
+class CaptionedImageStream(IterableDataset):
+    """A stream, as [`CaptionedImageDataset`] but in the stream's order, shuffled by its buffer, without an end.
 
     Args:
-        rows, seed, unreadable: as of [`CaptionedPictures`].
+        rows, seed, unreadable: as of [`CaptionedImageDataset`].
         start (`int`, defaults to 0): how many examples were seen before; they are passed over unopened.
     """
 
-    def __init__(self, rows: Rows, seed: int, unreadable: Unreadable, start: int = 0):
+    def __init__(self, rows: ImageRows, seed: int, unreadable: UnreadableImages, start: int = 0):
         self.rows, self.seed, self.unreadable, self.start = rows, seed, unreadable, start
 
     def __iter__(self) -> Iterator[dict]:
@@ -256,7 +256,7 @@ class CaptionedStream(IterableDataset):
                 waiting.append(example_seed(self.seed, epoch, place))
                 try:
                     image = self.rows.picture(row)
-                except UnreadablePictureError as error:
+                except UnreadableImageError as error:
                     self.unreadable.add(self.rows.name(row, place), str(error))
                     continue
                 readable = place
@@ -267,7 +267,7 @@ class CaptionedStream(IterableDataset):
                 raise ValueError(f"data: the stream {self.rows.settings.source} holds no picture that can be read.")
 
 
-def _example(rows: Rows, row: dict, place: int, seed: int, image: Image.Image) -> dict:
+def _example(rows: ImageRows, row: dict, place: int, seed: int, image: Image.Image) -> dict:
     if rows.settings.flip and seed & 1:
         image = ImageOps.mirror(image)
     return {"image": image, "prompt": rows.prompt(row, place), "name": rows.name(row, place), "seed": seed}
@@ -298,7 +298,7 @@ def understanding_examples(settings: dict, seed: int, conversation: Callable) ->
 
 
 class Conversing(Dataset):
-    """Rows with `messages` -> the same, checked, their pictures loaded."""
+    """ImageRows with `messages` -> the same, checked, their pictures loaded."""
 
     def __init__(self, rows: Any, conversation: Callable):
         self.rows, self.conversation = rows, conversation

@@ -27,7 +27,7 @@ from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from ..modeling.processing_latte_flow import LatteFlowProcessor
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
-from .cache import CachedContexts, CachedPictures, build_cache, hash_module
+from .cache import CachedContexts, CachedImageDataset, build_cache, hash_module
 from .callbacks import (
     CheckpointCallback,
     EMACallback,
@@ -37,13 +37,13 @@ from .callbacks import (
     is_sharded,
     last_checkpoint,
 )
-from .collator import ConversationCollator, PaintingCollator, PictureEncoder
+from .collator import ConversationCollator, ImagePromptEncoder, TextToImageCollator
 from .data import (
-    CaptionedPictures,
-    CaptionedStream,
+    CaptionedImageDataset,
+    CaptionedImageStream,
     DataSettings,
-    Rows,
-    Unreadable,
+    ImageRows,
+    UnreadableImages,
     open_rows,
     understanding_examples,
 )
@@ -342,7 +342,7 @@ def train(recipe: Recipe, work_dir: Path, output_dir: Path) -> Path:
     frozen = recipe.lora is not None or recipe.trainable != "vlm"
     before = hash_module(pipe.model.vlm) if frozen and recipe.lora is None else None
 
-    unreadable = Unreadable(recipe.data.max_unreadable)
+    unreadable = UnreadableImages(recipe.data.max_unreadable)
     last = last_checkpoint(Path(arguments.output_dir))
     data, collator = _examples(recipe, pipe, rows, unreadable, arguments, last, frozen)
     ema = None if recipe.ema is None else EMACallback(recipe.ema.decay, recipe.ema.device)
@@ -450,29 +450,29 @@ def _sized(settings: DataSettings, pipe: LatteFlowPipeline) -> DataSettings:
 def _examples(
     recipe: Recipe,
     pipe: LatteFlowPipeline,
-    rows: Rows,
-    unreadable: Unreadable,
+    rows: ImageRows,
+    unreadable: UnreadableImages,
     arguments: TrainingArguments,
     last: Path | None,
     frozen: bool,
-) -> tuple[Any, PaintingCollator]:
+) -> tuple[Any, TextToImageCollator]:
     """The dataset, and the collator that makes its examples a batch."""
     settings = rows.settings
-    encoder = PictureEncoder(pipe, settings.encode_batch_size)
+    encoder = ImagePromptEncoder(pipe, settings.encode_batch_size)
     contexts: Any = encoder.contexts if frozen else _TokenContexts(pipe.processor)
     data: Any
     if settings.cache is not None:
         folder = Path(settings.cache)
         with_contexts = settings.cache_contexts and frozen
         build_cache(folder, pipe, rows, encoder, unreadable, with_contexts)
-        data = CachedPictures(folder, recipe.seed)
+        data = CachedImageDataset(folder, recipe.seed)
         contexts = CachedContexts(folder) if with_contexts else contexts
     elif rows.is_stream:
         seen = 0 if last is None else int(last.name.removeprefix("checkpoint-"))
         seen *= arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        data = CaptionedStream(rows, recipe.seed, unreadable, start=seen)
+        data = CaptionedImageStream(rows, recipe.seed, unreadable, start=seen)
     else:
-        data = CaptionedPictures(rows, recipe.seed, unreadable)
+        data = CaptionedImageDataset(rows, recipe.seed, unreadable)
     conversations: dict = {}
     if recipe.understanding is not None:
         processor = pipe.processor
@@ -481,4 +481,4 @@ def _examples(
             "conversation_collator": ConversationCollator(processor),
             "conversation_share": recipe.understanding.share,
         }
-    return data, PaintingCollator(contexts, recipe.prompt_dropout, encoder.latents, **conversations)
+    return data, TextToImageCollator(contexts, recipe.prompt_dropout, encoder.latents, **conversations)

@@ -17,7 +17,7 @@ from diffusers.utils.torch_utils import get_device
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .tinyworld.demo import save_whole
+from ..files import save_image
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -40,7 +40,7 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def check_picture_folder(folder: Path) -> None:
+def check_image_folder(folder: Path) -> None:
     """
     Raises:
         `ValueError`: if `folder` is a file, or is called like a picture.
@@ -51,14 +51,14 @@ def check_picture_folder(folder: Path) -> None:
         raise ValueError(f"output must be a folder for many prompts, got {str(folder)!r}.")
 
 
-def picture_name(number: int, prompt: str, seed: int, model: str, call: dict[str, Any]) -> str:
+def image_name(number: int, prompt: str, seed: int, model: str, call: dict[str, Any]) -> str:
     """`00003-a-red-circle-5d41402abc4b.png`: the number, the prompt's first words, a digest of all arguments."""
     words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40].strip("-") or "prompt"
     depends_on = json.dumps([prompt, seed, model, call], sort_keys=True)
     return f"{number:05d}-{words}-{hashlib.sha256(depends_on.encode()).hexdigest()[:12]}.png"
 
 
-def paint_prompts(
+def generate_images(
     pipe: Any,
     prompts: list[str],
     folder: Path,
@@ -89,7 +89,7 @@ def paint_prompts(
     Raises:
         `ValueError`: if `folder` is a file, or an argument is not the pipeline's, before anything is written.
     """
-    check_picture_folder(folder)
+    check_image_folder(folder)
     for name, number in (("num_images_per_prompt", num_images_per_prompt), ("batch_size", batch_size)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}.")
@@ -98,7 +98,7 @@ def paint_prompts(
     pipe.to(state.device)
     asked = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
     model = str(pipe.config.get("_name_or_path", ""))
-    paths = [folder / picture_name(i, prompt, seed + i, model, call) for i, prompt in enumerate(asked)]
+    paths = [folder / image_name(i, prompt, seed + i, model, call) for i, prompt in enumerate(asked)]
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     # Before any process paints, all of them have looked: their lists, which are shared out, are the same.
     state.wait_for_everyone()
@@ -110,6 +110,6 @@ def paint_prompts(
             images = pipe([asked[i] for i in batch], generator=generators, **call).images
             folder.mkdir(parents=True, exist_ok=True)
             for i, image in zip(batch, images):
-                save_whole(image, paths[i])
+                save_image(image, paths[i])
     state.wait_for_everyone()
     return len(missing), len(paths) - len(missing)

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from latte_flow_hf.tinyworld.build import hash_parameters
 from latte_flow_hf.training.callbacks import EMACallback, IntervalWarmupCallback
-from latte_flow_hf.training.collator import PaintingCollator, encode_prompts
+from latte_flow_hf.training.collator import TextToImageCollator, encode_prompts
 
 
 class TwoPictures(Dataset):
@@ -45,7 +45,7 @@ def train(model, processor, folder, max_steps, resume=None, more=()):
         model,
         arguments,
         train_dataset=TwoPictures(64),
-        data_collator=PaintingCollator(contexts, 0.1),
+        data_collator=TextToImageCollator(contexts, 0.1),
         callbacks=[EMACallback(0.9), IntervalWarmupCallback(6), *more],
     )
     trainer.train(resume_from_checkpoint=resume)

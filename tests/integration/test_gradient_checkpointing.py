@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from latte_flow_hf.training.collator import PaintingCollator, encode_prompts
+from latte_flow_hf.training.collator import TextToImageCollator, encode_prompts
 
 
 def loss_and_gradients(model, inputs):
@@ -78,7 +78,7 @@ def test_trainer_learns_the_same(model, processor, tmp_path):
         latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         data = [{"latents": item, "prompt": 0} for item in latents] * 3
         calls.append(count_attentions(trained))
-        trainer = Trainer(trained, arguments, train_dataset=data, data_collator=PaintingCollator(contexts, 0.0))
+        trainer = Trainer(trained, arguments, train_dataset=data, data_collator=TextToImageCollator(contexts, 0.0))
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-5)

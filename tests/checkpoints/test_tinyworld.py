@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 from latte_flow_hf import LatteFlowPipeline, tiny_checkpoint
 from latte_flow_hf.evaluation import tinyworld
-from latte_flow_hf.tinyworld.demo import DEMO_PROMPTS, contact_sheet, paint_and_ask
+from latte_flow_hf.evaluation.demo import DEMO_PROMPTS, contact_sheet, generate_and_ask
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_it_computes_in_single_precision_through_every_door(tiny):
 
 
 def test_the_demo_paints_and_answers(tiny):
-    items = [paint_and_ask(tiny, prompt, number) for number, prompt in enumerate(DEMO_PROMPTS)]
+    items = [generate_and_ask(tiny, prompt, number) for number, prompt in enumerate(DEMO_PROMPTS)]
     assert len(items) == 8 and sum(item.painted_right for item in items) >= 7
     right = [answer == asked.answer for item in items for answer, asked in zip(item.answers, item.asked)]
     assert len(right) == 16 and sum(right) >= 14
@@ -102,8 +102,8 @@ missed = pytest.mark.xfail(strict=True, reason="missed: the README's table tells
     ],
 )
 def test_painting_reaches_the_target(tiny, kind, target):
-    prompts = tinyworld.painting_prompts(seed=1)[kind]
-    assert tinyworld.evaluate_painting(tiny, {kind: prompts}, seed=1)[kind]["right"] >= target
+    prompts = tinyworld.generation_prompts(seed=1)[kind]
+    assert tinyworld.evaluate_generation(tiny, {kind: prompts}, seed=1)[kind]["right"] >= target
 
 
 @pytest.mark.slow

@@ -5,16 +5,15 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .digits import DIGIT_NAMES
-from .oracle import shows
-from .questions import QuestionAnswer, parse_prompt
-from .shapes import Scene
+from ..tinyworld.digits import DIGIT_NAMES
+from ..tinyworld.oracle import shows
+from ..tinyworld.questions import QuestionAnswer, parse_prompt
+from ..tinyworld.shapes import Scene
 
 
 DEMO_PROMPTS = (
@@ -57,7 +56,7 @@ def demo_questions(prompt: str) -> list[QuestionAnswer]:
     return [what, QuestionAnswer(asked, f"a {scene.objects[0]}", "relation")]
 
 
-def paint_and_ask(pipe: Any, prompt: str, seed: int) -> DemoItem:
+def generate_and_ask(pipe: Any, prompt: str, seed: int) -> DemoItem:
     """Paint `prompt` with the pipeline's defaults, then ask the same model about the picture."""
     start = time.perf_counter()
     image = pipe(prompt, generator=torch.Generator().manual_seed(seed)).images[0]
@@ -95,10 +94,3 @@ def contact_sheet(items: list[DemoItem], columns: int = 4) -> Image.Image:
             drawing.text((left + 8, y + line), answer, fill=(20, 110, 50) if right else (190, 30, 30), font=plain)
             y += 2 * line
     return sheet
-
-
-def save_whole(image: Image.Image, path: Path) -> None:
-    """Write a picture so that the file appears whole or not at all."""
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    image.save(partial)
-    partial.replace(path)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from latte_flow_hf import LatteFlowPipeline
 from latte_flow_hf.cli import app
-from latte_flow_hf.painting import paint_prompts, picture_name, read_prompts
+from latte_flow_hf.pipelines.batch_generation import generate_images, image_name, read_prompts
 
 
 PROMPTS = ["a red circle", "a blue square", "a red circle", "A red, circle!", "a handwritten seven"]
@@ -45,7 +45,7 @@ def test_each_line_gives_the_picture_of_its_own_seed(pipeline, prompts, tmp_path
 
 
 def test_what_is_there_stays_and_what_is_missing_comes_back(pipe, tmp_path):
-    assert paint_prompts(pipe, PROMPTS, tmp_path / "out", **CALL) == (5, 0)
+    assert generate_images(pipe, PROMPTS, tmp_path / "out", **CALL) == (5, 0)
     before = bytes_of(tmp_path / "out")
     paths = sorted((tmp_path / "out").iterdir())
     # What a kill leaves: pictures that are not there, and half of one under its temporary name.
@@ -53,15 +53,15 @@ def test_what_is_there_stays_and_what_is_missing_comes_back(pipe, tmp_path):
     (tmp_path / "out" / f".{paths[3].stem}.partial.png").write_bytes(paths[3].read_bytes()[:50])
     paths[3].unlink()
     kept = paths[0].stat().st_mtime_ns
-    assert paint_prompts(pipe, PROMPTS, tmp_path / "out", **CALL) == (2, 3)
+    assert generate_images(pipe, PROMPTS, tmp_path / "out", **CALL) == (2, 3)
     assert bytes_of(tmp_path / "out") == before and paths[0].stat().st_mtime_ns == kept
     # More lines leave the first ones alone; several pictures at once are the same up to rounding.
-    assert paint_prompts(pipe, [*PROMPTS, "a cross"], tmp_path / "out", batch_size=3, **CALL) == (1, 5)
+    assert generate_images(pipe, [*PROMPTS, "a cross"], tmp_path / "out", batch_size=3, **CALL) == (1, 5)
     # Anything else is another picture, under a name of its own.
-    assert paint_prompts(pipe, PROMPTS[:1], tmp_path / "out", seed=1, **CALL) == (1, 0)
-    assert paint_prompts(pipe, PROMPTS[1:2], tmp_path / "out", **CALL) == (1, 0)
-    assert paint_prompts(pipe, PROMPTS[:1], tmp_path / "out", **{**CALL, "guidance_scale": 2.0}) == (1, 0)
-    assert paint_prompts(pipe, PROMPTS[:1], tmp_path / "out", num_images_per_prompt=2, **CALL) == (1, 1)
+    assert generate_images(pipe, PROMPTS[:1], tmp_path / "out", seed=1, **CALL) == (1, 0)
+    assert generate_images(pipe, PROMPTS[1:2], tmp_path / "out", **CALL) == (1, 0)
+    assert generate_images(pipe, PROMPTS[:1], tmp_path / "out", **{**CALL, "guidance_scale": 2.0}) == (1, 0)
+    assert generate_images(pipe, PROMPTS[:1], tmp_path / "out", num_images_per_prompt=2, **CALL) == (1, 1)
 
 
 def test_two_processes_paint_the_bytes_of_one(pipeline, prompts, tmp_path):
@@ -117,13 +117,13 @@ def test_bad_input_is_refused_before_a_model_is_loaded(arguments, words, prompts
 def test_what_the_pipeline_refuses_writes_nothing(pipe, tmp_path):
     for change in ({"num_inference_steps": 0}, {"height": 30}, {"batch_size": 0}, {"num_images_per_prompt": 0}):
         with pytest.raises(ValueError, match=next(iter(change))):
-            paint_prompts(pipe, PROMPTS, tmp_path / "out", **{**CALL, **change})
+            generate_images(pipe, PROMPTS, tmp_path / "out", **{**CALL, **change})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_names_are_short_safe_and_never_the_same():
     hostile = ["../../etc/passwd", "a" * 500, "été — 赤い丸", "???", ""]
-    names = [picture_name(i, prompt, i, "model", CALL) for i, prompt in enumerate([*PROMPTS, *hostile])]
+    names = [image_name(i, prompt, i, "model", CALL) for i, prompt in enumerate([*PROMPTS, *hostile])]
     assert len(set(names)) == len(names)
     assert all(len(name.encode()) < 200 and "/" not in name and not name.startswith(".") for name in names)
-    assert names[0] == picture_name(0, PROMPTS[0], 0, "model", dict(reversed(CALL.items())))
+    assert names[0] == image_name(0, PROMPTS[0], 0, "model", dict(reversed(CALL.items())))

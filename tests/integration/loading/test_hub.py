@@ -1,7 +1,7 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """To a hub and back, and without the package: in other processes, since huggingface_hub reads its environment once.
 
-The hub is `tests/hub_server.py` on loopback; huggingface_hub's own client talks to it.
+The hub is `hub_server.py` on loopback; huggingface_hub's own client talks to it.
 """
 
 import ast
@@ -268,8 +268,8 @@ def test_publishing_again_leaves_nothing_that_would_be_loaded_instead(hub, saved
     said = run_child(REPUBLISH, saved, sharded, damaged, other, tmp_path / "headless", **hub.environment)
     assert (
         said.count("refused") == 6
-        and "holds no vae" in said
-        and "model.safetensors are cut off" in said
+        and "has no vae" in said
+        and "model.safetensors is truncated" in said
         and "FluxPipeline" in said
     )
     assert "user/again is public" in said and "user/never" not in hub.heads

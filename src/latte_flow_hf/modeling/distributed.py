@@ -13,7 +13,7 @@ from torch import distributed
 from torch.utils.data import get_worker_info
 
 
-def own_process() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """Which process this is, from 0, and how many there are: (0, 1) if there is no process group."""
     # A data loader's worker inherits the group, but cannot speak in it.
     if not distributed.is_available() or not distributed.is_initialized() or get_worker_info() is not None:
@@ -21,15 +21,15 @@ def own_process() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def own_rows(every: torch.Tensor) -> torch.Tensor:
+def local_rows(every: torch.Tensor) -> torch.Tensor:
     """(processes * B, ...) -> (B, ...), the rows of this process."""
-    index, count = own_process()
+    index, count = rank_and_world_size()
     return every.chunk(count)[index]
 
 
-def of_all(own: list) -> list:
+def all_gather_list(own: list) -> list:
     """The lists of all processes, joined in their order; each of them must ask."""
-    _, count = own_process()
+    _, count = rank_and_world_size()
     if count == 1:
         return own
     parts: list[Any] = [None] * count
