@@ -38,9 +38,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from ..files import check_files, read_json
 from .adapters import check_adapter
 from .configuration_latte_flow import LatteFlowConfig
+from .distributed import all_gather_list, local_rows, rank_and_world_size
 from .expert_offload import ExpertOffload
 from .flow_matching import draw_expert_sigmas, expert_of_sigma, interpolate, velocity_loss, velocity_target
-from .processes import all_gather_list, local_rows, rank_and_world_size
 
 
 @dataclass
