@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from latte_flow_hf.modeling.modeling_latte_flow import LatteFlowContext
+from latte_flow_hf.modeling.context import LatteFlowContext
 
 
 TIMESTEPS = (1000.0, 990.0, 730.0, 600.0, 499.0, 210.0, 20.0)

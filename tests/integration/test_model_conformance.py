@@ -617,7 +617,7 @@ def test_checkpoint_of_another_kind_is_refused(backbone, tmp_path):
 
 
 def test_nothing_to_learn_from_is_refused(model, inputs):
-    empty = model.encode_context(**inputs).rows(torch.tensor([], dtype=torch.long))
+    empty = model.encode_context(**inputs).select(torch.tensor([], dtype=torch.long))
     with pytest.raises(ValueError, match=r"latents must .*got \(0, 4, 4, 4\)"):
         model(latents=noise(0, 4, 4, 4), context=empty)
     with pytest.raises(ValueError, match=r"latents must .*got \(0, 4, 4, 4\)"):

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from latte_flow_hf import LatteFlowPipeline, LatteFlowPipelineOutput, LatteFlowScheduler
-from latte_flow_hf.modeling.modeling_latte_flow import LatteFlowContext
+from latte_flow_hf.modeling.context import LatteFlowContext
 
 
 PROMPT = "a red circle"
@@ -240,7 +240,7 @@ def test_encoding_apart_gives_the_same_picture(pipe, prefills, guidance_scale):
     alone = paint(pipe, None, context=context, **{**arguments, "generator": seeded()})
     assert torch.equal(alone, expected)
     if guided:
-        one = negative.rows(torch.tensor([0]))
+        one = negative.select(torch.tensor([0]))
         alone = paint(pipe, None, context=context, negative_context=one, **{**arguments, "generator": seeded()})
         assert torch.equal(alone, expected)
 
@@ -253,8 +253,8 @@ def test_several_images_of_a_context(pipe):
 
 def test_contexts_are_checked(pipe, prefills):
     context, negative = pipe.encode_prompt(PROMPTS)
-    none = context.rows(torch.tensor([], dtype=torch.long))
-    three = LatteFlowContext.cat([negative, negative.rows(torch.tensor([0]))])
+    none = context.select(torch.tensor([], dtype=torch.long))
+    three = LatteFlowContext.cat([negative, negative.select(torch.tensor([0]))])
     prefills.clear()
     for arguments, message in (
         ({"prompt": PROMPT, "context": context}, "give either `prompt` or `messages`, or `context`"),

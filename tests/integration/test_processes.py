@@ -144,7 +144,7 @@ def test_the_mean_over_processes_is_the_loss_of_one(
 
     def loss(rows: slice) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         model.zero_grad()
-        part = context.rows(torch.arange(len(prompts))[rows])
+        part = context.select(torch.arange(len(prompts))[rows])
         total, experts = model.flow_loss(latents[rows], part, generator=torch.Generator().manual_seed(1))
         total.backward()
         # Every weight is reached by every process, or the others would wait for it.

@@ -11,7 +11,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from latte_flow_hf import LatteFlowScheduler
-from latte_flow_hf.modeling.modeling_latte_flow import LatteFlowContext, LatteFlowTower, one_pass_attention
+from latte_flow_hf.modeling.attention import residual_scores_attention as one_pass_attention
+from latte_flow_hf.modeling.context import LatteFlowContext
+from latte_flow_hf.modeling.modeling_latte_flow import LatteFlowTower
 
 
 PROMPTS = ["a red circle", "a small blue square above a handwritten seven", "a cross"]
@@ -74,7 +76,7 @@ def test_pictures_that_share_a_prompt_equal_those_that_do_not(make_model, encode
     model.set_attn_implementation(attention)
     context = model.encode_context(**encode(*PROMPTS[:2]))
     latents = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    apart = context.rows(torch.tensor([0, 0, 0, 1, 1, 1]))
+    apart = context.select(torch.tensor([0, 0, 0, 1, 1, 1]))
     with torch.no_grad():
         for timestep in (900.0, 100.0):
             found, expected = (model.predict_velocity(latents, timestep, c) for c in (context, apart))

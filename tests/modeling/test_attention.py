@@ -41,7 +41,7 @@ def one_expert(request, make_model):
 def context(request, one_expert, encode):
     one_expert.set_attn_implementation("eager")
     context = one_expert.encode_context(**encode(*PROMPTS[request.param]))
-    assert context.padded == (request.param == "padded")
+    assert context.has_padding == (request.param == "padded")
     return context
 
 
@@ -54,9 +54,9 @@ def test_eager_sees_its_residual_and_its_padding(make_model, encode):
     model = make_model(num_experts=1)
     context = model.encode_context(**encode(*PROMPTS["padded"]))
     right = velocity(model, context, "eager")
-    context.padded = False
+    context.has_padding = False
     assert (velocity(model, context, "eager") - right).abs().max() > 1e-2
-    context.padded = True
+    context.has_padding = True
     for layer in model.tower.layers[1:]:
         layer.self_attn.residual_gate.weight.data.zero_()
         layer.self_attn.residual_gate.bias.data.zero_()

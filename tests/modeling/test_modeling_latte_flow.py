@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from latte_flow_hf import LatteFlowConfig, LatteFlowForConditionalGeneration, LatteFlowProcessor
+from latte_flow_hf.modeling.context import LatteFlowContext
 from latte_flow_hf.modeling.flow_matching import draw_expert_sigmas
-from latte_flow_hf.modeling.modeling_latte_flow import LatteFlowContext
 
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -215,7 +215,7 @@ def test_expert_reads_the_backbone_s_keys_of_its_own_layers_only(model, context,
     elsewhere = [torch.full_like(k, float("nan")) for k in context.keys]
     keys = tuple(k if i in layers else nan for i, (k, nan) in enumerate(zip(context.keys, elsewhere)))
     values = tuple(v if i in layers else nan for i, (v, nan) in enumerate(zip(context.values, elsewhere)))
-    partial = LatteFlowContext(keys, values, context.attention_mask, context.next_position, context.padded)
+    partial = LatteFlowContext(keys, values, context.attention_mask, context.next_position, context.has_padding)
     latents = noise(2, 4, 4, 4)
     expected = model.predict_velocity(latents, timestep, context)
     assert torch.equal(model.predict_velocity(latents, timestep, partial), expected)
@@ -405,7 +405,7 @@ def test_context_is_the_stock_prefill_s_cache(model, backbone, encode, picture, 
     context = model.encode_context(**inputs)
     with torch.no_grad():
         cache = backbone(**inputs, past_key_values=DynamicCache(), use_cache=True).past_key_values
-    assert len(context.keys) == 4 and len(context) == 1 and not context.padded
+    assert len(context.keys) == 4 and len(context) == 1 and not context.has_padding
     for layer, keys, values in zip(cache.layers, context.keys, context.values, strict=True):
         assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
     # The first free position is where the backbone itself would go on.
@@ -430,15 +430,15 @@ def test_batch_equals_its_items_one_by_one(model, encode, timestep):
     prompts = ["a red circle", "a cross", "a small blue square above a handwritten seven"]
     latents = noise(3, 4, 4, 4)
     together = model.encode_context(**encode(*prompts))
-    assert together.padded
+    assert together.has_padding
     batch = model.predict_velocity(latents, timestep, together)
     for row, prompt in enumerate(prompts):
         alone = model.encode_context(**encode(prompt))
-        assert not alone.padded and together.next_position[row] == alone.next_position[0]
+        assert not alone.has_padding and together.next_position[row] == alone.next_position[0]
         single = model.predict_velocity(latents[row : row + 1], timestep, alone)
         torch.testing.assert_close(batch[row : row + 1], single, **CLOSE)
     # Prompts matter at all.
-    swapped = model.predict_velocity(latents, timestep, together.rows(torch.tensor([2, 0, 1])))
+    swapped = model.predict_velocity(latents, timestep, together.select(torch.tensor([2, 0, 1])))
     assert (swapped - batch).abs().max() > 1e-2
 
 
@@ -485,7 +485,7 @@ def test_missing_mask_means_no_padding(model, encode):
     inputs = encode("a red circle")
     one, other = model.encode_context(**inputs), model.encode_context(inputs["input_ids"])
     assert all(torch.equal(a, b) for a, b in zip(one.keys + one.values, other.keys + other.values))
-    assert torch.equal(one.next_position, other.next_position) and not other.padded
+    assert torch.equal(one.next_position, other.next_position) and not other.has_padding
 
 
 @torch.no_grad()
@@ -551,8 +551,8 @@ def test_latents_positions_continue_after_the_prompt(make_model, encode, picture
 @torch.no_grad()
 def test_rows_choose_prompts_in_order(model, context):
     index = torch.tensor([1, 0, 1])
-    chosen = context.rows(index)
-    assert len(chosen) == 3 and chosen.padded
+    chosen = context.select(index)
+    assert len(chosen) == 3 and chosen.has_padding
     for name in ("keys", "values"):
         for new, old in zip(getattr(chosen, name), getattr(context, name), strict=True):
             assert torch.equal(new, old[index])
@@ -572,7 +572,7 @@ def test_cat_joins_contexts_of_different_lengths(model, encode, picture):
     ]
     joined = LatteFlowContext.cat(parts)
     lengths = [part.attention_mask.shape[1] for part in parts]
-    assert len(joined) == 4 and joined.padded
+    assert len(joined) == 4 and joined.has_padding
     assert joined.attention_mask.shape[1] == max(lengths)
     assert joined.attention_mask.sum(1).tolist() == [n for part in parts for n in part.attention_mask.sum(1).tolist()]
     # On the left: every prompt ends in the last column.
@@ -585,7 +585,7 @@ def test_cat_joins_contexts_of_different_lengths(model, encode, picture):
 def test_cat_knows_when_nothing_is_padded(model, encode):
     part = model.encode_context(**encode("a cross"))
     joined = LatteFlowContext.cat([part, part])
-    assert not joined.padded and len(joined) == 2
+    assert not joined.has_padding and len(joined) == 2
     assert all(torch.equal(keys, torch.cat([old, old])) for keys, old in zip(joined.keys, part.keys))
 
 
@@ -653,7 +653,7 @@ def test_flow_loss_is_the_sum_over_experts_recomputed(model, encode, batch):
             sigma = draw_expert_sigmas(len(rows), (high, low), generator)
             s = sigma[:, None, None, None]
             noisy = (1 - s) * data[rows] + s * start[rows]
-            velocity = model.predict_velocity(noisy, 1000 * sigma, context.rows(rows))
+            velocity = model.predict_velocity(noisy, 1000 * sigma, context.select(rows))
             expected.append((velocity - (start[rows] - data[rows])).square().mean().item())
     assert output.expert_losses.tolist() == pytest.approx(expected, rel=1e-5)
     assert output.flow_loss.item() == pytest.approx(sum(expected), rel=1e-5)

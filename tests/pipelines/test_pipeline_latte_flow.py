@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from latte_flow_hf import LatteFlowPipeline, LatteFlowPipelineOutput, LatteFlowScheduler
-from latte_flow_hf.modeling.modeling_latte_flow import LatteFlowContext
+from latte_flow_hf.modeling.context import LatteFlowContext
 
 
 PROMPT = "a red circle"

@@ -151,7 +151,7 @@ def test_the_stock_trainer_trains_and_saves_an_ordinary_adapter(wrap, four, cont
     with torch.no_grad():
         for expert, timestep in enumerate((900.0, 700.0, 400.0, 100.0)):
             outputs = [
-                m.eval().predict_velocity(latents, timestep, contexts.rows(index))
+                m.eval().predict_velocity(latents, timestep, contexts.select(index))
                 for m in (inner, reloaded, by_transformers, base)
             ]
             assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
@@ -185,7 +185,7 @@ def test_no_compute_goes_to_frozen_experts(batch_size, four, contexts, count_lay
     monkeypatch.setattr(model, "predict_velocity", spy)
     latents = torch.randn(batch_size, 4, 8, 8)
     with count_layers(model) as calls:
-        loss, expert_losses = model.flow_loss(latents, contexts.rows(torch.zeros(batch_size, dtype=torch.int64)))
+        loss, expert_losses = model.flow_loss(latents, contexts.select(torch.zeros(batch_size, dtype=torch.int64)))
     assert dict(calls) == {1: 1, 3: 1}
     assert [expert for expert, _ in seen] == [1, 3]
     for expert, timesteps in seen:
@@ -273,8 +273,8 @@ def test_an_adapter_folder_loads_with_its_base_model(four, contexts, tmp_path):
     loaded = LatteFlowForConditionalGeneration.from_pretrained(tmp_path / "adapter")
     latents, index = torch.randn(1, 4, 8, 8), torch.tensor([0])
     with torch.no_grad():
-        expected = adapted.get_base_model().eval().predict_velocity(latents, 700.0, contexts.rows(index))
-        assert torch.equal(loaded.predict_velocity(latents, 700.0, contexts.rows(index)), expected)
+        expected = adapted.get_base_model().eval().predict_velocity(latents, 700.0, contexts.select(index))
+        assert torch.equal(loaded.predict_velocity(latents, 700.0, contexts.select(index)), expected)
 
 
 def test_the_guide_runs(tmp_path, monkeypatch):

@@ -16,7 +16,8 @@ from transformers import AutoConfig
 
 from ..files import check_files
 from ..modeling.configuration_latte_flow import LatteFlowConfig
-from ..modeling.modeling_latte_flow import LatteFlowContext, LatteFlowForConditionalGeneration
+from ..modeling.context import LatteFlowContext
+from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from ..pipelines.pipeline_latte_flow import encode_pixels, spatial_compression
 from .plan import Weights
 from .streaming import StoredTensor, check_tensors, module_tensors, read_weights
@@ -192,7 +193,9 @@ def one_velocity(config: LatteFlowConfig, tensors: dict[str, StoredTensor]) -> s
     shape = (1, attention.num_heads // attention.num_key_value_groups, 4, attention.head_dim)
     states = torch.randn(shape, generator=generator).to(dtype)
     layers = (states,) * config.text_config.num_hidden_layers
-    context = LatteFlowContext(layers, layers, torch.ones(1, 4, dtype=torch.bool), torch.tensor([4]), padded=False)
+    context = LatteFlowContext(
+        layers, layers, torch.ones(1, 4, dtype=torch.bool), torch.tensor([4]), has_padding=False
+    )
     side = 2 * config.latent_patch_size
     latents = torch.randn(1, config.latent_channels, side, side, generator=generator).to(dtype)
     with torch.no_grad():

@@ -6,13 +6,14 @@ Shapes: `data`, `noise`, `noisy` and velocities are (batch, ...); `sigma` is (ba
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import nn
 
 
-# Sigmas reach us as float32 and through `timestep = 1000 * sigma`: what is this close to a boundary is on it.
+# Sigmas arrive in float32 and through `timestep = 1000 * sigma`: a sigma this close to a boundary is on it.
 BOUNDARY_TOLERANCE = 1e-5
 
 TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
@@ -30,7 +31,7 @@ def velocity_target(data: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 def data_from_velocity(noisy: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
-    """Where the path through `noisy` starts: data = x_sigma - sigma * velocity."""
+    """The data end of the path through `noisy`: data = x_sigma - sigma * velocity."""
     return noisy - _per_example(sigma, noisy) * velocity
 
 
@@ -40,7 +41,7 @@ def velocity_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor
 
 
 def uniform_boundaries(num_experts: int) -> list[float]:
-    """K + 1 evenly spaced sigmas from 1 to 0. (Chosen: the sources do not say how the intervals are laid.)"""
+    """K + 1 evenly spaced sigmas from 1 to 0. (Chosen: the sources do not give the intervals.)"""
     return [1.0 - k / num_experts for k in range(num_experts)] + [0.0]
 
 
@@ -56,7 +57,7 @@ def check_boundaries(boundaries: Sequence[float], num_experts: int) -> list[floa
         num_experts = max(num_experts, 1)
         raise ValueError(
             f"expert_boundaries must be {num_experts + 1} strictly falling sigmas from 1 to 0 for {num_experts} "
-            f"expert(s), got {list(boundaries)}; {uniform_boundaries(num_experts)} would do."
+            f"expert(s), got {list(boundaries)}; use {uniform_boundaries(num_experts)} instead, for example."
         )
     return found
 
@@ -64,8 +65,8 @@ def check_boundaries(boundaries: Sequence[float], num_experts: int) -> list[floa
 def expert_of_sigma(sigma: float, boundaries: Sequence[float], ends_step: bool = False) -> int:
     """The expert k with boundaries[k] >= sigma > boundaries[k + 1]; the last one owns 0 too.
 
-    A solver step that starts on a boundary runs below it, hence belongs to the expert below; an evaluation where a
-    step ends (`ends_step`, a corrector's) belongs to the expert above.
+    A solver step that starts on a boundary runs below it, so it belongs to the expert below. An evaluation at the end
+    of a step (`ends_step`, the corrector of a second-order solver) belongs to the expert above.
 
     Raises:
         `ValueError`: if sigma is not in [0, 1].
@@ -78,39 +79,101 @@ def expert_of_sigma(sigma: float, boundaries: Sequence[float], ends_step: bool =
 
 
 def draw_expert_sigmas(
-    count: int,
+    num_sigmas: int,
     interval: tuple[float, float],
     generator: torch.Generator | None = None,
     sampling: str = "uniform",
 ) -> torch.Tensor:
-    """`count` sigmas of one expert, stratified: the j-th falls into the j-th of `count` parts of equal probability.
+    """Stratified sigmas of one expert: the j-th of n lies in the j-th of n parts of equal probability.
 
-    uniform: sigma_j = high - (high - low) * (j + u_j) / count with u_j uniform in [0, 1), so high >= sigma > low.
+    uniform: sigma_j = high - (high - low) * (j + u_j) / n with u_j uniform in [0, 1), so high >= sigma > low.
 
-    logit_normal: sigma_j = F^-1(F(high) - (F(high) - F(low)) * (j + u_j) / count), F the distribution of a sigma whose
-    logit is standard normal. (Chosen: the density of Stable Diffusion 3, cut to the interval, so that inside it each
-    expert sees what one network for all timesteps would see there.)
+    logit_normal: sigma_j = F^-1(F(high) - (F(high) - F(low)) * (j + u_j) / n), F being the distribution function of a
+    sigma whose logit is standard normal. (Chosen: the density of Stable Diffusion 3, restricted to the interval, so
+    that each expert sees what one network for all timesteps would see there.)
 
     Args:
-        count (`int`): how many.
+        num_sigmas (`int`): n.
         interval (`tuple[float, float]`): the expert's boundaries, (high, low).
-        generator (`torch.Generator`, *optional*): where the randomness comes from.
-        sampling (`str`, defaults to `"uniform"`): or `"logit_normal"`.
+        generator (`torch.Generator`, *optional*): source of the randomness.
+        sampling (`str`, defaults to `"uniform"`): `"uniform"` or `"logit_normal"`.
 
     Returns:
-        `torch.Tensor` of shape (count,), float32, falling, on the generator's device (the CPU without one).
+        `torch.Tensor` of shape (n,), float32, falling, on the generator's device (the CPU without one).
     """
     high, low = interval
     device = None if generator is None else generator.device
-    uniform = torch.rand(count, generator=generator, device=device)
-    part = torch.arange(count, device=device) + uniform
+    uniform = torch.rand(num_sigmas, generator=generator, device=device)
+    part = torch.arange(num_sigmas, device=device) + uniform
     if sampling == "logit_normal":
         top, bottom = torch.special.ndtr(torch.tensor(interval, dtype=torch.float64).logit()).tolist()
-        sigma = torch.special.ndtri(top - (top - bottom) * part.double() / count).sigmoid().float()
+        sigma = torch.special.ndtri(top - (top - bottom) * part.double() / num_sigmas).sigmoid().float()
     else:
-        sigma = high - (high - low) * part / count
+        sigma = high - (high - low) * part / num_sigmas
     # In float32 the last part can round to `low` itself, which belongs to the next expert.
     return sigma.clamp(min=low + BOUNDARY_TOLERANCE, max=high)
+
+
+@dataclass(frozen=True)
+class ExpertExamples:
+    """The examples of a batch that one expert learns from.
+
+    Args:
+        expert (`int`): the expert.
+        indices (`torch.Tensor`): (n,), int64, rows of this process's batch.
+        sigma (`torch.Tensor`): (n,), float32, the sigma of each, in the expert's interval.
+        weight (`float`): factor of their mean loss, so that the mean over processes is the mean over all examples.
+    """
+
+    expert: int
+    indices: torch.Tensor
+    sigma: torch.Tensor
+    weight: float
+
+
+def assign_examples_to_experts(
+    batch_size: int,
+    experts: Sequence[int],
+    boundaries: Sequence[float],
+    interval_overlap: float = 0.0,
+    sampling: str = "uniform",
+    generator: torch.Generator | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[ExpertExamples]:
+    """Split the batch of all processes over the experts, and draw the sigma of each example.
+
+    Example i of the global batch goes to expert number i mod len(experts). (Chosen: a step then costs what one expert
+    costs.) A global batch smaller than the number of experts is repeated from its start, so that every expert gets an
+    example. Each process draws all sigmas from the same random state and keeps those of its own rows.
+
+    Args:
+        batch_size (`int`): rows of this process's batch; the same in every process.
+        experts (`list[int]`): the experts that learn.
+        boundaries (`list[float]`): K + 1 falling sigmas from 1 to 0.
+        interval_overlap (`float`, defaults to 0): widens each interval to (1 - overlap) times its lower end.
+        sampling (`str`, defaults to `"uniform"`): see `draw_expert_sigmas`.
+        generator (`torch.Generator`, *optional*): source of the randomness, in the same state in every process.
+        rank, world_size (`int`): this process, and the number of processes.
+
+    Returns:
+        `list[ExpertExamples]`: one entry for each expert. An expert without an example in this process gets row 0 with
+        weight 0, so that every process has gradients for the same weights.
+    """
+    num_examples = world_size * batch_size
+    rows = torch.arange(max(num_examples, len(experts))) % num_examples
+    assigned = []
+    for position, expert in enumerate(experts):
+        expert_rows = rows[position :: len(experts)]
+        interval = (boundaries[expert], boundaries[expert + 1] * (1.0 - interval_overlap))
+        sigma = draw_expert_sigmas(len(expert_rows), interval, generator, sampling)
+        local = (expert_rows // batch_size == rank).nonzero().squeeze(1)
+        weight = world_size * len(local) / len(expert_rows)
+        if len(local) == 0:
+            local = torch.zeros(1, dtype=torch.int64)
+        indices = expert_rows[local] % batch_size
+        assigned.append(ExpertExamples(expert, indices, sigma[local.to(sigma.device)], weight))
+    return assigned
 
 
 def _per_example(sigma: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor | float:

@@ -24,8 +24,8 @@ from PIL import Image
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from ..files import check_files, read_json
+from ..modeling.context import LatteFlowContext
 from ..modeling.expert_offload import ExpertOffload
-from ..modeling.modeling_latte_flow import LatteFlowContext, LatteFlowSteps
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
 from .lora import LatteFlowLoraMixin
 from .pipeline_output import LatteFlowPipelineOutput
@@ -306,7 +306,7 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
             else:
                 negative = self._encode(self._conversations(negative_prompt, None, None))
             if len(negative) < len(context):
-                negative = negative.rows(torch.zeros(len(context), dtype=torch.long, device=self._execution_device))
+                negative = negative.select(torch.zeros(len(context), dtype=torch.long, device=self._execution_device))
         return context, negative
 
     def _conversations(self, prompt: str | list[str] | None, image: Any, messages: list | None) -> list[list[dict]]:
@@ -492,7 +492,8 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
         )
         # Several pictures of a prompt share its context; the steps, what depends on none of them.
         both = None if negative is None else LatteFlowContext.cat([negative, context])
-        steps = LatteFlowSteps(timesteps, experts)
+        layout = self.model.latent_layout(latents, context)
+        both_layout = None if both is None else self.model.latent_layout(torch.cat([latents, latents]), both)
 
         # 4. Denoise
         unconditional = conditional = None
@@ -501,22 +502,25 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
                 if self._interrupt:
                     continue
                 progress.set_description(f"expert {expert} of {self.model.config.num_experts}")
-                steps.current, self._expert = step, expert
-                of_call = {"expert": expert, "steps": steps}
+                if step == 0 or expert != experts[step - 1]:
+                    first_step = step
+                    of_expert = [t for t, owner in zip(timesteps, experts) if owner == expert]
+                    modulations = self.model.modulate(torch.stack(of_expert), expert)
+                self._expert = expert
+                modulation = modulations[step - first_step]
                 if guided[step] and self.do_classifier_free_guidance:
-                    velocity = self.model.predict_velocity(torch.cat([latents, latents]), timestep, both, **of_call)
+                    velocity = self.model.predict_velocity(
+                        torch.cat([latents, latents]), timestep, both, expert, modulation, both_layout
+                    )
                     unconditional, conditional = velocity.chunk(2)
                     velocity = unconditional + self.guidance_scale * (conditional - unconditional)
                 else:
-                    velocity = self.model.predict_velocity(latents, timestep, context, **of_call)
+                    velocity = self.model.predict_velocity(latents, timestep, context, expert, modulation, layout)
                 latents = self.scheduler.step(velocity, timestep, latents, **drawn_from, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     latents = (callback_on_step_end(self, step, timestep, tensors) or {}).pop("latents", latents)
                 progress.update()
-
-        if self.model.tower.expert_offload is not None:
-            self.model.tower.expert_offload.release_all()
 
         # 5. Decode
         if unconditional is not None and torch.equal(unconditional, conditional):

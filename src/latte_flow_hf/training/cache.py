@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..modeling.modeling_latte_flow import LatteFlowContext
+from ..modeling.context import LatteFlowContext
 from .collator import ImagePromptEncoder
 from .data import ImageRows, UnreadableImageError, UnreadableImages, example_seed
 
@@ -274,4 +274,4 @@ class CachedContexts:
         keys, values = (self._open[path].get_tensor(f"{row}.{name}") for name in ("keys", "values"))
         mask = torch.ones(1, keys.shape[-2], dtype=torch.bool)
         next_position = self._open[path].get_tensor(f"{row}.next_position")
-        return LatteFlowContext(tuple(keys), tuple(values), mask, next_position, padded=False)
+        return LatteFlowContext(tuple(keys), tuple(values), mask, next_position, has_padding=False)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ..modeling.context import LatteFlowContext
 from ..modeling.distributed import all_gather_list, local_rows, rank_and_world_size
-from ..modeling.modeling_latte_flow import LatteFlowContext
 
 
 @dataclass
@@ -92,7 +92,7 @@ class TextToImageCollator:
             batch["latents"] = self.encoder([example["image"] for example in examples])
         if isinstance(self.contexts, LatteFlowContext):
             rows = torch.tensor(prompts).masked_fill(dropped, len(self.contexts) - 1)
-            batch["context"] = self.contexts.rows(rows.to(self.contexts.next_position.device))
+            batch["context"] = self.contexts.select(rows.to(self.contexts.next_position.device))
         else:
             batch["context"] = self.contexts(["" if drop else prompt for drop, prompt in zip(dropped, prompts)])
         if "name" in examples[0]:

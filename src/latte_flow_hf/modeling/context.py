@@ -1,0 +1,182 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""The encoded prompt: what one prefill of the frozen backbone leaves for the generation tower.
+
+Shapes: P prompts, G key-value heads, T prompt tokens, d head size.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+
+@dataclass
+class LatteFlowContext:
+    """The keys and values of the prompts in every decoder layer, from one prefill; reused at every sampling step.
+
+    P prompts can serve m * P images: the first m images belong to the first prompt, and so on. The keys and values
+    are not copied for that.
+
+    Args:
+        keys, values (`tuple[torch.Tensor, ...]`): per decoder layer (P, G, T, d); keys carry their rotary position.
+        attention_mask (`torch.Tensor`): (P, T), bool, `False` at padding.
+        next_position (`torch.Tensor`): (P,), the first rotary position after the prompt.
+        has_padding (`bool`): whether any element of the mask is `False`. Stored, so that no step has to synchronize
+            with the device to find out.
+    """
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+    attention_mask: torch.Tensor
+    next_position: torch.Tensor
+    has_padding: bool
+
+    def __len__(self) -> int:
+        return self.next_position.shape[0]
+
+    def select(self, index: torch.Tensor) -> "LatteFlowContext":
+        """The prompts at `index` (int64, shape (n,)), in that order; an index may occur several times."""
+        return LatteFlowContext(
+            tuple(keys.index_select(0, index) for keys in self.keys),
+            tuple(values.index_select(0, index) for values in self.values),
+            self.attention_mask.index_select(0, index),
+            self.next_position.index_select(0, index),
+            self.has_padding,
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "LatteFlowContext":
+        """The same prompts on another device. accelerate's data loaders move batches with this method."""
+        return LatteFlowContext(
+            tuple(keys.to(device, non_blocking=non_blocking) for keys in self.keys),
+            tuple(values.to(device, non_blocking=non_blocking) for values in self.values),
+            self.attention_mask.to(device, non_blocking=non_blocking),
+            self.next_position.to(device, non_blocking=non_blocking),
+            self.has_padding,
+        )
+
+    def split(self) -> list["LatteFlowContext"]:
+        """Each prompt as a context of its own, without its left padding. The inverse of `cat`."""
+        contexts = []
+        for row, length in enumerate(self.attention_mask.sum(dim=1).tolist()):
+            tokens = slice(self.attention_mask.shape[1] - length, None)
+            contexts.append(
+                LatteFlowContext(
+                    tuple(keys[row : row + 1, :, tokens] for keys in self.keys),
+                    tuple(values[row : row + 1, :, tokens] for values in self.values),
+                    self.attention_mask[row : row + 1, tokens],
+                    self.next_position[row : row + 1],
+                    has_padding=False,
+                )
+            )
+        return contexts
+
+    @classmethod
+    def cat(cls, contexts: Sequence["LatteFlowContext"]) -> "LatteFlowContext":
+        """The prompts of several contexts in one batch, padded on the left to the longest."""
+        length = max(context.attention_mask.shape[1] for context in contexts)
+
+        def pad_left(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+            shape = list(tensor.shape)
+            shape[dim] = length - shape[dim]
+            return torch.cat([tensor.new_zeros(shape), tensor], dim=dim) if shape[dim] else tensor
+
+        def cat_layers(name: str) -> tuple[torch.Tensor, ...]:
+            layers = zip(*(getattr(context, name) for context in contexts))
+            return tuple(torch.cat([pad_left(states, 2) for states in layer]) for layer in layers)
+
+        return cls(
+            cat_layers("keys"),
+            cat_layers("values"),
+            torch.cat([pad_left(context.attention_mask, 1) for context in contexts]),
+            torch.cat([context.next_position for context in contexts]),
+            any(context.has_padding or context.attention_mask.shape[1] < length for context in contexts),
+        )
+
+
+def check_prompts(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+    """
+    Raises:
+        `ValueError`: if `input_ids` are not the tokens of prompts (P, T), or `attention_mask` has another shape.
+    """
+    if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
+        found = None if input_ids is None else tuple(input_ids.shape)
+        raise ValueError(f"input_ids must be the tokens of the prompts, (batch, length), got {found}.")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}, got "
+            f"{tuple(attention_mask.shape)}."
+        )
+
+
+def prefill_context(
+    vlm: PreTrainedModel,
+    has_mrope: bool,
+    input_ids: torch.LongTensor,
+    attention_mask: torch.Tensor | None = None,
+    mm_token_type_ids: torch.Tensor | None = None,
+    num_layers: int | None = None,
+    **vision_inputs: torch.Tensor | None,
+) -> LatteFlowContext:
+    """Run the backbone once over the prompts and keep its cache.
+
+    `vlm` is the backbone, and `has_mrope` tells whether its positions have three axes. Other arguments and errors are
+    those of [`~LatteFlowForConditionalGeneration.encode_context`].
+    """
+    check_prompts(input_ids, attention_mask)
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    has_images = vision_inputs.get("image_grid_thw") is not None
+    if has_images and mm_token_type_ids is None:
+        raise ValueError("mm_token_type_ids must be given with images, as the processor returns it; got None.")
+    vision_inputs.pop("use_cache", None)  # A context is a cache, also where a training loop wants none.
+    for name in ("inputs_embeds", "position_ids", "past_key_values"):
+        if vision_inputs.pop(name, None) is not None:
+            raise ValueError(f"{name} must not be given: a context is made from the tokens of the prompts alone.")
+    if has_images:
+        position_ids, _ = vlm.model.get_rope_index(
+            input_ids,
+            mm_token_type_ids=mm_token_type_ids,
+            image_grid_thw=vision_inputs["image_grid_thw"],
+            attention_mask=attention_mask,
+        )
+    else:
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        if has_mrope:
+            position_ids = position_ids.expand(3, -1, -1)
+    # A cache without a configuration keeps all keys, also in layers with a sliding window.
+    cache = DynamicCache()
+    with _first_layers(vlm.get_decoder(), num_layers):
+        # The whole backbone, since off-loading hooks its `forward`. The language head sees one token.
+        vlm(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            mm_token_type_ids=mm_token_type_ids,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **vision_inputs,
+        )
+    last_position = position_ids.amax(dim=0) if position_ids.ndim == 3 else position_ids
+    last_position = last_position.masked_fill(attention_mask == 0, -1).amax(dim=-1)
+    return LatteFlowContext(
+        tuple(layer.keys for layer in cache.layers),
+        tuple(layer.values for layer in cache.layers),
+        attention_mask.bool(),
+        last_position + 1,
+        has_padding=not bool(attention_mask.all()),
+    )
+
+
+@contextlib.contextmanager
+def _first_layers(decoder: nn.Module, num_layers: int | None) -> Iterator[None]:
+    """Run only the first `num_layers` layers of `decoder` inside the block; all of them if `None`."""
+    layers = decoder.layers
+    decoder.layers = layers if num_layers is None else layers[:num_layers]
+    try:
+        yield
+    finally:
+        decoder.layers = layers
