@@ -1,98 +1,39 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Every attention implementation against the eager one, in all three residual modes, with and without padding.
+"""The tower's attention: its own kernels against the definition, and transformers' implementations without a residual.
 
-Kernels that need a GPU are stood in for by what their documentation says they compute, so that at least the arguments
-they are called with are right; nothing of transformers or of this package is replaced.
+With residual attention the tower's own kernel runs, whatever implementation is chosen: its output must not change, to
+the bit. Without a residual the chosen implementation runs: it must equal the definition, with and without padding.
+Kernels that need a GPU are replaced by what their documentation says they compute, so that at least the arguments they
+are called with are right.
 """
 
 import importlib.util
 import itertools
-import re
+import logging
 import sys
 import types
 
 import pytest
 import torch
+from helpers import noise
 from transformers import modeling_flash_attention_utils as flash
+from transformers.models.qwen2_vl.modeling_qwen2_vl import eager_attention_forward
+from transformers.utils import logging as transformers_logging
 
-from latte_flow_hf import LatteFlowForConditionalGeneration
+from latte_flow_hf.modeling.attention import residual_probabilities_attention, residual_scores_attention
 
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 PROMPTS = {"padded": ("a red circle", "a small blue square above a handwritten seven"), "unpadded": ("a red circle",)}
-MODES = ("scores", "probabilities", None)
+RESIDUALS = ("scores", "probabilities")
 
 
 def velocity(model, context, implementation):
-    """By one expert of all four layers: the residual is handed on three times."""
+    """By one expert of all four layers: the residual is added three times."""
     if implementation != model.config._attn_implementation:
         model.set_attn_implementation({"": implementation})
-    latents = torch.randn(len(context), 4, 4, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return model.predict_velocity(latents, 730.0, context)
-
-
-@pytest.fixture(scope="module", params=MODES, ids=str)
-def one_expert(request, make_model):
-    return make_model(num_experts=1, residual_attention=request.param)
-
-
-@pytest.fixture(params=PROMPTS)
-def context(request, one_expert, encode):
-    one_expert.set_attn_implementation("eager")
-    context = one_expert.encode_context(**encode(*PROMPTS[request.param]))
-    assert context.has_padding == (request.param == "padded")
-    return context
-
-
-def test_sdpa_equals_eager(one_expert, context):
-    torch.testing.assert_close(velocity(one_expert, context, "sdpa"), velocity(one_expert, context, "eager"), **CLOSE)
-
-
-def test_eager_sees_its_residual_and_its_padding(make_model, encode):
-    # The comparisons of this file would pass on a model that drops both on either side.
-    model = make_model(num_experts=1)
-    context = model.encode_context(**encode(*PROMPTS["padded"]))
-    right = velocity(model, context, "eager")
-    context.has_padding = False
-    assert (velocity(model, context, "eager") - right).abs().max() > 1e-2
-    context.has_padding = True
-    for layer in model.tower.layers[1:]:
-        layer.self_attn.residual_gate.weight.data.zero_()
-        layer.self_attn.residual_gate.bias.data.zero_()
-    assert (velocity(model, context, "eager") - right).abs().max() > 1e-2
-
-
-def test_flex_attention_equals_eager_or_is_refused(one_expert, context):
-    if one_expert.config.residual_attention == "probabilities":
-        with pytest.raises(ValueError, match="'flex_attention' never shows the attention map"):
-            velocity(one_expert, context, "flex_attention")
-        return
-    expected = velocity(one_expert, context, "eager")
-    # Its Python form: compiling it takes a C++ compiler and half a minute.
-    with torch.compiler.set_stance("force_eager"):
-        torch.testing.assert_close(velocity(one_expert, context, "flex_attention"), expected, **CLOSE)
-
-
-@pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3"])
-@pytest.mark.parametrize("mode", ["scores", "probabilities"])
-def test_flash_attention_is_refused_where_it_cannot_be_right(make_model, implementation, mode):
-    model = make_model(residual_attention=mode)
-    with pytest.raises(ValueError, match=rf"{implementation}.*residual_attention='{mode}'.*in the backbone alone"):
-        model.set_attn_implementation(implementation)
-    assert model.config._attn_implementation == "sdpa" == model.vlm.config._attn_implementation
-
-
-def test_flash_attention_is_refused_when_loading(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=re.escape("'sdpa' or 'flex_attention' would do")):
-        LatteFlowForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
-
-
-@pytest.mark.skipif(flash.is_flash_attn_2_available(), reason="flash-attn is here")
-def test_flash_attention_that_is_not_installed_is_named(make_model):
-    with pytest.raises(ImportError, match=r"[Ff]lash"):
-        make_model(residual_attention=None).set_attn_implementation("flash_attention_2")
+        return model.predict_velocity(noise(len(context), 4, 4, 4), 730.0, context)
 
 
 def attention_by_definition(query, key, value, scale, bias=None):
@@ -100,6 +41,143 @@ def attention_by_definition(query, key, value, scale, bias=None):
     key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, key) * scale
     return torch.einsum("hqk,khd->qhd", (scores if bias is None else scores + bias).softmax(-1), value)
+
+
+# The two kernels against a loop over images and heads, in float64.
+
+
+def kernel_inputs(images_per_prompt: int, with_mask: bool, with_residual: bool) -> dict:
+    num_prompts, num_heads, num_groups, num_latents, num_context, head_dim = 2, 4, 2, 6, 5, 8
+    batch_size = num_prompts * images_per_prompt
+    mask = torch.zeros(num_prompts, 1, 1, num_context, dtype=torch.float64)
+    mask[0, ..., :2] = float("-inf")
+    return {
+        "query": noise(batch_size, num_heads, num_latents, head_dim, seed=1).double(),
+        "key": noise(batch_size, num_groups, num_latents, head_dim, seed=2).double(),
+        "value": noise(batch_size, num_groups, num_latents, head_dim, seed=3).double(),
+        "context_keys": noise(num_prompts, num_groups, num_context, head_dim, seed=4).double(),
+        "context_values": noise(num_prompts, num_groups, num_context, head_dim, seed=5).double(),
+        "context_mask": mask if with_mask else None,
+        "residual": noise(batch_size, num_heads, num_latents, num_latents, seed=6).double() if with_residual else None,
+        "scaling": 0.3,
+    }
+
+
+def by_definition(mode: str, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    query, num_context = inputs["query"], inputs["context_keys"].shape[2]
+    images_per_prompt = len(query) // len(inputs["context_keys"])
+    outputs, maps = torch.zeros_like(query), []
+    for image, head in itertools.product(range(len(query)), range(query.shape[1])):
+        prompt, group = image // images_per_prompt, head // (query.shape[1] // inputs["key"].shape[1])
+        keys = torch.cat([inputs["context_keys"][prompt, group], inputs["key"][image, group]])
+        values = torch.cat([inputs["context_values"][prompt, group], inputs["value"][image, group]])
+        scores = query[image, head] @ keys.T * inputs["scaling"]
+        if inputs["context_mask"] is not None:
+            scores[:, :num_context] += inputs["context_mask"][prompt, 0, 0]
+        if mode == "scores" and inputs["residual"] is not None:
+            scores[:, num_context:] += inputs["residual"][image, head]
+        weights = scores.softmax(-1)
+        if mode == "probabilities" and inputs["residual"] is not None:
+            weights[:, num_context:] += inputs["residual"][image, head]
+        outputs[image, head] = weights @ values
+        maps.append((scores if mode == "scores" else weights)[:, num_context:])
+    return outputs.transpose(1, 2), torch.stack(maps).view(*query.shape[:3], -1)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("images_per_prompt", [1, 3])
+@pytest.mark.parametrize("mode", RESIDUALS)
+def test_kernel_equals_the_definition(mode, images_per_prompt, with_mask, with_residual):
+    inputs = kernel_inputs(images_per_prompt, with_mask, with_residual)
+    if mode == "scores":
+        found = residual_scores_attention(**inputs)
+    else:
+        module = types.SimpleNamespace(num_key_value_groups=2, training=False)
+        found = residual_probabilities_attention(module, **inputs)
+    # The softmax is computed in float32.
+    for one, other in zip(found, by_definition(mode, inputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+# Which kernel runs in the tower.
+
+
+@pytest.mark.parametrize("padding", PROMPTS)
+@pytest.mark.parametrize("mode", RESIDUALS)
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
+def test_with_a_residual_the_implementation_makes_no_difference(make_model, encode, mode, padding, implementation):
+    model = make_model(num_experts=1, residual_attention=mode)
+    model.set_attn_implementation("eager")
+    context = model.encode_context(**encode(*PROMPTS[padding]))
+    assert context.has_padding == (padding == "padded")
+    assert torch.equal(velocity(model, context, implementation), velocity(model, context, "eager"))
+
+
+@pytest.mark.parametrize("padding", PROMPTS)
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
+def test_without_a_residual_the_implementation_equals_eager(make_model, encode, padding, implementation):
+    model = make_model(num_experts=1, residual_attention=None)
+    model.set_attn_implementation("eager")
+    context = model.encode_context(**encode(*PROMPTS[padding]))
+    expected = velocity(model, context, "eager")
+    # flex_attention in its Python form: compiling it takes a C++ compiler and half a minute.
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(velocity(model, context, implementation), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("mode", [*RESIDUALS, None])
+def test_which_kernel_runs(make_model, encode, monkeypatch, mode):
+    model = make_model(num_experts=1, residual_attention=mode)
+    context = model.encode_context(**encode("a red circle"))
+    calls = []
+
+    def spy(*args, **kwargs):
+        calls.append(1)
+        return eager_attention_forward(*args, **kwargs)
+
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", spy)
+    velocity(model, context, "sdpa")
+    assert len(calls) == (4 if mode is None else 0)
+
+
+def test_residual_and_padding_change_the_velocity(make_model, encode):
+    # The comparisons of this file would pass on a model that ignores both.
+    model = make_model(num_experts=1)
+    context = model.encode_context(**encode(*PROMPTS["padded"]))
+    expected = velocity(model, context, "eager")
+    context.has_padding = False
+    assert (velocity(model, context, "eager") - expected).abs().max() > 1e-2
+    context.has_padding = True
+    for layer in model.tower.layers[1:]:
+        layer.self_attn.residual_gate.weight.data.zero_()
+        layer.self_attn.residual_gate.bias.data.zero_()
+    assert (velocity(model, context, "eager") - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("mode", [*RESIDUALS, None])
+def test_one_line_says_that_the_tower_runs_its_own_attention(make_model, caplog, mode):
+    model = make_model(residual_attention=mode)
+    transformers_logging.get_logger("transformers")
+    transformers_logging.warning_once.cache_clear()
+    logger = logging.getLogger("latte_flow_hf.modeling.modeling_latte_flow")
+    logger.addHandler(caplog.handler)
+    try:
+        for _ in range(2):
+            model.set_attn_implementation({"": "flex_attention"})
+    finally:
+        logger.removeHandler(caplog.handler)
+    lines = [record.getMessage() for record in caplog.records if "runs its own attention" in record.getMessage()]
+    assert len(lines) == (0 if mode is None else 1)
+    assert all(f"residual_attention={mode!r}" in line and "'flex_attention'" in line for line in lines)
+
+
+@pytest.mark.skipif(flash.is_flash_attn_2_available(), reason="flash-attn is here")
+def test_flash_attention_that_is_not_installed_is_named(make_model):
+    with pytest.raises(ImportError, match=r"[Ff]lash"):
+        make_model(residual_attention=None).set_attn_implementation("flash_attention_2")
 
 
 def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
@@ -118,7 +196,7 @@ def flash_attn_varlen_func(
 
 
 @pytest.mark.parametrize("padding", PROMPTS)
-def test_flash_attention_is_called_rightly_without_a_residual(make_model, encode, monkeypatch, padding):
+def test_flash_attention_is_called_correctly(make_model, encode, monkeypatch, padding):
     model = make_model(num_experts=1, residual_attention=None)
     context = model.encode_context(**encode(*PROMPTS[padding]))
     expected = velocity(model, context, "eager")
@@ -141,19 +219,14 @@ def test_flash_attention_is_called_rightly_without_a_residual(make_model, encode
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_xformers_is_refused_without_a_gpu(pipe):
-    with pytest.raises(ValueError, match="'xformers' needs a GPU, and torch finds none; 'sdpa' would do"):
+    with pytest.raises(ValueError, match="'xformers' needs a GPU, but torch finds none; use 'sdpa' instead"):
         pipe.enable_xformers_memory_efficient_attention()
     assert pipe.model.config._attn_implementation == "sdpa"
-    # Its counterpart takes nothing away that is not xFormers.
+    # Its counterpart changes nothing that is not xFormers.
     pipe.model.set_attn_implementation({"": "eager"})
     pipe.disable_xformers_memory_efficient_attention()
     assert pipe.model.config._attn_implementation == "eager"
     pipe.model.set_attn_implementation({"": "sdpa"})
-
-
-def test_xformers_is_refused_where_it_shows_no_map(make_model):
-    with pytest.raises(ValueError, match="'xformers' never shows the attention map"):
-        make_model(residual_attention="probabilities").set_use_memory_efficient_attention_xformers(True)
 
 
 def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, op=None):
@@ -180,9 +253,8 @@ def xformers_calls(monkeypatch):
 
 
 @pytest.mark.parametrize("padding", PROMPTS)
-@pytest.mark.parametrize("mode", ["scores", None])
-def test_xformers_is_called_rightly(make_model, encode, xformers_calls, padding, mode):
-    model = make_model(num_experts=1, residual_attention=mode)
+def test_xformers_is_called_correctly(make_model, encode, xformers_calls, padding):
+    model = make_model(num_experts=1, residual_attention=None)
     context = model.encode_context(**encode(*PROMPTS[padding]))
     expected = velocity(model, context, "eager")
     model.config._attn_implementation_internal = "xformers"
@@ -190,15 +262,15 @@ def test_xformers_is_called_rightly(make_model, encode, xformers_calls, padding,
     assert len(xformers_calls) == 4
 
 
-def test_xformers_kernel_has_one_objection_the_device(make_model, encode, xformers_calls):
+def test_xformers_kernel_objects_to_the_device_alone(make_model, encode, xformers_calls):
     cutlass = pytest.importorskip("xformers.ops.fmha.cutlass")
     from xformers.ops.fmha.common import Inputs
 
-    model = make_model(num_experts=1)
+    model = make_model(num_experts=1, residual_attention=None)
     context = model.encode_context(**encode(*PROMPTS["padded"]))
     model.config._attn_implementation_internal = "xformers"
     velocity(model, context, "xformers")
-    # Not a multiple of eight, and one bias a head: what its check for alignment is about.
+    # Not a multiple of eight, and one bias for each head: what its check of the alignment is about.
     assert any(bias is not None and bias.shape[1] == 4 and bias.shape[3] % 8 for *_, bias in xformers_calls)
     for query, key, value, bias in xformers_calls:
         reasons = cutlass.FwOp.not_supported_reasons(Inputs(query, key, value, attn_bias=bias))
@@ -206,15 +278,19 @@ def test_xformers_kernel_has_one_objection_the_device(make_model, encode, xforme
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_xformers_equals_eager_on_a_gpu(pipe, make_model, encode):
+@pytest.mark.parametrize("mode", ["scores", None])
+def test_xformers_equals_eager_on_a_gpu(make_model, encode, mode):
     pytest.importorskip("xformers")
-    model = make_model(num_experts=1).cuda()
-    context = model.encode_context(**encode(*PROMPTS["padded"]).to("cuda"))
-    latents = torch.randn(2, 4, 4, 4, device="cuda")
+    model = make_model(num_experts=1, residual_attention=mode).cuda()
+    inputs = encode(*PROMPTS["padded"]).to("cuda")
+    latents = noise(2, 4, 4, 4).cuda()
+    found = []
     with torch.no_grad():
-        model.set_attn_implementation({"": "eager"})
-        expected = model.predict_velocity(latents, 730.0, context)
-        model.set_use_memory_efficient_attention_xformers(True)
-        torch.testing.assert_close(model.predict_velocity(latents, 730.0, context), expected, rtol=1e-3, atol=1e-3)
-        model.set_use_memory_efficient_attention_xformers(False)
+        for implementation in ("eager", "xformers"):
+            model.set_attn_implementation(implementation)
+            # The backbone runs it too.
+            assert model.vlm.config._attn_implementation == implementation
+            found.append(model.predict_velocity(latents, 730.0, model.encode_context(**inputs)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+    model.set_use_memory_efficient_attention_xformers(False)
     assert model.config._attn_implementation == "sdpa"

@@ -111,7 +111,7 @@ def test_size_is_of_whole_tokens():
 @pytest.mark.parametrize("num_experts", [5, 7, 24])
 def test_experts_must_divide_the_layers(num_experts):
     expected = (
-        f"num_experts must divide the backbone's 12 layers, got {num_experts}; one of [1, 2, 3, 4, 6, 12] would do."
+        f"num_experts must divide the backbone's 12 layers, got {num_experts}; use one of [1, 2, 3, 4, 6, 12] instead."
     )
     with pytest.raises(ValueError, match=re.escape(expected)):
         LatteFlowConfig(vlm_config=vlm_config(12), num_experts=num_experts)
@@ -154,7 +154,7 @@ def test_residual_attention_is_one_of_three(value):
 def test_boundaries_fall_from_one_to_zero(boundaries):
     with pytest.raises(ValueError, match="expert_boundaries must be 3 strictly falling sigmas") as caught:
         LatteFlowConfig(vlm_config=vlm_config(), num_experts=2, expert_boundaries=boundaries)
-    assert f"got {boundaries}; [1.0, 0.5, 0.0] would do" in str(caught.value)
+    assert f"got {boundaries}; for example [1.0, 0.5, 0.0]" in str(caught.value)
 
 
 def test_timestep_sampling_is_one_of_two():

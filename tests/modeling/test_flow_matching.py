@@ -188,13 +188,13 @@ def test_draw_follows_its_generator():
         [],
     ],
 )
-def test_check_boundaries_names_the_value_and_what_would_do(boundaries):
+def test_check_boundaries_names_the_value_and_an_example(boundaries):
     with pytest.raises(ValueError) as caught:
         check_boundaries(boundaries, 2)
     message = str(caught.value)
     assert "expert_boundaries must be 3 strictly falling sigmas from 1 to 0" in message
     assert f"got {boundaries}" in message
-    assert "[1.0, 0.5, 0.0] would do" in message
+    assert "for example [1.0, 0.5, 0.0]." in message
 
 
 def test_check_boundaries_gives_floats_back():

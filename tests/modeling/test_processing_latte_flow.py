@@ -77,21 +77,30 @@ def test_picture_of_a_part_comes_under_each_name_of_transformers(processor, pict
         (None, "messages must be a string or a non-empty list of messages, got None."),
         (7, "messages must be a string or a non-empty list of messages, got 7."),
         ({"role": "user", "content": "x"}, "messages must be a string or a non-empty list of messages, got {"),
-        (["a red circle"], "a message is a dict with `role` and `content`, got 'a red circle'."),
-        ([{"role": "user"}], "a message is a dict with `role` and `content`, got {'role': 'user'}."),
-        ([{"content": "x"}], "a message is a dict with `role` and `content`, got {'content': 'x'}."),
-        ([{"role": "user", "content": None}], "a message's content is a string or a list of parts, got None."),
-        ([{"role": "user", "content": ["x"]}], "a message's content is a string or a list of parts, got ['x']."),
+        (["a red circle"], "a message must be a dict with `role` and `content`, got 'a red circle'."),
+        ([{"role": "user"}], "a message must be a dict with `role` and `content`, got {'role': 'user'}."),
+        ([{"content": "x"}], "a message must be a dict with `role` and `content`, got {'content': 'x'}."),
+        (
+            [{"role": "user", "content": None}],
+            "the content of a message must be a string or a list of parts, got None.",
+        ),
+        (
+            [{"role": "user", "content": ["x"]}],
+            "the content of a message must be a string or a list of parts, got ['x'].",
+        ),
         (
             [{"role": "user", "content": [{"type": "text"}]}],
-            "a part of a message is text or an image, got {'type': 'text'}",
+            "a part of a message must be text or an image, got {'type': 'text'}",
         ),
-        ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "a part of a message is text or an image, got"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": 3}]}],
+            "a part of a message must be text or an image, got",
+        ),
         (
             [{"role": "user", "content": [{"type": "video", "video": "x.mp4"}]}],
-            "a part of a message is text or an image, got",
+            "a part of a message must be text or an image, got",
         ),
-        ([{"role": "user", "content": [{}]}], "a part of a message is text or an image, got {}"),
+        ([{"role": "user", "content": [{}]}], "a part of a message must be text or an image, got {}"),
         ([{"role": "user", "content": [{"type": "image"}]}], "an image must be a PIL image"),
         ([{"role": "user", "content": [{"type": "image", "image": None}]}], "got NoneType"),
     ],
@@ -102,7 +111,7 @@ def test_conversation_refuses(processor, messages, message):
 
 
 def test_images_go_with_a_string_only(processor, picture):
-    with pytest.raises(ValueError, match="images go with a string; in a conversation, put them into the messages"):
+    with pytest.raises(ValueError, match="images can only be given with a string"):
         processor.conversation([{"role": "user", "content": QUESTION}], [picture])
 
 
@@ -155,7 +164,7 @@ def test_what_is_no_picture_is_refused(source, found):
 
 @pytest.mark.parametrize("as_type", [str, Path])
 def test_file_that_is_no_picture_is_refused(text_file, as_type):
-    with pytest.raises(ValueError, match=re.escape(f"image {str(text_file)!r} cannot be read as a picture")):
+    with pytest.raises(ValueError, match=re.escape(f"image {str(text_file)!r} cannot be read")):
         load_rgb_image(as_type(text_file))
 
 
@@ -163,14 +172,14 @@ def test_truncated_file_is_refused(picture, tmp_path):
     path = tmp_path / "picture.png"
     picture.save(path)
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match=re.escape(f"image {str(path)!r} cannot be read as a picture")):
+    with pytest.raises(ValueError, match=re.escape(f"image {str(path)!r} cannot be read")):
         load_rgb_image(path)
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder"])
 def test_path_without_a_picture_is_refused(tmp_path, kind):
     path = tmp_path if kind == "folder" else tmp_path / "missing.png"
-    with pytest.raises(ValueError, match=re.escape(f"image {str(path)!r} cannot be read as a picture")):
+    with pytest.raises(ValueError, match=re.escape(f"image {str(path)!r} cannot be read")):
         load_rgb_image(path)
 
 

@@ -569,7 +569,7 @@ BAD_CALLS = [
         "messages must be a non-empty list of messages or of conversations, got 'a red circle'.",
     ),
     ({"messages": [[]]}, "messages must be a string or a non-empty list of messages, got []."),
-    ({"messages": [{"role": "user"}]}, "a message is a dict with `role` and `content`, got {'role': 'user'}."),
+    ({"messages": [{"role": "user"}]}, "a message must be a dict with `role` and `content`, got {'role': 'user'}."),
     ({"messages": [text("x"), []]}, "got []."),
     ({"messages": text("x"), "image": np.zeros((8, 8, 3), np.uint8)}, "`image` goes with `prompt`"),
     ({"prompt": PROMPT, "image": np.zeros((8, 8, 3))}, "an image must be a PIL image, a path, a URL"),
@@ -634,7 +634,7 @@ def test_bad_calls_are_named_before_any_heavy_work(pipe, prefills, arguments, me
 
 
 def test_image_file_that_is_no_picture_is_named(pipe, prefills, text_file):
-    message = re.escape(f"image {str(text_file)!r} cannot be read as a picture")
+    message = re.escape(f"image {str(text_file)!r} cannot be read")
     part = {"type": "image", "image": str(text_file)}
     for arguments in (
         {"prompt": PROMPT, "image": str(text_file)},

@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Every number of the architecture: the backbone's own configuration plus what the generation tower adds."""
+"""The configuration: that of the backbone, and what the generation tower adds."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ class LatteFlowConfig(PreTrainedConfig):
             The backbone's configuration; Qwen2-VL with its defaults if not given.
         num_experts (`int`, defaults to 4):
             K, the number of contiguous layer groups. Must divide the backbone's number of decoder layers. (Paper: the
-            main setting, 4 groups of 7 of 28 layers; 1 is its "vanilla" network.)
+            main setting, 28 layers in 4 groups of 7; 1 is its "vanilla" network.)
         expert_boundaries (`list[float]`, *optional*):
             K + 1 falling sigmas from 1 (noise) to 0 (data); expert k owns boundaries[k] >= sigma > boundaries[k + 1].
             Uniform if not given (chosen: the sources are silent).
@@ -29,22 +29,23 @@ class LatteFlowConfig(PreTrainedConfig):
         latent_patch_size (`int`, defaults to 1):
             Side of the square of latent pixels that one token holds.
         latent_kernel_size (`int`, *optional*):
-            Side of the square of latent pixels around it that a token is embedded from; `latent_patch_size` if not
-            given: its own alone. A larger one is a convolution (chosen: experts of few layers learned faster so;
-            the embedded checkpoint has it).
+            Side of the square of latent pixels that a token is embedded from, centred on its own patch;
+            `latent_patch_size` if not given. A larger square overlaps those of its neighbours. (Chosen: experts of few
+            layers learned faster with it; the embedded checkpoint uses it.)
         sample_size (`int`, defaults to 8):
-            Side of the latents, in latent pixels, when a call of the pipeline names no size: the one that the experts
-            learned on. (Paper: 256x256 pixels under DC-AE f32, hence 8.)
+            Default side of the latents in the pipeline, in latent pixels: the size that the experts were trained on.
+            (Paper: 256x256 pixels and DC-AE f32, hence 8.)
         residual_attention (`str` or `None`, defaults to `"scores"`):
-            What a layer hands on to the next one of its group: its attention scores before the softmax (`"scores"`,
-            chosen: rows stay normalised), its map after the softmax (`"probabilities"`), or nothing (`None`).
+            Which attention map a layer adds to that of the next layer of its group: the scores before the softmax
+            (`"scores"`; chosen: rows stay normalised), the probabilities after it (`"probabilities"`), or none
+            (`None`).
         timestep_frequency_dim (`int`, defaults to 256):
             Size of the sinusoidal embedding of the timestep.
         timestep_embed_dim (`int`, *optional*):
             Size of the timestep embedding that modulates the layers; the backbone's width if not given.
         timestep_sampling (`str`, defaults to `"uniform"`):
-            How training draws timesteps inside each expert's interval: `"uniform"`, or `"logit_normal"` (chosen: the
-            sources are silent). It stands here, and only here, because `forward` draws them.
+            How training draws timesteps in the interval of each expert: `"uniform"` or `"logit_normal"`. (Chosen: the
+            sources are silent.) A field of the configuration, because `forward` draws them.
 
     Raises:
         `ValueError`: if `num_experts` does not divide the backbone's layers, or another value is out of range.
@@ -53,7 +54,7 @@ class LatteFlowConfig(PreTrainedConfig):
     model_type = "latte_flow"
     sub_configs_defaults = {"vlm_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2_vl")}
 
-    # `None` stands for a default that `__post_init__` fills in.
+    # Where the default is `None`, `__post_init__` sets the value.
     vlm_config: PreTrainedConfig = None  # type: ignore[assignment]
     num_experts: int = 4
     expert_boundaries: list[float] = None  # type: ignore[assignment]
@@ -89,18 +90,18 @@ class LatteFlowConfig(PreTrainedConfig):
                 f"sample_size must be a multiple of latent_patch_size = {self.latent_patch_size}, "
                 f"got {self.sample_size}."
             )
-        around = self.latent_kernel_size - self.latent_patch_size
-        if around < 0 or around % 2:
+        overlap = self.latent_kernel_size - self.latent_patch_size
+        if overlap < 0 or overlap % 2:
             raise ValueError(
-                f"latent_kernel_size must be latent_patch_size = {self.latent_patch_size} or an even number more, "
-                f"got {self.latent_kernel_size}."
+                f"latent_kernel_size must be latent_patch_size = {self.latent_patch_size} plus an even number, got "
+                f"{self.latent_kernel_size}."
             )
         num_layers = self.text_config.num_hidden_layers
         if num_layers % self.num_experts:
             divisors = [k for k in range(1, num_layers + 1) if num_layers % k == 0]
             raise ValueError(
                 f"num_experts must divide the backbone's {num_layers} layers, got {self.num_experts}; "
-                f"one of {divisors} would do."
+                f"use one of {divisors} instead."
             )
         if self.residual_attention not in RESIDUAL_ATTENTION_MODES:
             raise ValueError(
@@ -116,22 +117,24 @@ class LatteFlowConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LatteFlowConfig":
-        """As of `PreTrainedConfig`, which would take defaults in place of another model's: 72 billion parameters.
+        """Same as `PreTrainedConfig.from_dict`, but for this model type alone.
+
+        From the configuration of another model `PreTrainedConfig` would build the defaults, a 72B backbone.
 
         Raises:
-            `ValueError`: if `config_dict` is another model's.
+            `ValueError`: if `config_dict` belongs to another model type.
         """
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
-                f"model_type must be {cls.model_type!r}, got {model_type!r}; a backbone becomes a "
-                " LaTtE-Flow model by LatteFlowForConditionalGeneration.from_vlm."
+                f"model_type must be {cls.model_type!r}, got {model_type!r}; use "
+                "LatteFlowForConditionalGeneration.from_vlm to build a LaTtE-Flow model from a backbone."
             )
         return super().from_dict(config_dict, **kwargs)
 
     @property
     def text_config(self) -> PreTrainedConfig:
-        """The backbone's text configuration: generic code of transformers looks for it under this name."""
+        """The backbone's text configuration; transformers expects this name."""
         return self.vlm_config.get_text_config(decoder=True)
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:

@@ -57,7 +57,7 @@ def check_boundaries(boundaries: Sequence[float], num_experts: int) -> list[floa
         num_experts = max(num_experts, 1)
         raise ValueError(
             f"expert_boundaries must be {num_experts + 1} strictly falling sigmas from 1 to 0 for {num_experts} "
-            f"expert(s), got {list(boundaries)}; use {uniform_boundaries(num_experts)} instead, for example."
+            f"expert(s), got {list(boundaries)}; for example {uniform_boundaries(num_experts)}."
         )
     return found
 
