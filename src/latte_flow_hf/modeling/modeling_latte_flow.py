@@ -618,8 +618,8 @@ class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrain
             mode = self.config.residual_attention
             if mode is not None and attn_implementation not in ("eager", "sdpa"):
                 logger.warning_once(
-                    f"attn_implementation {attn_implementation!r} is used by the backbone alone: the tower runs its own "
-                    f"attention, because residual_attention={mode!r} needs the attention map of every layer."
+                    f"attn_implementation {attn_implementation!r} is used by the backbone alone: the tower runs its "
+                    f"own attention, because residual_attention={mode!r} needs the attention map of every layer."
                 )
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
