@@ -243,6 +243,7 @@ def test_a_suite_that_does_not_exist_is_named(tmp_path, capsys):
     assert "none.yaml" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_runs_from_the_root_of_the_repository(latte, tmp_path):
     """Worker processes included: they import the package `benchmarks` too."""
     suite = tmp_path / "suite.yaml"
