@@ -1,11 +1,11 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Draws the pictures of the concept pages: `python docs/figures/make_figures.py`.
+"""Draws the figures of the concept pages: `python docs/figures/make_figures.py`.
 
-What they show is asked of the package, not typed in: owners and layers of the experts, the steps of a schedule, points
-on the path, and, by changing one token at a time, which token sees which.
+What they show is computed with the package: layers and intervals of the experts, the steps of a schedule, points on the
+path, and, by changing one token at a time, which token attends to which.
 """
 
-# ruff: noqa: RUF001 (the pictures' Greek letters and signs are meant)
+# ruff: noqa: RUF001 (Greek letters and symbols in the figures are intended)
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -43,7 +43,7 @@ plt.rcParams.update(
 
 
 def small_model(num_layers: int, num_experts: int) -> LatteFlowForConditionalGeneration:
-    """A model of the right depth and of no width worth mentioning, with random weights everywhere."""
+    """A model of the given depth and a tiny width, with random weights everywhere."""
     torch.manual_seed(0)
     text = {
         "hidden_size": 32,
@@ -95,7 +95,7 @@ def save(figure: plt.Figure, name: str) -> None:
 
 
 def blank(width: float, height: float) -> tuple[plt.Figure, Axes]:
-    """A figure whose one coordinate system covers it, a tenth of an inch to the unit in both directions."""
+    """A figure with one coordinate system that covers it; one unit is a tenth of an inch."""
     figure = plt.figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, 10 * width), ylim=(0, 10 * height))
@@ -104,7 +104,7 @@ def blank(width: float, height: float) -> tuple[plt.Figure, Axes]:
 
 
 def draw_experts() -> None:
-    """The backbone's layers, their cache, and the tower's, of which one expert runs."""
+    """The layers of the backbone, their keys and values, and the layers of the tower, of which one expert runs."""
     config = LatteFlowConfig(vlm_config={"model_type": "qwen2_vl", "text_config": {"num_hidden_layers": 28}})
     model = small_model(config.text_config.num_hidden_layers, config.num_experts)
     boundaries, sigma = config.expert_boundaries, 0.6
@@ -163,10 +163,10 @@ def draw_experts() -> None:
 
 
 def draw_time_axis() -> None:
-    """The path from noise to data, the experts' intervals on it, and the 40 steps of a picture."""
+    """The path from noise to data, the intervals of the experts, and 40 sampling steps."""
     scheduler = LatteFlowScheduler()
     steps = 40
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist())
+    scheduler.set_timesteps(steps)
     boundaries = scheduler.config.expert_boundaries
     figure, axes = blank(8.0, 4.1)
     left, right = 13.5, 74.0
@@ -175,8 +175,8 @@ def draw_time_axis() -> None:
         return left + (1 - sigma) * (right - left)
 
     scene = Scene((SceneObject("red", "circle"), SceneObject("blue", "square")), "left of")
-    picture = np.asarray(draw_scene(scene, [(18, 32, 12), (46, 32, 11)]).reduce(2))
-    data = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    image = np.asarray(draw_scene(scene, [(18, 32, 12), (46, 32, 11)]).reduce(2))
+    data = torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 127.5 - 1
     noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(0))
     for sigma in boundaries:
         noisy = interpolate(data, noise, sigma)[0].permute(1, 2, 0)
@@ -217,8 +217,8 @@ def draw_time_axis() -> None:
 
 
 @torch.no_grad()
-def who_sees_whom(model: LatteFlowForConditionalGeneration, num_prompt: int, side: int) -> np.ndarray:
-    """(T + N, T + N) of bool: whether row i's output changes when token j does; prompt first, then latents."""
+def attention_pattern(model: LatteFlowForConditionalGeneration, num_prompt: int, side: int) -> np.ndarray:
+    """(T + N, T + N) of bool: whether the output of token i changes when token j does; prompt first, then latents."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.arange(10, 10 + num_prompt)[None]
     latents = torch.randn(1, 3, side, side, generator=generator)
@@ -226,9 +226,11 @@ def who_sees_whom(model: LatteFlowForConditionalGeneration, num_prompt: int, sid
     seen = np.zeros((count, count), dtype=bool)
 
     def outputs(ids: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """What comes out at each token, (T + N, ·), shorter ones filled up with zeros."""
+        """Outputs of each token, (T + N, ·), padded with zeros."""
         context = model.encode_context(ids)
-        prompt = context.values[-1][0].transpose(0, 1).flatten(1)  # these went through all layers but the last
+        prompt = (
+            context.values[-1][0].transpose(0, 1).flatten(1)
+        )  # keys and values of the last layer depend on all layers before
         velocity = model.predict_velocity(latents, 900.0, context)[0].flatten(1).T
         missing = prompt.shape[1] - velocity.shape[1]
         return torch.cat([prompt, torch.nn.functional.pad(velocity, (0, missing))])
@@ -239,8 +241,8 @@ def who_sees_whom(model: LatteFlowForConditionalGeneration, num_prompt: int, sid
         if token < num_prompt:
             other_ids[0, token] = 40 + token
         else:
-            place = token - num_prompt
-            other_latents[0, :, place // side, place % side] += 1.0
+            index = token - num_prompt
+            other_latents[0, :, index // side, index % side] += 1.0
         seen[:, token] = (outputs(other_ids, other_latents) != before).any(dim=1).numpy()
     return seen
 
@@ -264,15 +266,15 @@ def kept_scores(model: LatteFlowForConditionalGeneration, num_prompt: int, side:
 
 
 def draw_residual_attention() -> None:
-    """Who sees whom, and how the latent-to-latent block goes from layer to layer inside a group."""
+    """The attention pattern, and how the latent-to-latent block is passed from layer to layer inside a group."""
     num_prompt, side = 5, 3
     num_latents = side**2
     model = small_model(num_layers=6, num_experts=2)
-    seen = who_sees_whom(model, num_prompt, side)
+    seen = attention_pattern(model, num_prompt, side)
     scores = kept_scores(model, num_prompt, side)
     figure, axes = blank(8.0, 6.3)
 
-    # Who sees whom
+    # The attention pattern
     cell, left, top = 1.75, 16.0, 57.0
     colours = {(False, False): "#8d94a3", (True, False): "#a9c7dd", (True, True): EXPERT_COLOURS[0]}
     for row, column in np.ndindex(seen.shape):
@@ -301,7 +303,7 @@ def draw_residual_attention() -> None:
         axes.text(46.4, y, first, va="center", weight="bold")
         axes.text(46.4, y - 2.1, rest, va="center", color=SOFT, fontsize=8.8)
 
-    # What is handed on
+    # What is passed on
     last = 4
     cell, top, pitch = 0.98, 22.5, 19.0
     context_width = 2.6
