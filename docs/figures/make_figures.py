@@ -1,8 +1,8 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """Draws the figures of the concept pages: `python docs/figures/make_figures.py`.
 
-What they show is computed with the package: layers and intervals of the experts, the steps of a schedule, points on the
-path, and, by changing one token at a time, which token attends to which.
+What they show is computed with the package: layers and intervals of the experts, the steps of a schedule, points on
+the path, and, by changing one token at a time, which token attends to which.
 """
 
 # ruff: noqa: RUF001 (Greek letters and symbols in the figures are intended)
