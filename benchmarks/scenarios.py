@@ -225,7 +225,7 @@ class Matmul(LatteFlow):
         return generate
 
     def _linear_layers(self, model: nn.Module, expert: int) -> list[nn.Module]:
-        linear_layers = [model.tower.latent_embedding]
+        linear_layers: list[nn.Module] = [model.tower.latent_embedding.proj]
         for index in model.expert_layers(expert):
             layer = model.tower.layers[index]
             linear_layers += [getattr(layer.self_attn, f"{name}_proj") for name in "qkvo"]

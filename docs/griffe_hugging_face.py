@@ -16,6 +16,8 @@ MODULES = {
     "LatteFlowConfig": "latte_flow_hf.modeling.configuration_latte_flow",
     "LatteFlowContext": "latte_flow_hf.modeling.context",
     "LatteFlowForConditionalGeneration": "latte_flow_hf.modeling.modeling_latte_flow",
+    "LatteFlowLayout": "latte_flow_hf.modeling.modeling_latte_flow",
+    "LatteFlowModulation": "latte_flow_hf.modeling.modeling_latte_flow",
     "LatteFlowPipelineOutput": "latte_flow_hf.pipelines.pipeline_output",
     "LatteFlowProcessor": "latte_flow_hf.modeling.processing_latte_flow",
     "LatteFlowSchedulerOutput": "latte_flow_hf.schedulers.scheduling_latte_flow",

@@ -22,7 +22,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from latte_flow_hf import LatteFlowConfig, LatteFlowForConditionalGeneration, LatteFlowScheduler
 from latte_flow_hf.modeling.flow_matching import interpolate
-from latte_flow_hf.modeling.modeling_latte_flow import LatteFlowZeroLinear
+from latte_flow_hf.modeling.modeling_latte_flow import ZERO_INITIALIZED
 from latte_flow_hf.tinyworld.shapes import Scene, SceneObject, draw_scene
 
 
@@ -64,8 +64,8 @@ def small_model(num_layers: int, num_experts: int) -> LatteFlowForConditionalGen
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.25)
     model = LatteFlowForConditionalGeneration.from_vlm(backbone, num_experts=num_experts, latent_channels=3)
-    for module in model.modules():
-        if isinstance(module, LatteFlowZeroLinear):
+    for name, module in model.tower.named_modules():
+        if name.endswith(ZERO_INITIALIZED):
             torch.nn.init.normal_(module.weight, std=0.2)
     return model.eval()
 
@@ -118,8 +118,8 @@ def draw_experts() -> None:
 
     num_layers = config.text_config.num_hidden_layers
     right = x_of(num_layers - 1) + width
-    axes.text(left, 40.3, "backbone, frozen: one prefill a prompt", color=INK, weight="bold")
-    axes.text(right, 20.4, "generation tower: one expert a step", color=INK, weight="bold", ha="right", va="center")
+    axes.text(left, 40.3, "backbone, frozen: one prefill per prompt", color=INK, weight="bold")
+    axes.text(right, 20.4, "generation tower: one expert per step", color=INK, weight="bold", ha="right", va="center")
     for layer in range(num_layers):
         x = x_of(layer)
         box(axes, x, 33.5, width, 5, "#a3a9b5")
@@ -256,7 +256,6 @@ def kept_scores(model: LatteFlowForConditionalGeneration, num_prompt: int, side:
         return lambda module, args, output: found.update({index: output[1][0, 0].numpy()})
 
     for index, layer in enumerate(model.tower.layers):
-        layer.self_attn.register_forward_pre_hook(lambda m, args, kw: (args, {**kw, "keep": True}), with_kwargs=True)
         layer.self_attn.register_forward_hook(note(index))
     context = model.encode_context(torch.arange(10, 10 + num_prompt)[None])
     latents = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(1))
@@ -286,15 +285,15 @@ def draw_residual_attention() -> None:
     prompt_middle, latents_middle = cell * num_prompt / 2, cell * (num_prompt + num_latents / 2)
     axes.text(left + prompt_middle, top + 1.0, "prompt", ha="center", va="bottom")
     axes.text(left + latents_middle, top + 1.0, "latents", ha="center", va="bottom")
-    axes.text(left + cell * len(seen) / 2, top + 3.4, "what is seen", ha="center", va="bottom", color=SOFT)
+    axes.text(left + cell * len(seen) / 2, top + 3.4, "keys", ha="center", va="bottom", color=SOFT)
     axes.text(left - 1.0, top - prompt_middle, "prompt", ha="right", va="center")
     axes.text(left - 1.0, top - latents_middle, "latents", ha="right", va="center")
-    axes.text(left - 10.0, top - cell * len(seen) / 2, "what sees", rotation=90, va="center", color=SOFT)
+    axes.text(left - 10.0, top - cell * len(seen) / 2, "queries", rotation=90, va="center", color=SOFT)
     notes = (
         ("#8d94a3", "prompt to prompt: causal, in the frozen backbone"),
-        ("#f1f2f5", "never: the prompt does not see the latents"),
+        ("#f1f2f5", "none: the prompt does not attend to the latents"),
         ("#a9c7dd", "latents to prompt: all of the KV cache"),
-        (EXPERT_COLOURS[0], "latents to latents: both ways; this block is handed on"),
+        (EXPERT_COLOURS[0], "latents to latents: bidirectional; this block is passed on"),
     )
     for index, (colour, note) in enumerate(notes):
         y = top - 3.0 - 5.2 * index
@@ -320,7 +319,7 @@ def draw_residual_attention() -> None:
         axes.text(x + context_width / 2, top - height - 1.0, "prompt", ha="center", va="top", fontsize=7.8, color=SOFT)
         middle = block + height / 2
         axes.text(middle, top - height - 1.0, "latents", ha="center", va="top", fontsize=7.8, color=SOFT)
-        gated = model.tower.layers[layer].self_attn.residual is not None
+        gated = model.tower.layers[layer].self_attn.has_residual
         if gated:
             start = (x - pitch + context_width + 0.3 + height / 2, top - height - 3.4)
             arrow(axes, start, (middle, top - height - 3.4), colour, 1.6, bend=0.35)
@@ -328,7 +327,7 @@ def draw_residual_attention() -> None:
         elif layer:
             border = x - 3.4
             axes.plot([border, border], [6.0, top + 3.4], color=SOFT, lw=1.2, ls=(0, (4, 3)))
-            axes.text(border, top + 5.0, "group border: nothing is handed on", ha="center", va="center", color=SOFT)
+            axes.text(border, top + 5.0, "group border: nothing is passed on", ha="center", va="center", color=SOFT)
     axes.set(xlim=(0, 80), ylim=(0, 63))
     save(figure, "residual_attention.svg")
 
