@@ -1,4 +1,4 @@
-"""All commands and all Python code of the guides run, at a size that takes seconds."""
+"""The commands and the Python code in the guides run, at a size that takes seconds."""
 
 import re
 import shlex
@@ -25,8 +25,8 @@ def smaller(recipe: str) -> str:
     return yaml.safe_dump(sections)
 
 
-@pytest.mark.parametrize(("guide", "output"), [("train_from_a_vlm", "red-circle.png"), ("add_a_class", "star.png")])
-def test_guide_runs(guide, output, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("guide", "result"), [("train_from_a_vlm", "red-circle.png"), ("add_a_class", "star.png")])
+def test_a_guide_runs_as_it_stands(guide, result, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     kinds = []
@@ -42,7 +42,7 @@ def test_guide_runs(guide, output, tmp_path, monkeypatch):
                 command, *arguments = shlex.split(line)
                 assert command == "latte-flow"
                 arguments += ["--steps", "2"] if arguments[0] == "generate" else []
-                result = CliRunner().invoke(app, arguments)
-                assert result.exit_code == 0, result.output
+                outcome = CliRunner().invoke(app, arguments)
+                assert outcome.exit_code == 0, outcome.output
     assert {"python", "yaml", "sh"} <= set(kinds)
-    assert Image.open(output).size == (64, 64)
+    assert Image.open(result).size == (64, 64)
