@@ -56,7 +56,6 @@ def test_generate_numbers_several_pictures_and_repeats_with_the_seed(folder, tmp
         (("chat", "what?", "-i", "{tmp}/none.png", "-m", "{folder}"), "none.png"),
         (("info", "-m", "{tmp}/nowhere"), "nowhere"),
         (("train", "{tmp}/none.yaml", "-o", "{tmp}/out"), "none.yaml"),
-        (("bench", "{tmp}/none.yaml", "-o", "{tmp}/out"), "none.yaml"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_writes_nothing(arguments, words, folder, tmp_path):

@@ -1,11 +1,11 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Draws the pictures of the concept pages: `python docs/figures/make_figures.py`.
+"""Draws the figures of the concept pages: `python docs/figures/make_figures.py`.
 
-What they show is asked of the package, not typed in: owners and layers of the experts, the steps of a schedule, points
-on the path, and, by changing one token at a time, which token sees which.
+What they show is computed with the package: layers and intervals of the experts, the steps of a schedule, points on
+the path, and, by changing one token at a time, which token attends to which.
 """
 
-# ruff: noqa: RUF001 (the pictures' Greek letters and signs are meant)
+# ruff: noqa: RUF001 (Greek letters and symbols in the figures are intended)
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -22,7 +22,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from latte_flow_hf import LatteFlowConfig, LatteFlowForConditionalGeneration, LatteFlowScheduler
 from latte_flow_hf.modeling.flow_matching import interpolate
-from latte_flow_hf.modeling.modeling_latte_flow import LatteFlowZeroLinear
+from latte_flow_hf.modeling.modeling_latte_flow import ZERO_INITIALIZED
 from latte_flow_hf.tinyworld.shapes import Scene, SceneObject, draw_scene
 
 
@@ -43,7 +43,7 @@ plt.rcParams.update(
 
 
 def small_model(num_layers: int, num_experts: int) -> LatteFlowForConditionalGeneration:
-    """A model of the right depth and of no width worth mentioning, with random weights everywhere."""
+    """A model of the given depth and a tiny width, with random weights everywhere."""
     torch.manual_seed(0)
     text = {
         "hidden_size": 32,
@@ -64,8 +64,8 @@ def small_model(num_layers: int, num_experts: int) -> LatteFlowForConditionalGen
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.25)
     model = LatteFlowForConditionalGeneration.from_vlm(backbone, num_experts=num_experts, latent_channels=3)
-    for module in model.modules():
-        if isinstance(module, LatteFlowZeroLinear):
+    for name, module in model.tower.named_modules():
+        if name.endswith(ZERO_INITIALIZED):
             torch.nn.init.normal_(module.weight, std=0.2)
     return model.eval()
 
@@ -95,7 +95,7 @@ def save(figure: plt.Figure, name: str) -> None:
 
 
 def blank(width: float, height: float) -> tuple[plt.Figure, Axes]:
-    """A figure whose one coordinate system covers it, a tenth of an inch to the unit in both directions."""
+    """A figure with one coordinate system that covers it; one unit is a tenth of an inch."""
     figure = plt.figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, 10 * width), ylim=(0, 10 * height))
@@ -104,7 +104,7 @@ def blank(width: float, height: float) -> tuple[plt.Figure, Axes]:
 
 
 def draw_experts() -> None:
-    """The backbone's layers, their cache, and the tower's, of which one expert runs."""
+    """The layers of the backbone, their keys and values, and the layers of the tower, of which one expert runs."""
     config = LatteFlowConfig(vlm_config={"model_type": "qwen2_vl", "text_config": {"num_hidden_layers": 28}})
     model = small_model(config.text_config.num_hidden_layers, config.num_experts)
     boundaries, sigma = config.expert_boundaries, 0.6
@@ -118,8 +118,8 @@ def draw_experts() -> None:
 
     num_layers = config.text_config.num_hidden_layers
     right = x_of(num_layers - 1) + width
-    axes.text(left, 40.3, "backbone, frozen: one prefill a prompt", color=INK, weight="bold")
-    axes.text(right, 20.4, "generation tower: one expert a step", color=INK, weight="bold", ha="right", va="center")
+    axes.text(left, 40.3, "backbone, frozen: one prefill per prompt", color=INK, weight="bold")
+    axes.text(right, 20.4, "generation tower: one expert per step", color=INK, weight="bold", ha="right", va="center")
     for layer in range(num_layers):
         x = x_of(layer)
         box(axes, x, 33.5, width, 5, "#a3a9b5")
@@ -163,10 +163,10 @@ def draw_experts() -> None:
 
 
 def draw_time_axis() -> None:
-    """The path from noise to data, the experts' intervals on it, and the 40 steps of a picture."""
+    """The path from noise to data, the intervals of the experts, and 40 sampling steps."""
     scheduler = LatteFlowScheduler()
     steps = 40
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist())
+    scheduler.set_timesteps(steps)
     boundaries = scheduler.config.expert_boundaries
     figure, axes = blank(8.0, 4.1)
     left, right = 13.5, 74.0
@@ -175,8 +175,8 @@ def draw_time_axis() -> None:
         return left + (1 - sigma) * (right - left)
 
     scene = Scene((SceneObject("red", "circle"), SceneObject("blue", "square")), "left of")
-    picture = np.asarray(draw_scene(scene, [(18, 32, 12), (46, 32, 11)]).reduce(2))
-    data = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    image = np.asarray(draw_scene(scene, [(18, 32, 12), (46, 32, 11)]).reduce(2))
+    data = torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 127.5 - 1
     noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(0))
     for sigma in boundaries:
         noisy = interpolate(data, noise, sigma)[0].permute(1, 2, 0)
@@ -217,8 +217,8 @@ def draw_time_axis() -> None:
 
 
 @torch.no_grad()
-def who_sees_whom(model: LatteFlowForConditionalGeneration, num_prompt: int, side: int) -> np.ndarray:
-    """(T + N, T + N) of bool: whether row i's output changes when token j does; prompt first, then latents."""
+def attention_pattern(model: LatteFlowForConditionalGeneration, num_prompt: int, side: int) -> np.ndarray:
+    """(T + N, T + N) of bool: whether the output of token i changes when token j does; prompt first, then latents."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.arange(10, 10 + num_prompt)[None]
     latents = torch.randn(1, 3, side, side, generator=generator)
@@ -226,9 +226,11 @@ def who_sees_whom(model: LatteFlowForConditionalGeneration, num_prompt: int, sid
     seen = np.zeros((count, count), dtype=bool)
 
     def outputs(ids: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """What comes out at each token, (T + N, ·), shorter ones filled up with zeros."""
+        """Outputs of each token, (T + N, ·), padded with zeros."""
         context = model.encode_context(ids)
-        prompt = context.values[-1][0].transpose(0, 1).flatten(1)  # these went through all layers but the last
+        prompt = (
+            context.values[-1][0].transpose(0, 1).flatten(1)
+        )  # keys and values of the last layer depend on all layers before
         velocity = model.predict_velocity(latents, 900.0, context)[0].flatten(1).T
         missing = prompt.shape[1] - velocity.shape[1]
         return torch.cat([prompt, torch.nn.functional.pad(velocity, (0, missing))])
@@ -239,8 +241,8 @@ def who_sees_whom(model: LatteFlowForConditionalGeneration, num_prompt: int, sid
         if token < num_prompt:
             other_ids[0, token] = 40 + token
         else:
-            place = token - num_prompt
-            other_latents[0, :, place // side, place % side] += 1.0
+            index = token - num_prompt
+            other_latents[0, :, index // side, index % side] += 1.0
         seen[:, token] = (outputs(other_ids, other_latents) != before).any(dim=1).numpy()
     return seen
 
@@ -254,7 +256,6 @@ def kept_scores(model: LatteFlowForConditionalGeneration, num_prompt: int, side:
         return lambda module, args, output: found.update({index: output[1][0, 0].numpy()})
 
     for index, layer in enumerate(model.tower.layers):
-        layer.self_attn.register_forward_pre_hook(lambda m, args, kw: (args, {**kw, "keep": True}), with_kwargs=True)
         layer.self_attn.register_forward_hook(note(index))
     context = model.encode_context(torch.arange(10, 10 + num_prompt)[None])
     latents = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(1))
@@ -264,15 +265,15 @@ def kept_scores(model: LatteFlowForConditionalGeneration, num_prompt: int, side:
 
 
 def draw_residual_attention() -> None:
-    """Who sees whom, and how the latent-to-latent block goes from layer to layer inside a group."""
+    """The attention pattern, and how the latent-to-latent block is passed from layer to layer inside a group."""
     num_prompt, side = 5, 3
     num_latents = side**2
     model = small_model(num_layers=6, num_experts=2)
-    seen = who_sees_whom(model, num_prompt, side)
+    seen = attention_pattern(model, num_prompt, side)
     scores = kept_scores(model, num_prompt, side)
     figure, axes = blank(8.0, 6.3)
 
-    # Who sees whom
+    # The attention pattern
     cell, left, top = 1.75, 16.0, 57.0
     colours = {(False, False): "#8d94a3", (True, False): "#a9c7dd", (True, True): EXPERT_COLOURS[0]}
     for row, column in np.ndindex(seen.shape):
@@ -284,15 +285,15 @@ def draw_residual_attention() -> None:
     prompt_middle, latents_middle = cell * num_prompt / 2, cell * (num_prompt + num_latents / 2)
     axes.text(left + prompt_middle, top + 1.0, "prompt", ha="center", va="bottom")
     axes.text(left + latents_middle, top + 1.0, "latents", ha="center", va="bottom")
-    axes.text(left + cell * len(seen) / 2, top + 3.4, "what is seen", ha="center", va="bottom", color=SOFT)
+    axes.text(left + cell * len(seen) / 2, top + 3.4, "keys", ha="center", va="bottom", color=SOFT)
     axes.text(left - 1.0, top - prompt_middle, "prompt", ha="right", va="center")
     axes.text(left - 1.0, top - latents_middle, "latents", ha="right", va="center")
-    axes.text(left - 10.0, top - cell * len(seen) / 2, "what sees", rotation=90, va="center", color=SOFT)
+    axes.text(left - 10.0, top - cell * len(seen) / 2, "queries", rotation=90, va="center", color=SOFT)
     notes = (
         ("#8d94a3", "prompt to prompt: causal, in the frozen backbone"),
-        ("#f1f2f5", "never: the prompt does not see the latents"),
+        ("#f1f2f5", "none: the prompt does not attend to the latents"),
         ("#a9c7dd", "latents to prompt: all of the KV cache"),
-        (EXPERT_COLOURS[0], "latents to latents: both ways; this block is handed on"),
+        (EXPERT_COLOURS[0], "latents to latents: bidirectional; this block is passed on"),
     )
     for index, (colour, note) in enumerate(notes):
         y = top - 3.0 - 5.2 * index
@@ -301,7 +302,7 @@ def draw_residual_attention() -> None:
         axes.text(46.4, y, first, va="center", weight="bold")
         axes.text(46.4, y - 2.1, rest, va="center", color=SOFT, fontsize=8.8)
 
-    # What is handed on
+    # What is passed on
     last = 4
     cell, top, pitch = 0.98, 22.5, 19.0
     context_width = 2.6
@@ -318,7 +319,7 @@ def draw_residual_attention() -> None:
         axes.text(x + context_width / 2, top - height - 1.0, "prompt", ha="center", va="top", fontsize=7.8, color=SOFT)
         middle = block + height / 2
         axes.text(middle, top - height - 1.0, "latents", ha="center", va="top", fontsize=7.8, color=SOFT)
-        gated = model.tower.layers[layer].self_attn.residual is not None
+        gated = model.tower.layers[layer].self_attn.has_residual
         if gated:
             start = (x - pitch + context_width + 0.3 + height / 2, top - height - 3.4)
             arrow(axes, start, (middle, top - height - 3.4), colour, 1.6, bend=0.35)
@@ -326,7 +327,7 @@ def draw_residual_attention() -> None:
         elif layer:
             border = x - 3.4
             axes.plot([border, border], [6.0, top + 3.4], color=SOFT, lw=1.2, ls=(0, (4, 3)))
-            axes.text(border, top + 5.0, "group border: nothing is handed on", ha="center", va="center", color=SOFT)
+            axes.text(border, top + 5.0, "group border: nothing is passed on", ha="center", va="center", color=SOFT)
     axes.set(xlim=(0, 80), ylim=(0, 63))
     save(figure, "residual_attention.svg")
 

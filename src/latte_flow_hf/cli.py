@@ -392,24 +392,6 @@ def convert_from_single_file(
 
 
 @_verb
-def bench(
-    suite: Annotated[Path, typer.Argument(help="A YAML file, such as benchmarks/speed_tinyworld.yaml.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.json, results.md, results.png.")],
-) -> None:
-    """Measure how fast pictures are, in turns with other models; started again, it goes on where it was stopped."""
-    import diffusers
-    import transformers
-
-    from latte_flow_hf.evaluation.speed import Suite, as_markdown, run_suite
-
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
-    asked = Suite.from_yaml(suite)
-    typer.echo(as_markdown(asked, run_suite(asked, output)))
-    typer.echo(f"wrote {output}")
-
-
-@_verb
 def publish(
     folder: Annotated[Path, typer.Argument(help="A saved pipeline.")],
     repo_id: Annotated[str, typer.Option(help="Where to: user/name; made if it is not there.")],

@@ -1,4 +1,4 @@
-"""Every command and every line of Python in the guides is run, at a size that takes seconds."""
+"""The commands and the Python code in the guides run, at a size that takes seconds."""
 
 import re
 import shlex
@@ -19,21 +19,21 @@ BLOCK = re.compile(r'^```(\w+)(?: title="(.+?)")?\n(.*?)^```$', re.MULTILINE | r
 def smaller(recipe: str) -> str:
     sections = yaml.safe_load(recipe)
     if sections["data"]["source"]["path"] == "tinyworld":
-        sections["data"]["source"]["num_pictures"] = 8
+        sections["data"]["source"]["num_images"] = 8
     sections["training"].update(max_steps=2, per_device_train_batch_size=4, logging_steps=1, save_steps=1)
     sections["samples"].update(every_steps=2, call={"num_inference_steps": 2})
     return yaml.safe_dump(sections)
 
 
-@pytest.mark.parametrize(("guide", "leaves"), [("train_from_a_vlm", "red-circle.png"), ("add_a_class", "star.png")])
-def test_a_guide_runs_as_it_stands(guide, leaves, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("guide", "result"), [("train_from_a_vlm", "red-circle.png"), ("add_a_class", "star.png")])
+def test_a_guide_runs_as_it_stands(guide, result, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     kinds = []
     for kind, title, text in BLOCK.findall((GUIDES / f"{guide}.md").read_text()):
         kinds.append(kind)
         if kind == "python":
-            text = text.replace("size=200", "size=6").replace("range(400)", "range(12)")
+            text = text.replace("num_images=200", "num_images=6").replace("range(400)", "range(12)")
             exec(compile(text, f"{guide}.md", "exec"), {})
         elif kind == "yaml":
             Path(title).write_text(smaller(text))
@@ -42,7 +42,7 @@ def test_a_guide_runs_as_it_stands(guide, leaves, tmp_path, monkeypatch):
                 command, *arguments = shlex.split(line)
                 assert command == "latte-flow"
                 arguments += ["--steps", "2"] if arguments[0] == "generate" else []
-                result = CliRunner().invoke(app, arguments)
-                assert result.exit_code == 0, result.output
+                outcome = CliRunner().invoke(app, arguments)
+                assert outcome.exit_code == 0, outcome.output
     assert {"python", "yaml", "sh"} <= set(kinds)
-    assert Image.open(leaves).size == (64, 64)
+    assert Image.open(result).size == (64, 64)
