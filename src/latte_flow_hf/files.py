@@ -19,19 +19,20 @@ from safetensors import SafetensorError, safe_open
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path for a file or a folder that takes the place of `path` when the block ends.
 
-    The temporary name is unique and hidden, in the same folder and with the same extension as `path`. If the block
-    raises, what was written is removed and `path` is left as it was. An existing file is replaced; an existing folder
-    is not.
+    The temporary path has the name of `path`, inside a hidden folder beside it whose name is unique, so that two
+    writers never share it. If the block raises, what was written is removed and `path` is left as it was.
 
     Args:
-        path (`str` or `Path`): the final path; its folder is made if it does not exist.
+        path (`str` or `Path`):
+            The final path; its parent folder is made if it does not exist. An existing file is replaced.
 
     Raises:
-        `OSError`: if writing fails, or a folder is written to a `path` that exists.
+        `OSError`: if `path` is an existing folder (nothing is written then), or if writing fails.
     """
     path = Path(path)
+    if path.is_dir():
+        raise FileExistsError(f"folder {path} exists; choose another name, or remove it.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A folder of its own, so that the name is unique and whatever is written next to the file is removed with it.
     scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         partial = scratch / path.name
@@ -48,7 +49,7 @@ def save_image(image: Image.Image, path: str | Path) -> None:
 
 
 def write_json(content: Any, path: str | Path) -> None:
-    """Write JSON with an indent of one; the file appears whole or not at all."""
+    """Write indented JSON; the file appears whole or not at all."""
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
@@ -67,6 +68,28 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise OSError(f"{path} must hold a JSON object, got a {type(content).__name__}; save or download it again.")
     return content
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Read which file holds each tensor of a sharded checkpoint.
+
+    Args:
+        index (`Path`): a `*.safetensors.index.json`.
+
+    Returns:
+        `dict[str, str]`: file names in the index's own folder, by tensor name.
+
+    Raises:
+        `OSError`: with the path, if the index is missing, damaged or without `weight_map`, or names a file outside its
+            own folder.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise OSError(f"{index} has no weight_map; save or download it again.")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise OSError(f"{index} must name files in its own folder, got {name!r}; save or download it again.")
+    return weight_map
 
 
 def read_yaml(path: str | Path, what: str = "file") -> Any:
@@ -104,12 +127,7 @@ def check_files(folder: str | Path, *names: str) -> None:
         if not any(any(folder.glob(alternative)) for alternative in name.split("|")):
             raise OSError(f"checkpoint folder {folder} has no {name.replace('|', ' or ')}; save or download it again.")
     for index in sorted(folder.glob("*.safetensors.index*.json")):
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise OSError(f"{index} has no weight_map; save or download it again.")
-        for shard in sorted(set(weight_map.values())):
-            if Path(shard).name != shard:
-                raise OSError(f"{index} names {shard!r}, which is outside its folder; save or download it again.")
+        for shard in sorted(set(read_weight_map(index).values())):
             if not (folder / shard).is_file():
                 raise OSError(
                     f"checkpoint folder {folder} has no {shard}, which {index.name} names; download it again."

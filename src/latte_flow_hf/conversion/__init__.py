@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints from and to other layouts. Each function gives a [`Plan`]: `describe()` it, or `write(output)` it."""
+"""Conversion of checkpoints. Each function returns a [`Plan`], with a dry run `describe()` and `write(output)`."""
 
 from .extract import extract_backbone
 from .initialize import initialize

@@ -9,21 +9,21 @@ from ..version import __version__
 
 _LICENCE = """## Licence
 
-The conversion adds no licence of its own. The backbone's weights stay under the backbone's licence, the autoencoder's
-under the autoencoder's: look both up where they came from before you publish this."""
+The conversion adds no licence of its own. The backbone's weights keep the backbone's licence, and the autoencoder's
+weights keep the autoencoder's: look up both before you publish this."""
 
 
 def pipeline_card(config: LatteFlowConfig, origin: str) -> bytes:
-    """Of a pipeline's folder.
+    """The card of a pipeline's folder.
 
     Args:
-        config ([`LatteFlowConfig`]): the model's.
-        origin (`str`): a sentence or two on where it came from.
+        config ([`LatteFlowConfig`]): the model's configuration.
+        origin (`str`): where the weights came from, in a sentence or two.
     """
     text = f"""# A LaTtE-Flow pipeline
 
 {origin} Made by `latte_flow_hf` {__version__}, an open implementation of LaTtE-Flow (arXiv 2506.06952): a frozen
-vision-language model ({config.vlm_config.model_type}) that answers, and beside it a tower that paints: K =
+vision-language model ({config.vlm_config.model_type}) that answers, and a tower that generates images with K =
 {config.num_experts} timestep experts of {config.layers_per_expert} layers each.
 
 ## Use
@@ -32,8 +32,8 @@ vision-language model ({config.vlm_config.model_type}) that answers, and beside 
 from latte_flow_hf import LatteFlowPipeline
 
 pipe = LatteFlowPipeline.from_pretrained("path/to/this/folder")
-picture = pipe("a red circle").images[0]
-answer = pipe.chat("what is in the picture?", images=picture)
+image = pipe("a red circle").images[0]
+answer = pipe.chat("what is in the picture?", images=image)
 ```
 
 ```sh
@@ -48,10 +48,10 @@ latte-flow chat "what is in the picture?" --image out.png --model path/to/this/f
 
 
 def backbone_card(name: str, class_name: str) -> bytes:
-    """Of an extracted backbone; `name` is the pipeline's."""
+    """The card of an extracted backbone; `name` is the pipeline's."""
     text = f"""# The backbone of a LaTtE-Flow pipeline
 
-The frozen vision-language model of `{name}`, taken out byte for byte by `latte_flow_hf` {__version__}. A stock
+The frozen vision-language model of `{name}`, extracted bit for bit by `latte_flow_hf` {__version__}. This is a stock
 transformers checkpoint: `latte_flow_hf` is not needed to use it.
 
 ## Use
@@ -69,10 +69,11 @@ processor = AutoProcessor.from_pretrained("path/to/this/folder")
 
 
 def state_dict_card(name: str, config: LatteFlowConfig) -> bytes:
-    """Of a flat state dict; `name` is the pipeline's."""
+    """The card of a flat state dict; `name` is the pipeline's."""
     text = f"""# A LaTtE-Flow state dict
 
-The weights of `{name}` (K = {config.num_experts}) under the names of a key table, by `latte_flow_hf` {__version__}.
+The weights of `{name}` (K = {config.num_experts}) under the names of a key table, written by `latte_flow_hf`
+{__version__}.
 
 ## Use
 
@@ -80,7 +81,7 @@ The weights of `{name}` (K = {config.num_experts}) under the names of a key tabl
 latte-flow convert from-original FILE TEMPLATE --output FOLDER
 ```
 
-TEMPLATE is a pipeline folder with the same backbone and autoencoder; `latte-flow convert init` makes one.
+TEMPLATE is a pipeline folder with the same backbone and autoencoder; make one with `latte-flow convert init`.
 
 {_LICENCE}
 """

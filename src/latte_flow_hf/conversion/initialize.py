@@ -20,13 +20,12 @@ from .card import pipeline_card
 from .folders import (
     AUTOENCODER,
     MODEL,
+    check_velocity,
+    files_saved_by,
     local_folder,
-    meta_model,
-    one_velocity,
+    model_on_meta,
     read_autoencoder,
-    saved,
     source_name,
-    under,
 )
 from .plan import Plan
 from .streaming import StoredTensor, module_tensors, read_weights, stored_names
@@ -35,17 +34,18 @@ from .streaming import StoredTensor, module_tensors, read_weights, stored_names
 def initialize(
     backbone: str | Path, autoencoder: str | Path, num_experts: int = 4, seed: int = 0, **config: Any
 ) -> Plan:
-    """Plan a new pipeline: what `from_vlm` and `save_pretrained` would give, without the model ever in memory.
+    """Plan a new pipeline: the result of `from_vlm` and `save_pretrained`, but without loading the model.
 
     Args:
         backbone (`str` or `Path`): folder or hub id of a vision-language model of transformers, such as Qwen2-VL.
         autoencoder (`str` or `Path`): folder or hub id of an autoencoder of diffusers, such as DC-AE f32c32.
         num_experts (`int`, defaults to 4): K.
-        seed (`int`, defaults to 0): of what is neither copied nor constant (the embeddings of latents and timesteps).
-        config: other arguments of [`LatteFlowConfig`]; `latent_channels` is the autoencoder's.
+        seed (`int`, defaults to 0):
+            Seed of the weights that are neither copied nor constant: the embeddings of latents and timesteps.
+        config: other arguments of [`LatteFlowConfig`], except `latent_channels`, which is the autoencoder's.
 
     Raises:
-        `OSError`: if a file is missing or cut off.
+        `OSError`: if a file is missing or truncated.
         `ValueError`: if the backbone, the autoencoder and K do not fit together, or weights do not fit their
             configuration.
     """
@@ -57,7 +57,7 @@ def initialize(
     dtype = vlm_config.dtype or next(tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point)
     vlm_config._name_or_path = ""
     vlm_config.dtype = dtype
-    model = meta_model(
+    model = model_on_meta(
         LatteFlowConfig(
             vlm_config=vlm_config, num_experts=num_experts, latent_channels=vae.config.latent_channels, **config
         )
@@ -75,19 +75,19 @@ def initialize(
         generation_config = GenerationConfig.from_pretrained(backbone_folder)
     origin = (
         f"The backbone of `{source_name(backbone)}`, the autoencoder of `{source_name(autoencoder)}`, and a tower "
-        "that starts from the backbone's layers: it answers, but does not paint before it is trained."
+        "that starts from the backbone's layers: it answers, but must be trained before it generates images."
     )
-    texts = {
+    small_files = {
         "README.md": pipeline_card(model.config, origin),
-        **under("model", saved(model.config.save_pretrained)),
-        **under("model", saved(generation_config.save_pretrained)),
-        **under("processor", saved(processor.save_pretrained)),
-        **under("scheduler", saved(scheduler.save_pretrained)),
+        **files_saved_by(model.config.save_pretrained, "model"),
+        **files_saved_by(generation_config.save_pretrained, "model"),
+        **files_saved_by(processor.save_pretrained, "processor"),
+        **files_saved_by(scheduler.save_pretrained, "scheduler"),
         "vae/config.json": (autoencoder_folder / "config.json").read_bytes(),
-        **saved(pipeline.save_config),
+        **files_saved_by(pipeline.save_config),
     }
     weights = {MODEL: _model_tensors(model, tensors, dtype, seed), AUTOENCODER: vae_tensors}
-    return Plan(texts, weights, lambda written: one_velocity(model.config, written[MODEL]))
+    return Plan(small_files, weights, lambda written: check_velocity(model.config, written[MODEL]))
 
 
 def _model_tensors(
@@ -111,20 +111,34 @@ def _model_tensors(
 def new_tensors(
     model: LatteFlowForConditionalGeneration, names: Iterable[str], dtype: torch.dtype, seed: int = 0
 ) -> dict[str, StoredTensor]:
-    """Tensors of `model` (on the meta device) as its class initialises them, each module made when it is read."""
+    """Parameters of `model` as it initialises them, each module's when they are read.
+
+    Args:
+        model ([`LatteFlowForConditionalGeneration`]): on the meta device.
+        names (iterable of `str`): the parameters' names.
+        dtype (`torch.dtype`): their type; they are drawn in float32.
+        seed (`int`, defaults to 0): seed of the first module; each further one has the next seed.
+    """
     new = [name.rpartition(".")[::2] for name in names]
     seeds = {module: seed + number for number, module in enumerate(dict(new))}
 
     @functools.lru_cache(maxsize=1)
-    def initialised(name: str) -> torch.nn.Module:
-        module = copy.deepcopy(model.get_submodule(name)).to_empty(device="cpu").float()
+    def initialized(name: str) -> torch.nn.Module:
+        on_meta = model.get_submodule(name)
+        module = copy.deepcopy(on_meta).to_empty(device="cpu").float()
+        path = name.split(".")
+        model.set_submodule(name, module)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds[name])
-            model._init_weights(module)
+            # From the module up to the model, as `PreTrainedModel.initialize_weights` does: a parent may overwrite the
+            # weights of its child. Everything else is on the meta device, where initialisation does nothing.
+            for depth in range(len(path), -1, -1):
+                model._init_weights(model.get_submodule(".".join(path[:depth])))
+        model.set_submodule(name, on_meta)
         return module.to(dtype).requires_grad_(False)
 
     def stored(module: str, leaf: str) -> StoredTensor:
         shape = tuple(model.get_submodule(module).get_parameter(leaf).shape)
-        return StoredTensor(dtype, shape, lambda: initialised(module).get_parameter(leaf))
+        return StoredTensor(dtype, shape, lambda: initialized(module).get_parameter(leaf))
 
     return {f"{module}.{leaf}": stored(module, leaf) for module, leaf in new}

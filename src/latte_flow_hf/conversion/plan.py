@@ -1,20 +1,22 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """What a conversion will write, and how it is written: whole or not at all.
 
-Every operation of this package gives a [`Plan`], which is cheap: names, types and shapes, but no weights. `describe`
-is its dry run, `write` carries it out.
+Each conversion of this package returns a [`Plan`], which is cheap: it holds names, types and shapes, but no weights.
+`describe` is its dry run, `write` carries it out.
 """
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from tqdm import tqdm
 
-from .streaming import StoredTensor, read_safetensors, safetensors_header, verify_safetensors, write_safetensors
+from ..files import atomic_write
+from .streaming import StoredTensor, read_safetensors, read_weights, write_safetensors
 
 
 MAX_SHARD_SIZE = "5GB"
@@ -27,148 +29,111 @@ class Plan:
     """Files to write.
 
     Args:
-        texts (`dict[str, bytes]`): contents of small files by their path in the output folder.
+        small_files (`dict[str, bytes]`): contents of everything but weights, by path in the output folder.
         weights (`dict[str, dict[str, StoredTensor]]`):
             Tensors by the path of their file without its suffix (`"model/model"`); sharded when written.
         check (`Callable[[Weights], str]`):
-            What is tried on the weights as they were written, `weights` read back; tells what it found.
+            Called with the weights as read back from the output; returns a description of the result.
         single_file (`bool`, defaults to `False`):
-            The output is one safetensors file: `weights` has the one path `""`, and `texts` go into its metadata.
+            The output is one safetensors file: `weights` has the one path `""`, and `small_files` are its metadata.
     """
 
-    texts: dict[str, bytes]
+    small_files: dict[str, bytes]
     weights: Weights
     check: Callable[[Weights], str]
     single_file: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the output in bytes, without the headers and indices of weights files (some kilobytes)."""
+        return sum(map(len, self.small_files.values())) + sum(_size(tensors) for tensors in self.weights.values())
 
     def describe(self, max_shard_size: int | str = MAX_SHARD_SIZE) -> list[str]:
         """The dry run: every file with its size in bytes, every tensor with its type and shape.
 
         Raises:
-            `ValueError`: if `max_shard_size` is no size.
+            `ValueError`: if `max_shard_size` is not a size.
         """
-        if self.single_file:
-            lines = [f"in the metadata: {path}, {len(text):,} bytes" for path, text in self.texts.items()]
-        else:
-            texts = {**self.texts, **self._indices(max_shard_size)}
-            lines = [f"{path}: {len(text):,} bytes" for path, text in texts.items()]
-        for path, tensors in self._files(max_shard_size).items():
-            size = self._size(tensors)
-            lines.append(f"{path or 'one file'}: {size:,} bytes, {len(tensors)} tensors")
+        weights_files, indices = self._shard(max_shard_size)
+        prefix = "in the metadata: " if self.single_file else ""
+        lines = [f"{prefix}{path}: {len(content):,} bytes" for path, content in (self.small_files | indices).items()]
+        for path, tensors in weights_files.items():
+            lines.append(f"{path or 'one file'}: {_size(tensors):,} bytes, {len(tensors)} tensors")
             lines += [f"    {name} {str(t.dtype).removeprefix('torch.')} {t.shape}" for name, t in tensors.items()]
-        return [*lines, f"{self.total_size(max_shard_size):,} bytes in all"]
-
-    def total_size(self, max_shard_size: int | str = MAX_SHARD_SIZE) -> int:
-        """In bytes."""
-        texts = {} if self.single_file else {**self.texts, **self._indices(max_shard_size)}
-        weights = sum(self._size(tensors) for tensors in self._files(max_shard_size).values())
-        return sum(len(text) for text in texts.values()) + weights
+        return [*lines, f"{self.num_bytes:,} bytes in all"]
 
     def write(self, output: str | Path, max_shard_size: int | str = MAX_SHARD_SIZE) -> str:
-        """Write everything beside `output`, read it back and compare, then rename.
+        """Write everything next to `output` under a temporary name, read it back and compare, then rename.
 
         Args:
             output (`str` or `Path`): the folder (or the single file) to make.
-            max_shard_size (`int` or `str`, defaults to `"5GB"`): of the weights' files.
+            max_shard_size (`int` or `str`, defaults to `"5GB"`): largest size of a weights file.
 
         Returns:
-            `str`: what the check found.
+            `str`: what was compared, and the result of the check.
 
         Raises:
-            `ValueError`: if `output` exists or is no name for a single file, or `max_shard_size` is no size.
-            `OSError`: if the disk has too little room, or what was written reads back differently. Nothing stays.
+            `ValueError`: if `output` exists or is not a name for a single file, or `max_shard_size` is not a size.
+            `OSError`: if the disk has too little space, or an output reads back differently. Nothing is left behind.
         """
         output = Path(output)
         if self.single_file and output.suffix != ".safetensors":
             raise ValueError(f"output must name a .safetensors file, got {str(output)!r}.")
         if output.exists() or output.is_symlink():
-            raise ValueError(f"output {output} exists; give another one, or remove it.")
-        needed = self.total_size(max_shard_size)
+            raise ValueError(f"output {output} exists; choose another name, or remove it.")
+        weights_files, indices = self._shard(max_shard_size)
         parent = next(folder for folder in output.absolute().parents if folder.exists())
         free = shutil.disk_usage(parent).free
-        if needed > free:
-            raise OSError(f"output {output} takes {needed:,} bytes, but its disk has {free:,} left.")
-        partial = output.with_name(output.name + ".partial")
-        _remove(partial)
-        try:
-            hashes = self._write(partial, max_shard_size)
-            found = self._verify(partial, max_shard_size, hashes)
-            partial.rename(output)
-        except BaseException:
-            _remove(partial)
-            raise
-        return found
+        if self.num_bytes > free:
+            raise OSError(f"output {output} takes {self.num_bytes:,} bytes, but its disk has {free:,} left.")
+        with atomic_write(output) as partial:
+            self._write_weights(partial, weights_files)
+            if self.single_file:
+                written = {"": read_safetensors(partial)}
+            else:
+                for path, content in (self.small_files | indices).items():
+                    (partial / path).parent.mkdir(parents=True, exist_ok=True)
+                    (partial / path).write_bytes(content)
+                written = {stem: read_weights((partial / stem).parent, Path(stem).name) for stem in self.weights}
+            found = self.check(written)
+        return f"{sum(map(len, written.values()))} tensors read back and compared; {found}"
 
-    def _files(self, max_shard_size: int | str) -> Weights:
-        """The tensors of each weights file."""
+    def _shard(self, max_shard_size: int | str) -> tuple[Weights, dict[str, bytes]]:
+        """The tensors of each weights file, and the indices of those that are sharded."""
         if self.single_file:
-            return self.weights
-        return {
-            str(Path(stem).with_name(name)): {key: tensors[key] for key in keys}
-            for stem, tensors in self.weights.items()
-            for name, keys in split_weights(stem, tensors, max_shard_size).filename_to_tensors.items()
-        }
-
-    def _indices(self, max_shard_size: int | str) -> dict[str, bytes]:
-        """The index of each set of shards."""
-        indices = {}
+            return self.weights, {}
+        weights_files: Weights = {}
+        indices: dict[str, bytes] = {}
         for stem, tensors in self.weights.items():
             split = split_weights(stem, tensors, max_shard_size)
+            for name, keys in split.filename_to_tensors.items():
+                weights_files[str(Path(stem).with_name(name))] = {key: tensors[key] for key in keys}
             if split.is_sharded:
                 index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
                 indices[f"{stem}.safetensors.index.json"] = json.dumps(index, indent=2).encode() + b"\n"
-        return indices
+        return weights_files, indices
 
-    def _metadata(self) -> dict[str, str]:
-        texts = {path: text.decode() for path, text in self.texts.items()} if self.single_file else {}
-        return {"format": "pt", **texts}
-
-    def _size(self, tensors: dict[str, StoredTensor]) -> int:
-        header = safetensors_header(tensors, self._metadata())
-        return len(header) + sum(tensor.nbytes for tensor in tensors.values())
-
-    def _write(self, partial: Path, max_shard_size: int | str) -> dict[str, dict[str, str]]:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        hashes = {}
-        with self._progress("writing") as progress:
-            for path, tensors in self._files(max_shard_size).items():
+    def _write_weights(self, partial: Path, weights_files: Weights) -> None:
+        metadata = {"format": "pt"}
+        if self.single_file:
+            metadata |= {path: content.decode() for path, content in self.small_files.items()}
+        total = sum(_size(tensors) for tensors in weights_files.values())
+        with tqdm(desc="writing", total=total, unit="B", unit_scale=True) as progress:
+            for path, tensors in weights_files.items():
                 (partial / path).parent.mkdir(parents=True, exist_ok=True)
-                hashes[path] = write_safetensors(partial / path, tensors, self._metadata(), progress)
-        if not self.single_file:
-            for path, text in {**self.texts, **self._indices(max_shard_size)}.items():
-                (partial / path).parent.mkdir(parents=True, exist_ok=True)
-                (partial / path).write_bytes(text)
-        return hashes
-
-    def _verify(self, partial: Path, max_shard_size: int | str, hashes: dict[str, dict[str, str]]) -> str:
-        with self._progress("verifying") as progress:
-            for path, tensors in self._files(max_shard_size).items():
-                verify_safetensors(partial / path, tensors, hashes[path], progress)
-        written: Weights = {stem: {} for stem in self.weights}
-        for stem, tensors in self.weights.items():
-            names = [""] if self.single_file else split_weights(stem, tensors, max_shard_size).filename_to_tensors
-            for name in names:
-                file = partial if self.single_file else (partial / stem).with_name(name)
-                written[stem] |= read_safetensors(file)
-        return f"{sum(map(len, written.values()))} tensors read back, hashes equal; {self.check(written)}"
-
-    def _progress(self, words: str) -> tqdm:
-        total = sum(tensor.nbytes for tensors in self.weights.values() for tensor in tensors.values())
-        return tqdm(desc=words, total=total, unit="B", unit_scale=True)
+                write_safetensors(partial / path, tensors, metadata)
+                progress.update(_size(tensors))
 
 
-def split_weights(stem: str, tensors: dict[str, StoredTensor], max_shard_size: int | str):
-    """Which tensors go into which file of `stem`'s, as huggingface_hub has it."""
+def split_weights(stem: str, tensors: Mapping[str, Any], max_shard_size: int | str) -> StateDictSplit:
+    """Assign tensors to weights files of at most `max_shard_size`, named as huggingface_hub does."""
     return split_state_dict_into_shards_factory(
-        tensors,
+        dict(tensors),
         get_storage_size=lambda tensor: tensor.nbytes,
         filename_pattern=Path(stem).name + "{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _size(tensors: dict[str, StoredTensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -1,33 +1,30 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Weights on disk, one tensor in memory at a time.
+"""Weights on disk that are read when they are needed.
 
-What is unusual here: a safetensors file is written by hand, header first and then tensor after tensor, since the
-library's own writer wants all tensors of a file at once. Reading is the library's.
+What is unusual here: a tensor that safetensors or torch reads from a file is a view of the memory-mapped file, and
+`save_file` writes it from there. Copying a checkpoint of any size therefore allocates next to nothing; only tensors
+that are new, one file of them at a time, take memory.
 """
 
-import hashlib
-import json
+import copy
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
-from tqdm import tqdm
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.modeling_utils import PreTrainedModel, str_to_torch_dtype
 
-
-_DTYPE_NAMES = {dtype: name for name, dtype in str_to_torch_dtype.items()}
-
-# The format's own limit: readers refuse a longer header.
-MAX_HEADER_BYTES = 100_000_000
+from ..files import read_weight_map
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class StoredTensor:
     Args:
         dtype (`torch.dtype`): its type.
         shape (`tuple[int, ...]`): its shape.
-        read (`Callable[[], torch.Tensor]`): gives it, on the CPU.
+        read (`Callable[[], torch.Tensor]`): returns it, on the CPU.
     """
 
     dtype: torch.dtype
@@ -46,35 +43,34 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return prod(self.shape) * self.dtype.itemsize
 
-    def data(self) -> memoryview:
-        """Its bytes."""
-        return self.read().detach().contiguous().flatten().view(torch.uint8).numpy().data
-
-    def sha256(self) -> str:
-        return hashlib.sha256(self.data()).hexdigest()
+    def equals(self, other: "StoredTensor") -> bool:
+        """Whether type, shape and every bit are the same (NaN included)."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        return torch.equal(*(tensor.read().contiguous().flatten().view(torch.uint8) for tensor in (self, other)))
 
 
 def _read_tensor(path: Path, name: str) -> torch.Tensor:
-    # Opened anew for each tensor: pages of a mapped file count as memory until it is closed.
+    # The file is opened for each tensor, so that its mapping ends with the tensor.
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file.
+    """Read names, types and shapes of the tensors in one file.
 
     Raises:
-        `OSError`: if there is no such file, or it is cut off.
-        `ValueError`: if it holds a type that torch has not.
+        `OSError`: if the file is missing or truncated.
+        `ValueError`: if it holds a type that torch does not have.
     """
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             unknown = {name: s.get_dtype() for name, s in slices.items() if s.get_dtype() not in str_to_torch_dtype}
             if unknown:
-                raise ValueError(f"weights {path} hold tensors of unknown types: {some(unknown)}.")
+                raise ValueError(f"weights {path} hold tensors of unknown types: {format_names(unknown)}.")
             return {
                 name: StoredTensor(
                     str_to_torch_dtype[s.get_dtype()], tuple(s.get_shape()), partial(_read_tensor, path, name)
@@ -82,47 +78,44 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
                 for name, s in slices.items()
             }
     except SafetensorError as error:
-        raise OSError(f"weights {path} are cut off or damaged ({error}); save or fetch them again.") from error
+        raise OSError(f"{path} is truncated or damaged ({error}); save or download it again.") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a file that `read_safetensors` has read."""
+    """Read the metadata of a file that `read_safetensors` accepts."""
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 
 
 def read_weights(folder: Path, stem: str) -> dict[str, StoredTensor]:
-    """The tensors of `folder`'s `{stem}.safetensors`, or of the shards that its index names.
+    """Read names, types and shapes of the tensors in `{stem}.safetensors`, or in the shards that its index names.
 
     Raises:
-        `OSError`: if there are none, a shard is missing or cut off, or does not hold what the index says.
+        `OSError`: if there are none, or a shard is missing, truncated or different from what the index says.
     """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.is_file():
         return read_safetensors(single)
     if not index.is_file():
-        raise OSError(f"{folder} holds neither {single.name} nor {index.name}; save or fetch its safetensors.")
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise OSError(f"index {index} is damaged ({error!r}); save or fetch it again.") from error
+        raise OSError(f"{folder} has neither {single.name} nor {index.name}; save or download its safetensors.")
+    weight_map = read_weight_map(index)
     tensors: dict[str, StoredTensor] = {}
     for name in sorted(set(weight_map.values())):
         if not (folder / name).is_file():
-            raise OSError(f"{index} names {name}, but {folder} does not hold it; save or fetch it again.")
+            raise OSError(f"{folder} has no {name}, which {index.name} names; save or download it again.")
         shard = read_safetensors(folder / name)
         listed = {key for key, value in weight_map.items() if value == name}
         if listed != set(shard):
-            raise OSError(f"{index} and {folder / name} disagree about {some(listed ^ set(shard))}.")
+            raise OSError(f"{index} and {folder / name} disagree about {format_names(listed ^ set(shard))}.")
         tensors |= shard
     return tensors
 
 
 def read_pickle(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a flat state dict that torch saved; nothing in the file can run code.
+    """Map the tensors of a flat state dict saved by torch, without running code from the file.
 
     Raises:
-        `OSError`: if there is no such file, or it is cut off.
+        `OSError`: if the file is missing or truncated.
         `ValueError`: if it holds anything but tensors by name.
     """
     if not path.is_file():
@@ -131,154 +124,146 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
         loaded = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds more than tensors and is refused, since it might run code; a flat dict of tensors would do "
-            f"({str(error).splitlines()[0]})"
+            f"{path} holds more than tensors and is refused, because it might run code; save a flat dict of tensors "
+            f"instead ({str(error).splitlines()[0]})"
         ) from error
     except (RuntimeError, EOFError) as error:
-        raise OSError(f"{path} is cut off, or older than torch's zip format ({error}); save it again.") from error
+        raise OSError(f"{path} is truncated, or older than torch's zip format ({error}); save it again.") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} must hold a flat dict of tensors, got a {type(loaded).__name__}.")
-    strange = [
+    dtypes = set(str_to_torch_dtype.values())
+    others = [
         key
         for key, value in loaded.items()
-        if not (isinstance(key, str) and isinstance(value, torch.Tensor) and value.dtype in _DTYPE_NAMES)
+        if not (isinstance(key, str) and isinstance(value, torch.Tensor) and value.dtype in dtypes)
     ]
-    if strange:
-        raise ValueError(f"{path} must hold tensors by their names and nothing else, got {some(strange)}.")
-    return {key: StoredTensor(value.dtype, tuple(value.shape), partial(_same, value)) for key, value in loaded.items()}
+    if others:
+        raise ValueError(f"{path} must hold tensors by their names and nothing else, got {format_names(others)}.")
+    num_users = Counter(value.untyped_storage().data_ptr() for value in loaded.values())
+
+    def stored(value: torch.Tensor) -> StoredTensor:
+        # safetensors refuses to write two tensors that share memory.
+        is_shared = num_users[value.untyped_storage().data_ptr()] > 1
+        return StoredTensor(value.dtype, tuple(value.shape), value.clone if is_shared else lambda: value)
+
+    return {key: stored(value) for key, value in loaded.items()}
 
 
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def safetensors_header(tensors: dict[str, StoredTensor], metadata: dict[str, str]) -> bytes:
-    """What a safetensors file of these tensors begins with: its length in 8 bytes, then names, types and places.
-
-    Raises:
-        `ValueError`: if it is longer than readers accept.
-    """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name in file_order(tensors):
-        start, end = end, end + tensors[name].nbytes
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [start, end],
-        }
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    if len(encoded) > MAX_HEADER_BYTES:
-        raise ValueError(f"names and metadata take {len(encoded)} bytes; safetensors allows {MAX_HEADER_BYTES}.")
-    return len(encoded).to_bytes(8, "little") + encoded
-
-
-def file_order(tensors: dict[str, StoredTensor]) -> list[str]:
-    """The largest types first, as the library has it: then every tensor starts at a multiple of its item's size."""
-    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-
-
-def write_safetensors(
-    path: Path, tensors: dict[str, StoredTensor], metadata: dict[str, str], progress: tqdm
-) -> dict[str, str]:
-    """Write one file, one tensor in memory at a time.
-
-    Returns:
-        The SHA-256 of each tensor, taken from its source.
-    """
-    hashes = {}
-    with open(path, "xb") as file:
-        file.write(safetensors_header(tensors, metadata))
-        for name in file_order(tensors):
-            data = tensors[name].data()
-            file.write(data)
-            hashes[name] = hashlib.sha256(data).hexdigest()
-            progress.update(data.nbytes)
-    return hashes
-
-
-def verify_safetensors(path: Path, tensors: dict[str, StoredTensor], hashes: dict[str, str], progress: tqdm) -> None:
-    """Read a written file back and compare names, shapes, types and hashes.
+def write_safetensors(path: Path, tensors: dict[str, StoredTensor], metadata: dict[str, str]) -> None:
+    """Write one file, read it back, and compare every tensor with its source.
 
     Raises:
-        `OSError`: if anything differs.
+        `OSError`: if the file cannot be written, or does not read back as its sources.
     """
+    try:
+        save_file({name: tensor.read().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path.name}: {error}") from error
     written = read_safetensors(path)
-    if set(written) != set(tensors):
-        raise OSError(f"{path.name} was written wrongly: names differ, {some(set(written) ^ set(tensors))}.")
-    for name, tensor in written.items():
-        expected = (tensors[name].dtype, tensors[name].shape, hashes[name])
-        if (tensor.dtype, tensor.shape, tensor.sha256()) != expected:
-            raise OSError(f"{path.name} was written wrongly: {name} is not what it was read from.")
-        progress.update(tensor.nbytes)
+    wrong = set(written) ^ set(tensors)
+    wrong |= {name for name in written.keys() & tensors.keys() if not written[name].equals(tensors[name])}
+    if wrong:
+        raise OSError(f"{path.name} does not read back as it was written: {format_names(wrong)}; check the disk.")
 
 
 def module_tensors(stored: dict[str, StoredTensor], model: PreTrainedModel, where: Any) -> dict[str, StoredTensor]:
-    """Stored tensors under the names that they have in `model`, which lies on the meta device.
+    """Stored tensors under the names and in the shapes that they have in `model`, which is on the meta device.
 
-    Checkpoints of Qwen2-VL store `model.layers.0...` and `visual...` for what is `model.language_model.layers.0...`
-    and `model.visual...` in memory; transformers' own renaming is used, so that either will do.
+    transformers' own conversion mapping is applied, as `from_pretrained` does. It renames: Qwen2-VL is published with
+    `model.layers.0...` and `visual...` for what the module calls `model.language_model.layers.0...` and
+    `model.visual...`. And it reshapes the tower's tensors of older checkpoints.
 
     Raises:
-        `ValueError`: as of `check_tensors`; or if tied tensors differ, or the model merges or splits stored tensors.
+        `ValueError`: see `check_tensors`; or if tied tensors differ, or the mapping merges or splits a tensor.
     """
     transforms = get_model_conversion_mapping(model)
-    if any(isinstance(transform, WeightConverter) for transform in transforms):
-        raise ValueError(
-            f"{where}: weights of {model.config.model_type!r} are merged or split when they are loaded, which cannot "
-            "be streamed; LatteFlowForConditionalGeneration.from_vlm(model) and save_pretrained would do."
-        )
+    converters = {
+        pattern: transform
+        for transform in transforms
+        if isinstance(transform, WeightConverter)
+        for pattern in transform.source_patterns
+    }
+    renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
     known = model.state_dict()
     named: dict[str, StoredTensor] = {}
     for key, tensor in stored.items():
-        name, _ = rename_source_key(key, transforms, [], model.base_model_prefix, known)
+        name, pattern = rename_source_key(key, renamings, [*converters.values()], model.base_model_prefix, known)
+        if pattern is not None:
+            # A tower's tensor is converted alone; a backbone's may be merged with others, or split.
+            if not name.startswith("tower."):
+                raise ValueError(
+                    f"{where}: {key} of {model.config.model_type!r} is merged, split or transposed when it is loaded "
+                    f"({converters[pattern]}), which cannot be streamed; use "
+                    "LatteFlowForConditionalGeneration.from_vlm(model) and save_pretrained instead."
+                )
+            tensor = _convert(tensor, key, name, converters[pattern], model, where)
         if name in named:
-            raise ValueError(f"{where}: {name} is stored twice, under its original name and its present one.")
+            raise ValueError(f"{where}: {name} is stored twice, under its present name and an earlier one.")
         named[name] = tensor
-    return check_tensors(untied(named, model, where), model, where)
+    return check_tensors(_without_tied_copies(named, model, where), model, where)
 
 
-def untied(tensors: dict[str, StoredTensor], model: PreTrainedModel, where: Any) -> dict[str, StoredTensor]:
-    """Without the copies of tied tensors (the language head, where it is the embedding).
+def _convert(
+    tensor: StoredTensor, key: str, name: str, converter: WeightConverter, model: PreTrainedModel, where: Any
+) -> StoredTensor:
+    """Apply a converter of one tensor to one tensor when it is read."""
+
+    def convert(value: torch.Tensor) -> torch.Tensor:
+        # A copy, since a converter collects tensors in itself.
+        conversion = copy.deepcopy(converter)
+        conversion.add_tensor(name, key, converter.source_patterns[0], value)
+        (converted,) = conversion.convert(name, model=model, config=model.config).values()
+        return converted[0] if isinstance(converted, list) else converted
+
+    try:
+        on_meta = convert(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{where}: {key} {tensor.shape} cannot be converted to {name}: {error}") from error
+    return StoredTensor(on_meta.dtype, tuple(on_meta.shape), lambda: convert(tensor.read()))
+
+
+def _without_tied_copies(
+    tensors: dict[str, StoredTensor], model: PreTrainedModel, where: Any
+) -> dict[str, StoredTensor]:
+    """`tensors` without the copies of tied tensors (the language head, if it is the token embedding).
 
     Raises:
-        `ValueError`: if such a copy is none.
+        `ValueError`: if such a copy differs from the tensor that it is tied to.
     """
     tensors = dict(tensors)
-    for copy, kept in model.all_tied_weights_keys.items():
-        if copy in tensors:
-            tensor = tensors.pop(copy)
-            if tensors.setdefault(kept, tensor).sha256() != tensor.sha256():
+    for copied, kept in model.all_tied_weights_keys.items():
+        if copied in tensors:
+            tensor = tensors.pop(copied)
+            if not tensors.setdefault(kept, tensor).equals(tensor):
                 raise ValueError(
-                    f"{where}: {copy} and {kept} differ, but the configuration ties them; "
-                    "tie_word_embeddings=false in config.json would do, if they are meant to differ."
+                    f"{where}: {copied} and {kept} differ, but the configuration ties them; set "
+                    "tie_word_embeddings=false in config.json if they are meant to differ."
                 )
     return tensors
 
 
 def stored_names(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a checkpoint of `model` holds: everything but the copies of tied tensors."""
+    """Names and shapes of the tensors in a checkpoint of `model`: all but the copies of tied tensors."""
     tied = getattr(model, "all_tied_weights_keys", {})
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def check_tensors(tensors: dict[str, StoredTensor], model: nn.Module, where: Any) -> dict[str, StoredTensor]:
-    """`tensors` in `model`'s order, if they are exactly its own by name and shape.
+    """Check that `tensors` are exactly those of `model` by name and shape, and return them in its order.
 
     Raises:
-        `ValueError`: naming what is missing, unknown or of another shape.
+        `ValueError`: naming those that are missing, unexpected or of another shape.
     """
     shapes = stored_names(model)
-    missing, unknown = set(shapes) - set(tensors), set(tensors) - set(shapes)
-    wrong = [
+    missing, unexpected = set(shapes) - set(tensors), set(tensors) - set(shapes)
+    mismatched = [
         f"{name} {tensors[name].shape} instead of {shape}"
         for name, shape in shapes.items()
         if name in tensors and tensors[name].shape != shape
     ]
     problems = [
-        f"{len(names)} {words}: {some(names)}"
-        for words, names in (("missing", missing), ("not the model's", unknown), ("of another shape", wrong))
+        f"{len(names)} {words}: {format_names(names)}"
+        for words, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched))
         if names
     ]
     if problems:
@@ -286,7 +271,7 @@ def check_tensors(tensors: dict[str, StoredTensor], model: nn.Module, where: Any
     return {name: tensors[name] for name in shapes}
 
 
-def some(names: Iterable[Any], limit: int = 8) -> str:
-    """The first few of them for a message."""
+def format_names(names: Iterable[Any], limit: int = 8) -> str:
+    """The first few names, for an error message."""
     listed = sorted(str(name) for name in names)
     return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")

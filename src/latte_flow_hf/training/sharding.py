@@ -6,20 +6,19 @@ A frozen backbone stays whole in every process: prompts are encoded outside of a
 
 import json
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
+from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 
 from ..conversion.plan import MAX_SHARD_SIZE, split_weights
-from ..conversion.streaming import StoredTensor, file_order, stored_names, write_safetensors
+from ..conversion.streaming import stored_names
 
 
 def check_sharding() -> None:
@@ -64,7 +63,7 @@ class WholeBackboneCallback(TrainerCallback):
 
 
 def save_sharded(pipe: Any, folder: Path) -> None:
-    """`pipe.save_pretrained(folder)` of a pipeline whose model is sharded: one tensor at a time is whole.
+    """`pipe.save_pretrained(folder)` of a pipeline whose model is sharded: one weights file at a time is whole.
 
     All processes must call it; the first one writes.
     """
@@ -82,20 +81,15 @@ def save_sharded(pipe: Any, folder: Path) -> None:
         model.config.save_pretrained(folder / "model")
         model.generation_config.save_pretrained(folder / "model")
     weights = model.state_dict()
-    tensors = {
-        name: StoredTensor(weights[name].dtype, tuple(weights[name].shape), partial(whole, weights[name]))
-        for name in stored_names(model)
-    }
-    split = split_weights("model", tensors, MAX_SHARD_SIZE)
-    with tqdm(disable=True) as progress:
-        for name, keys in split.filename_to_tensors.items():
-            shard = {key: tensors[key] for key in keys}
+    split = split_weights("model", {name: weights[name] for name in stored_names(model)}, MAX_SHARD_SIZE)
+    for name, keys in split.filename_to_tensors.items():
+        shard = {}
+        for key in keys:
+            tensor = whole(weights[key])
             if is_first:
-                write_safetensors(folder / "model" / name, shard, {"format": "pt"}, progress)
-            else:
-                # Each tensor is put together by all, in the order in which the first one writes.
-                for key in file_order(shard):
-                    shard[key].read()
+                shard[key] = tensor.contiguous()
+        if is_first:
+            save_file(shard, folder / "model" / name, {"format": "pt"})
     if is_first and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model" / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
