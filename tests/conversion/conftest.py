@@ -1,3 +1,4 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """Small sources on disk: a stock backbone in shards, an autoencoder, and a whole pipeline with a filled tower."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """The backbone comes out as it went in."""
 
 import pytest

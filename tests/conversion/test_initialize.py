@@ -1,3 +1,4 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """A streamed pipeline against `from_vlm` and `save_pretrained`, and the stock class."""
 
 import json
@@ -133,7 +134,7 @@ def stored_twice(tensors):
     ("change", "words"),
     [
         (without_one, "1 missing: model.language_model.layers.1.mlp.up_proj.weight"),
-        (with_another, "1 not the model's: model.language_model.layers.9.mlp.up_proj.weight"),
+        (with_another, "1 unexpected: model.language_model.layers.9.mlp.up_proj.weight"),
         (with_a_wrong_shape, r"model.language_model.norm.weight \(31,\) instead of \(32,\)"),
         (with_a_head_of_its_own, "lm_head.weight and .*embed_tokens.weight differ"),
         (stored_twice, "model.language_model.norm.weight is stored twice"),
@@ -153,7 +154,7 @@ def test_a_tied_head_may_be_stored(backbone_folder, vae_folder, tmp_path):
     assert "vlm.lm_head.weight" not in stored(tmp_path / "out" / "model")
 
 
-def cut_a_shard(folder):
+def truncate_a_shard(folder):
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-100])
     return shard.name
@@ -182,9 +183,9 @@ def lose_the_configuration(folder):
 
 
 @pytest.mark.parametrize(
-    "damage", [cut_a_shard, lose_a_shard, damage_the_index, lose_everything, lose_the_configuration]
+    "damage", [truncate_a_shard, lose_a_shard, damage_the_index, lose_everything, lose_the_configuration]
 )
-def test_a_source_that_is_not_whole(damage, backbone_folder, vae_folder, tmp_path):
+def test_an_incomplete_source(damage, backbone_folder, vae_folder, tmp_path):
     shutil.copytree(backbone_folder, tmp_path / "source")
     name = damage(tmp_path / "source")
     with pytest.raises(OSError, match=name):
@@ -199,16 +200,16 @@ def test_a_number_of_experts_that_does_not_divide(backbone_folder, vae_folder):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"_class_name": "UNet2DConditionModel"}, "'UNet2DConditionModel', which is no autoencoder"),
-        ({"_class_name": "Nonsense"}, "'Nonsense', which is no autoencoder"),
-        ({}, "'None', which is no autoencoder"),
-        ({"_class_name": "VQModel"}, "VQModel.*does not encode and decode pictures"),
-        ({"_class_name": "AutoencoderKLHunyuanImage"}, "AutoencoderKLHunyuanImage in .* is not whole"),
+        ({"_class_name": "UNet2DConditionModel"}, "'UNet2DConditionModel', which is not an autoencoder"),
+        ({"_class_name": "Nonsense"}, "'Nonsense', which is not an autoencoder"),
+        ({}, "'None', which is not an autoencoder"),
+        ({"_class_name": "VQModel"}, "VQModel.*does not encode and decode images"),
+        ({"_class_name": "AutoencoderKLHunyuanImage"}, "AutoencoderKLHunyuanImage in .* is incomplete"),
         ({"_class_name": "AutoencoderKLWan"}, "AutoencoderKLWan.*has no latent_channels"),
-        ({"_class_name": "AutoencoderKLCogVideoX"}, "AutoencoderKLCogVideoX.*does not encode and decode pictures"),
+        ({"_class_name": "AutoencoderKLCogVideoX"}, "AutoencoderKLCogVideoX.*does not encode and decode images"),
     ],
 )
-def test_what_is_no_autoencoder_for_pictures(settings, words, backbone_folder, tmp_path):
+def test_what_is_not_an_autoencoder_of_images(settings, words, backbone_folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises((ValueError, OSError), match=words):
         initialize(backbone_folder, tmp_path, 2)
@@ -226,5 +227,5 @@ def test_an_autoencoder_without_some_of_its_weights(backbone_folder, vae_folder,
 
 
 def test_what_is_neither_a_folder_nor_on_the_hub(vae_folder):
-    with pytest.raises(OSError, match="nobody/nothing is no folder, and cannot be fetched"):
+    with pytest.raises(OSError, match="nobody/nothing is not a folder, and cannot be downloaded"):
         initialize("nobody/nothing", vae_folder, 2)

@@ -1,3 +1,4 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """Flat training state dicts, both ways."""
 
 import json
@@ -54,7 +55,7 @@ def test_the_tower_alone(pipeline_folder, model, tmp_path):
 
 
 def test_a_backbone_where_none_was_expected(flat, pipeline_folder, tmp_path):
-    with pytest.raises(ValueError, match="holds the backbone too"):
+    with pytest.raises(ValueError, match="also holds the backbone"):
         from_original(tmp_path / "flat.safetensors", pipeline_folder, tower_only=True)
 
 
@@ -71,7 +72,7 @@ def test_the_type_of_the_file_is_the_type_that_loads(flat, pipeline_folder, tmp_
         (lambda flat: flat.update({"ema.decay": torch.ones(1)}), "does not list 1 keys: ema.decay"),
         (
             lambda flat: flat.update({"gen_layers.0.residual_gate.weight": torch.ones(4, 32)}),
-            "1 not the model's: tower.layers.0.self_attn.residual_gate.weight",
+            "1 unexpected: tower.layers.0.self_attn.residual_gate.weight",
         ),
         (
             lambda flat: flat.update({"final_layer.linear.bias": torch.ones(5)}),
@@ -106,15 +107,15 @@ def test_another_table(flat, pipeline_folder, tmp_path):
     [
         ("", "must be a list of pairs"),
         ("a: b", "must be a list of pairs"),
-        ("- [a, b, c]", "is no pair"),
-        ("- [a, 3]", "is no pair"),
-        ("- ['a.{layer}', 'b.{rest}']", "on both sides, or on neither"),
-        ("- ['a.{other}', 'b.{other}']", "on both sides, or on neither"),
-        ("- ['a.{rest}', b]", "on both sides, or on neither"),
-        ("- [[", "is no YAML"),
+        ("- [a, b, c]", "is not a pair"),
+        ("- [a, 3]", "is not a pair"),
+        ("- ['a.{layer}', 'b.{rest}']", "on both sides or on neither"),
+        ("- ['a.{other}', 'b.{other}']", "on both sides or on neither"),
+        ("- ['a.{rest}', b]", "on both sides or on neither"),
+        ("- [[", "is not YAML"),
     ],
 )
-def test_a_table_that_is_none(text, words, tmp_path):
+def test_what_is_not_a_table(text, words, tmp_path):
     (tmp_path / "table.yaml").write_text(text)
     with pytest.raises(ValueError, match=words):
         KeyTable.from_file(tmp_path / "table.yaml")
@@ -124,9 +125,9 @@ def test_a_table_that_is_none(text, words, tmp_path):
 
 def test_a_table_that_does_not_lead_back():
     table = KeyTable([("a.{rest}", "x.{rest}"), ("b.{rest}", "x.{rest}")], "mine")
-    assert table.to_ours(["a.1.w"]) == {"a.1.w": "x.1.w"} and table.to_original(["x.1.w"]) == {"x.1.w": "a.1.w"}
+    assert table.from_original(["a.1.w"]) == {"a.1.w": "x.1.w"} and table.to_original(["x.1.w"]) == {"x.1.w": "a.1.w"}
     with pytest.raises(ValueError, match=re.escape("mine does not lead back from b.1.w -> x.1.w")):
-        table.to_ours(["b.1.w"])
+        table.from_original(["b.1.w"])
 
 
 class RunsCode:
@@ -157,7 +158,7 @@ def test_a_file_that_holds_something_else(flat, pipeline_folder, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_a_file_that_is_cut_off_or_missing(suffix, flat, pipeline_folder, tmp_path):
+def test_a_file_that_is_truncated_or_missing(suffix, flat, pipeline_folder, tmp_path):
     torch.save(flat, tmp_path / "flat.pt")
     path = tmp_path / f"flat{suffix}"
     path.write_bytes(path.read_bytes()[:-500])

@@ -1,3 +1,4 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """K -> K': the weights stay, gates come and go."""
 
 import json
@@ -81,7 +82,7 @@ def test_other_boundaries(pipeline_folder, tmp_path):
     regroup(pipeline_folder, 2, [1.0, 0.7, 0.0]).write(tmp_path / "out")
     pipe = LatteFlowPipeline.from_pretrained(tmp_path / "out")
     assert pipe.model.config.expert_boundaries == pipe.scheduler.config.expert_boundaries == [1.0, 0.7, 0.0]
-    assert "its 2 groups of layers made 2" in (tmp_path / "out" / "README.md").read_text()
+    assert "regrouped from 2 experts to 2" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -94,8 +95,6 @@ def test_groups_that_cannot_be(arguments, words, pipeline_folder):
 
 
 def test_another_kind_of_model(pipeline_folder, backbone_folder, tmp_path):
-    import shutil
-
     with pytest.raises(OSError, match=r"model_index\.json"):
         regroup(backbone_folder, 2)
     shutil.copytree(pipeline_folder, tmp_path / "mixed")

@@ -126,14 +126,13 @@ def new_tensors(
     def initialized(name: str) -> torch.nn.Module:
         on_meta = model.get_submodule(name)
         module = copy.deepcopy(on_meta).to_empty(device="cpu").float()
-        path = name.split(".")
+        # The whole model is initialised, since some weights depend on the module's place in it, but this module alone
+        # is not on the meta device. transformers skips modules that it has initialised before.
+        module._is_hf_initialized = False
         model.set_submodule(name, module)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds[name])
-            # From the module up to the model, as `PreTrainedModel.initialize_weights` does: a parent may overwrite the
-            # weights of its child. Everything else is on the meta device, where initialisation does nothing.
-            for depth in range(len(path), -1, -1):
-                model._init_weights(model.get_submodule(".".join(path[:depth])))
+            model.initialize_weights()
         model.set_submodule(name, on_meta)
         return module.to(dtype).requires_grad_(False)
 

@@ -196,7 +196,7 @@ def module_tensors(stored: dict[str, StoredTensor], model: PreTrainedModel, wher
                     f"({converters[pattern]}), which cannot be streamed; use "
                     "LatteFlowForConditionalGeneration.from_vlm(model) and save_pretrained instead."
                 )
-            tensor = _convert(tensor, key, name, converters[pattern], model, where)
+            tensor = _convert(tensor, key, name, converters[pattern], model)
         if name in named:
             raise ValueError(f"{where}: {name} is stored twice, under its present name and an earlier one.")
         named[name] = tensor
@@ -204,7 +204,7 @@ def module_tensors(stored: dict[str, StoredTensor], model: PreTrainedModel, wher
 
 
 def _convert(
-    tensor: StoredTensor, key: str, name: str, converter: WeightConverter, model: PreTrainedModel, where: Any
+    tensor: StoredTensor, key: str, name: str, converter: WeightConverter, model: PreTrainedModel
 ) -> StoredTensor:
     """Apply a converter of one tensor to one tensor when it is read."""
 
@@ -215,10 +215,7 @@ def _convert(
         (converted,) = conversion.convert(name, model=model, config=model.config).values()
         return converted[0] if isinstance(converted, list) else converted
 
-    try:
-        on_meta = convert(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{where}: {key} {tensor.shape} cannot be converted to {name}: {error}") from error
+    on_meta = convert(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
     return StoredTensor(on_meta.dtype, tuple(on_meta.shape), lambda: convert(tensor.read()))
 
 

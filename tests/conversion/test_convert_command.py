@@ -1,7 +1,7 @@
-"""`latte-flow convert` and the scripts: what a user types and sees."""
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""`latte-flow convert` and the scripts of the same names, as a user calls them."""
 
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -37,8 +37,8 @@ def test_every_verb_in_turn(backbone_folder, vae_folder, tmp_path):
         assert sorted(tmp_path.iterdir()) == before
         result = run(*arguments)
         assert result.exit_code == 0, result.output
-        assert "wrote " in result.stdout and "hashes equal" in result.stdout
-        assert "writing" in result.stderr and "verifying" in result.stderr
+        assert "wrote " in result.stdout and "tensors read back and compared" in result.stdout
+        assert "writing" in result.stderr
     assert LatteFlowPipeline.from_pretrained(tmp_path / "last").model.config.num_experts == 1
 
 
@@ -47,7 +47,7 @@ def test_bad_input_ends_in_one_line(backbone_folder, vae_folder, tmp_path):
     for arguments, words in (
         (("init", backbone_folder, vae_folder, "-o", tmp_path / "x", "--experts", 3), "num_experts must divide"),
         (("init", backbone_folder, vae_folder, "-o", tmp_path / "out"), "exists"),
-        (("regroup", tmp_path / "none", "-o", tmp_path / "x", "--experts", 2), "none is no folder"),
+        (("regroup", tmp_path / "none", "-o", tmp_path / "x", "--experts", 2), "none is not a folder"),
     ):
         result = run(*arguments)
         assert result.exit_code == 1 and result.stderr.splitlines()[-1].startswith("Error: ")
@@ -68,12 +68,3 @@ def test_there_is_a_script_for_every_verb():
 
     verbs = {command.name.replace("-", "_") for command in convert.registered_commands}
     assert {path.stem for path in SCRIPTS} == verbs and len(verbs) == 7
-
-
-@pytest.mark.slow
-def test_memory_at_the_size_of_qwen2_vl_2b(tmp_path):
-    """Fails if the conversion takes more than its bound; about 15 GB of disk, 10 GB of memory and three minutes."""
-    script = ROOT / "benchmarks" / "conversion_memory.py"
-    result = subprocess.run([sys.executable, script, "--work-dir", tmp_path], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "peak" in result.stdout
