@@ -44,17 +44,6 @@ def test_no_shard_is_larger_than_asked(new, tmp_path):
     assert len(sizes) > 3 and max(sizes) < 70_000 + 10_000
 
 
-def test_a_model_card(new, tmp_path):
-    from huggingface_hub import ModelCard
-
-    new.write(tmp_path / "out")
-    card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "text-to-image"
-    for words in ("K =\n2 timestep experts", "LatteFlowPipeline.from_pretrained", "latte-flow generate", "Licence"):
-        assert words in card.text
-    assert str(tmp_path) not in card.text
-
-
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
 def test_an_output_that_exists(kind, new, tmp_path):
     out = tmp_path / "out"

@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""K -> K': the weights stay, gates come and go."""
+"""Another number of experts: weights are kept, residual gates are added and removed."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def test_to_fewer_and_more_experts(pipeline_folder, tmp_path, encode):
         assert all(torch.equal(new[name], old[name]) for name in new if name in old)
         assert all((new[name] == 0).all() for name in new if name not in old)
         assert pipe.model.config.num_experts == pipe.scheduler.num_experts == num_experts
-        # What else the scheduler was told stays.
+        # The scheduler's other settings stay.
         assert pipe.scheduler.config.shift == 1.5
         pipe.set_progress_bar_config(disable=True)
         latents = pipe("a red circle", num_inference_steps=4, output_type="latent").images
@@ -47,21 +47,28 @@ def test_to_the_same_number_changes_no_velocity(pipeline_folder, model, tmp_path
         assert torch.equal(*(m.predict_velocity(latents, 700.0, context) for m in (model, other)))
 
 
-def test_a_gate_that_comes_changes_no_velocity(pipeline_folder, model, tmp_path, encode):
-    """Layer 2 opens a group of K = 2; in K = 1 it is given a map to reuse, by a gate that is zero."""
+def test_an_added_gate_changes_no_attention(pipeline_folder, model, tmp_path, encode):
+    """Layer 2 is the first of its expert with K = 2; with K = 1 it receives scores, through a gate of zeros."""
     regroup(pipeline_folder, 1).write(tmp_path / "out")
     other = LatteFlowPipeline.from_pretrained(tmp_path / "out").model
     context = model.encode_context(**encode("a"))
     attention, alone = other.tower.layers[2].self_attn, model.tower.layers[2].self_attn
     hidden = torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(0))
     embedded = torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
-    position = model.tower._latent_position_embeddings(torch.zeros(1, 4, 8, 8), context.next_position)
-    arguments = (context.keys[2], context.values[2], None, position, False)
-    previous = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(2))
+    inputs = {
+        "context_keys": context.keys[2],
+        "context_values": context.values[2],
+        "attention_mask": None,
+        "position_embeddings": model.latent_layout(torch.zeros(1, 4, 8, 8), context).position_embeddings,
+    }
+    previous_scores = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         gate = attention.residual_gate(embedded).tanh()
-        given, expected = attention(hidden, gate, previous, *arguments)[0], alone(hidden, None, None, *arguments)[0]
-        assert torch.allclose(given, expected, atol=1e-6)
+        output, expected = (
+            attention(hidden, gate, previous_scores, **inputs)[0],
+            alone(hidden, None, None, **inputs)[0],
+        )
+        assert torch.allclose(output, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -89,12 +96,12 @@ def test_other_boundaries(pipeline_folder, tmp_path):
     ("arguments", "words"),
     [((3,), "num_experts must divide"), ((2, [1.0, 0.0]), "boundaries"), ((0,), "num_experts must be a positive")],
 )
-def test_groups_that_cannot_be(arguments, words, pipeline_folder):
+def test_invalid_groups(arguments, words, pipeline_folder):
     with pytest.raises(ValueError, match=words):
         regroup(pipeline_folder, *arguments)
 
 
-def test_another_kind_of_model(pipeline_folder, backbone_folder, tmp_path):
+def test_a_folder_of_another_model(pipeline_folder, backbone_folder, tmp_path):
     with pytest.raises(OSError, match=r"model_index\.json"):
         regroup(backbone_folder, 2)
     shutil.copytree(pipeline_folder, tmp_path / "mixed")

@@ -68,7 +68,7 @@ def test_a_file_that_is_not_a_pipeline_or_incomplete(folder, tmp_path):
     with pytest.raises(ValueError, match=r"1 missing: tower.head.proj.bias"):
         from_single_file(bad)
     save_file(tensors, bad)
-    with pytest.raises(ValueError, match=r"is not a pipeline in one file \(missing in its metadata: model/config.json"):
+    with pytest.raises(ValueError, match=r"is not a pipeline in one file \(missing .*: model/config.json"):
         from_single_file(bad)
     bad.write_bytes((tmp_path / "one.safetensors").read_bytes()[:-10])
     with pytest.raises(OSError, match=r"bad\.safetensors is truncated"):
