@@ -1,7 +1,7 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""A pipeline -> its untouched backbone, a stock transformers folder.
+"""A pipeline -> its unchanged backbone, a stock transformers folder.
 
-The same as `latte-flow convert extract-backbone`; `--help` tells the options.
+Same as `latte-flow convert extract-backbone`; see `--help` for the options.
 """
 
 import typer

@@ -1,7 +1,7 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """A flat training state dict -> a pipeline.
 
-The same as `latte-flow convert from-original`; `--help` tells the options.
+Same as `latte-flow convert from-original`; see `--help` for the options.
 """
 
 import typer

@@ -1,7 +1,7 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """One safetensors file -> a pipeline.
 
-The same as `latte-flow convert from-single-file`; `--help` tells the options.
+Same as `latte-flow convert from-single-file`; see `--help` for the options.
 """
 
 import typer

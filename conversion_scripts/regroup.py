@@ -1,7 +1,7 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""A pipeline of K experts -> another K.
+"""A pipeline with K experts -> a pipeline with another number of experts.
 
-The same as `latte-flow convert regroup`; `--help` tells the options.
+Same as `latte-flow convert regroup`; see `--help` for the options.
 """
 
 import typer

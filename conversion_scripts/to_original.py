@@ -1,7 +1,7 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """A pipeline -> a flat training state dict.
 
-The same as `latte-flow convert to-original`; `--help` tells the options.
+Same as `latte-flow convert to-original`; see `--help` for the options.
 """
 
 import typer

@@ -27,7 +27,7 @@ Model = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of the starting noise.")]
 
 
-convert = typer.Typer(help="Make checkpoints from and to other layouts.", no_args_is_help=True)
+convert = typer.Typer(help="Convert checkpoints from and to other layouts.", no_args_is_help=True)
 app.add_typer(convert, name="convert")
 
 
@@ -46,7 +46,7 @@ def _verb(function, group: typer.Typer = app, name: str | None = None):
 
 
 def _conversion(function):
-    """Register `convert_x` as the verb `convert x`."""
+    """Register `convert_x` as the command `convert x`."""
     return _verb(function, convert, function.__name__.removeprefix("convert_").replace("_", "-"))
 
 
@@ -289,19 +289,19 @@ Pipeline = Annotated[str, typer.Argument(help="Folder or hub id of a pipeline.")
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder to make; must not exist.")]
 OutputFile = Annotated[Path, typer.Option("--output", "-o", help="The .safetensors file to make; must not exist.")]
 Experts = Annotated[int, typer.Option(help="K, the number of experts; must divide the backbone's layers.")]
-Table = Annotated[Path | None, typer.Option(help="YAML file of key pairs; the package's own if left out.")]
-TowerOnly = Annotated[bool, typer.Option("--tower-only", help="The state dict holds the tower alone.")]
+Table = Annotated[Path | None, typer.Option(help="YAML file of key pairs; the package's own table if left out.")]
+TowerOnly = Annotated[bool, typer.Option("--tower-only", help="The state dict holds only the tower.")]
 ShardSize = Annotated[str, typer.Option(help="Largest weights file, such as 500MB.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")]
 
 
-def _carry_out(plan: Any, output: Path, dry_run: bool, max_shard_size: str = "5GB") -> None:
+def _execute(plan: Any, output: Path, dry_run: bool, max_shard_size: str = "5GB") -> None:
     if dry_run:
         for line in [f"{output} would hold:", *plan.describe(max_shard_size)]:
             typer.echo(line)
     else:
-        found = plan.write(output, max_shard_size)
-        typer.echo(f"wrote {output}: {found}")
+        result = plan.write(output, max_shard_size)
+        typer.echo(f"wrote {output}: {result}")
 
 
 @_conversion
@@ -310,20 +310,20 @@ def convert_init(
     autoencoder: Annotated[str, typer.Argument(help="Folder or hub id of the autoencoder.")],
     output: OutputFolder,
     experts: Experts = 4,
-    seed: Annotated[int, typer.Option(help="Seed of the new weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the weights that are new and random.")] = 0,
     max_shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,
 ) -> None:
     """A new pipeline from a backbone and an autoencoder."""
     from latte_flow_hf.conversion import initialize
 
-    _carry_out(initialize(backbone, autoencoder, experts, seed), output, dry_run, max_shard_size)
+    _execute(initialize(backbone, autoencoder, experts, seed), output, dry_run, max_shard_size)
 
 
 @_conversion
 def convert_from_original(
     checkpoint: Annotated[Path, typer.Argument(help="A flat state dict: .safetensors, .pt, .pth or .bin.")],
-    template: Annotated[str, typer.Argument(help="Folder or hub id of a pipeline that gives all but the weights.")],
+    template: Annotated[str, typer.Argument(help="Folder or hub id of a pipeline for all but the weights.")],
     output: OutputFolder,
     table: Table = None,
     tower_only: TowerOnly = False,
@@ -333,7 +333,7 @@ def convert_from_original(
     """A pipeline from a flat training state dict."""
     from latte_flow_hf.conversion import from_original
 
-    _carry_out(from_original(checkpoint, template, table, tower_only), output, dry_run, max_shard_size)
+    _execute(from_original(checkpoint, template, table, tower_only), output, dry_run, max_shard_size)
 
 
 @_conversion
@@ -343,7 +343,7 @@ def convert_to_original(
     """A flat training state dict from a pipeline."""
     from latte_flow_hf.conversion import to_original
 
-    _carry_out(to_original(source, table, tower_only), output, dry_run)
+    _execute(to_original(source, table, tower_only), output, dry_run)
 
 
 @_conversion
@@ -357,17 +357,17 @@ def convert_regroup(
     """The same pipeline with another number of experts."""
     from latte_flow_hf.conversion import regroup
 
-    _carry_out(regroup(source, experts), output, dry_run, max_shard_size)
+    _execute(regroup(source, experts), output, dry_run, max_shard_size)
 
 
 @_conversion
 def convert_extract_backbone(
     source: Pipeline, output: OutputFolder, max_shard_size: ShardSize = "5GB", dry_run: DryRun = False
 ) -> None:
-    """The untouched backbone as a stock transformers folder."""
+    """The unchanged backbone as a stock transformers folder."""
     from latte_flow_hf.conversion import extract_backbone
 
-    _carry_out(extract_backbone(source), output, dry_run, max_shard_size)
+    _execute(extract_backbone(source), output, dry_run, max_shard_size)
 
 
 @_conversion
@@ -375,12 +375,12 @@ def convert_to_single_file(source: Pipeline, output: OutputFile, dry_run: DryRun
     """A whole pipeline in one file."""
     from latte_flow_hf.conversion import to_single_file
 
-    _carry_out(to_single_file(source), output, dry_run)
+    _execute(to_single_file(source), output, dry_run)
 
 
 @_conversion
 def convert_from_single_file(
-    file: Annotated[Path, typer.Argument(help="A file that `to-single-file` made.")],
+    file: Annotated[Path, typer.Argument(help="A file made by `to-single-file`.")],
     output: OutputFolder,
     max_shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,
@@ -388,19 +388,20 @@ def convert_from_single_file(
     """A pipeline from one file."""
     from latte_flow_hf.conversion import from_single_file
 
-    _carry_out(from_single_file(file), output, dry_run, max_shard_size)
+    _execute(from_single_file(file), output, dry_run, max_shard_size)
 
 
 @_verb
 def publish(
     folder: Annotated[Path, typer.Argument(help="A saved pipeline.")],
-    repo_id: Annotated[str, typer.Option(help="Where to: user/name; made if it is not there.")],
-    private: Annotated[bool, typer.Option("--private", help="Only you may see it.")] = False,
+    repo_id: Annotated[str, typer.Option(help="Repository user/name; created if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
     with_code: Annotated[
-        bool, typer.Option("--with-code", help="Let it load without this package, with trust_remote_code=True.")
+        bool,
+        typer.Option("--with-code", help="Add the code, to load it with trust_remote_code=True."),
     ] = False,
 ) -> None:
-    """Send a pipeline to the hub, with a model card if it has none. Log in by `hf auth login`, or set HF_TOKEN."""
+    """Upload a pipeline to the hub, with a model card if it has none. Log in with `hf auth login`, or set HF_TOKEN."""
     from latte_flow_hf.publishing import publish
 
     typer.echo(f"published {publish(folder, repo_id, private=private or None, with_code=with_code)}")

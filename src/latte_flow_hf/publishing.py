@@ -1,15 +1,14 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Pipelines that carry their own code, and their way to the hub.
+"""Saving pipelines together with their code, and uploading them to the hub.
 
-What is unusual here: code goes along as single files. Of a custom component diffusers fetches one file and none of
-those that it imports, so a class travels together with the modules of this package that it needs, joined when saved.
+What is unusual here: the code is saved as single files. diffusers downloads one file of a custom component and none of
+those that it imports, so each class is saved in one file with all modules of this package that it needs.
 """
 
 import ast
 import importlib
 import json
 import re
-import tempfile
 from collections.abc import Iterator
 from importlib.util import resolve_name
 from pathlib import Path
@@ -19,7 +18,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
 
 from .checkpoints import describe
-from .files import read_json
+from .files import atomic_write, read_json
 from .modeling.configuration_latte_flow import LatteFlowConfig
 from .modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from .modeling.processing_latte_flow import LatteFlowProcessor
@@ -27,7 +26,7 @@ from .pipelines.pipeline_latte_flow import LatteFlowPipeline, check_pipeline_fil
 from .schedulers.scheduling_latte_flow import LatteFlowScheduler
 
 
-# diffusers always fetches a file of this name.
+# diffusers always downloads a file of this name.
 _PIPELINE_MODULE = "pipeline"
 _COMPONENTS = {
     "model": LatteFlowForConditionalGeneration,
@@ -44,22 +43,22 @@ _AUTO_CLASSES: dict[str, dict[str, type]] = {
     "processor/processor_config.json": {"AutoProcessor": LatteFlowProcessor},
 }
 
-# Where a configuration was loaded from: no reader's business if that was a folder of this machine.
+# The folder from which a configuration was loaded: local paths are not published.
 _LOCAL_ORIGIN = re.compile(rb'("_name_or_path": )"/[^"]*"')
 
 
 def join_modules(name: str) -> str:
-    """The source of a module of this package and of all those that it imports from it, as one module.
+    """Join a module of this package and the modules of the package that it imports into one source file.
 
     Args:
         name (`str`): the module's full name.
 
     Returns:
-        `str`: the sources, each after those that it needs, without their imports of each other.
+        `str`: the sources in the order of their imports, without the imports of each other.
     """
     seen: set[str] = set()
     sources: list[str] = []
-    meanings: dict[str, object] = {}
+    definitions: dict[str, object] = {}
 
     def add(name: str) -> None:
         if name in seen:
@@ -75,17 +74,18 @@ def join_modules(name: str) -> str:
                 add(resolve_name("." * node.level + node.module, module.__package__))
                 for number in range(node.lineno - 1, node.end_lineno or node.lineno):
                     lines[number] = " " * node.col_offset + "pass" if node.col_offset else ""
-        for bound, meaning in _bound_names(tree, module):
-            # In one module a name means one thing.
-            assert meanings.setdefault(bound, meaning) == meaning, f"{bound}: {meanings[bound]} and {meaning}"
+        for defined, definition in _top_level_names(tree, module):
+            # Two modules must not define the same name differently.
+            known = definitions.setdefault(defined, definition)
+            assert known == definition, f"{defined}: {known} and {definition}"
         sources.append("\n".join([f"# From {name}.", *lines]) + "\n")
 
     add(name)
     return "\n\n".join(sources)
 
 
-def _bound_names(tree: ast.Module, module: ModuleType) -> Iterator[tuple[str, object]]:
-    """What a module binds at its top level: each name with the thing itself, or the text of an assignment."""
+def _top_level_names(tree: ast.Module, module: ModuleType) -> Iterator[tuple[str, object]]:
+    """Names defined at the top level of a module, each with its object or the source of its assignment."""
     for node in tree.body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
@@ -99,42 +99,42 @@ def _bound_names(tree: ast.Module, module: ModuleType) -> Iterator[tuple[str, ob
 
 
 def code_files(folder: Path) -> dict[str, str]:
-    """What makes a saved pipeline carry its own code.
+    """The files that a saved pipeline needs to be loaded without this package.
 
     Args:
         folder (`Path`): a saved pipeline.
 
     Returns:
-        `dict[str, str]`: the text of each file that is new or other than in `folder`, by its path in there: the code,
-        and the configurations that name it.
+        `dict[str, str]`: contents of the files that are new or changed, by path in `folder`: the code, and the
+        configurations that refer to it.
     """
     files = {f"{_PIPELINE_MODULE}.py": join_modules(LatteFlowPipeline.__module__)}
     index = read_json(folder / "model_index.json")
-    index.pop("_name_or_path", None)  # the folder it was loaded from
+    index.pop("_name_or_path", None)  # a local path
     index["_class_name"] = [_PIPELINE_MODULE, LatteFlowPipeline.__name__]
-    carried = {name: cls for name, cls in _COMPONENTS.items() if index[name][1] == cls.__name__}
-    for component, cls in carried.items():
+    components = {name: cls for name, cls in _COMPONENTS.items() if index[name][1] == cls.__name__}
+    for component, cls in components.items():
         module = cls.__module__.rpartition(".")[2]
         index[component] = [module, cls.__name__]
-        # diffusers looks for it in the component's folder, transformers at the root, also with `subfolder=`.
+        # diffusers looks in the component's folder; transformers looks at the root, even with `subfolder=`.
         files[f"{module}.py"] = files[f"{component}/{module}.py"] = join_modules(cls.__module__)
     files["model_index.json"] = json.dumps(index, indent=2) + "\n"
     for path, classes in _AUTO_CLASSES.items():
         component = path.partition("/")[0]
-        if component not in carried:
+        if component not in components:
             continue
-        config, home = read_json(folder / path), index[component][0]
-        config["auto_map"] = {auto: f"{home}.{cls.__name__}" for auto, cls in classes.items()}
+        config, module = read_json(folder / path), index[component][0]
+        config["auto_map"] = {auto: f"{module}.{cls.__name__}" for auto, cls in classes.items()}
         files[path] = json.dumps(config, indent=2) + "\n"
     return files
 
 
 def save_with_code(pipe: DiffusionPipeline, folder: str | Path, **kwargs) -> Path:
-    """Save a pipeline so that it loads with `trust_remote_code=True` where this package is not installed.
+    """Save a pipeline so that it can be loaded with `trust_remote_code=True` without this package.
 
     Args:
-        pipe ([`LatteFlowPipeline`]): what to save.
-        folder (`str` or `Path`): where to; it appears whole or not at all.
+        pipe ([`LatteFlowPipeline`]): the pipeline.
+        folder (`str` or `Path`): the folder to make; it appears whole or not at all.
         kwargs: arguments of `save_pretrained`, such as `variant` or `max_shard_size`.
 
     Returns:
@@ -145,35 +145,34 @@ def save_with_code(pipe: DiffusionPipeline, folder: str | Path, **kwargs) -> Pat
     """
     folder = Path(folder)
     if folder.exists():
-        raise ValueError(f"folder {folder} exists; another name would do.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as partial:
-        made = Path(partial) / folder.name
-        pipe.save_pretrained(made, **kwargs)
-        for path, text in code_files(made).items():
-            (made / path).write_text(text, encoding="utf-8")
-        made.rename(folder)
+        raise ValueError(f"folder {folder} exists; choose another name, or remove it.")
+    with atomic_write(folder) as partial:
+        pipe.save_pretrained(partial, **kwargs)
+        for path, text in code_files(partial).items():
+            (partial / path).write_text(text, encoding="utf-8")
     return folder
 
 
 def publish(folder: str | Path, repo_id: str, private: bool | None = None, with_code: bool = False) -> str:
-    """Send a saved pipeline to the hub in one commit.
+    """Upload a saved pipeline to the hub in one commit.
 
-    Weights, code and configurations that an earlier publication left in the repository are removed in that commit:
-    unsharded weights, say, would be loaded in place of new ones in shards.
+    The same commit deletes weights, code and configurations of an earlier upload that the folder does not have:
+    otherwise an old `model.safetensors`, for example, would be loaded instead of new shards.
 
     Args:
-        folder (`str` or `Path`): the pipeline.
-        repo_id (`str`): `user/name`; made if it is not there.
+        folder (`str` or `Path`): the saved pipeline.
+        repo_id (`str`): `user/name`; created if it does not exist.
         private (`bool`, *optional*): whether a new repository is private; the account's default if not given.
-        with_code (`bool`, defaults to `False`): whether it carries its own code ([`save_with_code`]).
+        with_code (`bool`, defaults to `False`): whether to add the code, as [`save_with_code`] does.
 
     Returns:
-        `str`: the commit's address.
+        `str`: the commit's URL.
 
     Raises:
-        `ValueError`: if the folder is no LaTtE-Flow pipeline, or `private` is asked of a repository that is public.
-        `OSError`: if a file is missing or cut off, or the hub refuses. Nothing is sent before the folder is checked.
+        `ValueError`: if the folder is not a complete LaTtE-Flow pipeline, or `private` is set but the repository
+            exists and is public.
+        `OSError`: if a file is missing or truncated, or the hub refuses. Nothing is uploaded before the folder is
+            checked.
     """
     folder = Path(folder)
     check_pipeline_files(folder)
@@ -182,7 +181,7 @@ def publish(folder: str | Path, repo_id: str, private: bool | None = None, with_
         raise ValueError(f"{folder} holds a {index['_class_name']}, not a {LatteFlowPipeline.__name__}.")
     missing = [name for name, entry in index.items() if entry == [None, None]]
     if missing:
-        raise ValueError(f"{folder} holds no {', no '.join(missing)}; a pipeline with all of its components would do.")
+        raise ValueError(f"{folder} has no {', no '.join(missing)}; save a pipeline with all of its components.")
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     files: dict[str, Path | bytes] = {
         name: path for name, path in paths.items() if not any(part.startswith(".") for part in name.split("/"))
@@ -196,22 +195,22 @@ def publish(folder: str | Path, repo_id: str, private: bool | None = None, with_
     hub = HfApi()
     repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not hub.model_info(repo_id).private:
-        raise ValueError(f"repository {repo_id} is public; another name would do, or make it private on the hub.")
-    there = hub.list_repo_files(repo_id)
-    if "README.md" not in {*files, *there}:
+        raise ValueError(f"repository {repo_id} is public; choose another name, or make it private on the hub.")
+    uploaded = hub.list_repo_files(repo_id)
+    if "README.md" not in {*files, *uploaded}:
         files["README.md"] = str(model_card(folder, repo_id, with_code)).encode()
     operations: list = [CommitOperationAdd(name, source) for name, source in sorted(files.items())]
-    ours = {path.name for path in folder.iterdir() if path.is_dir()}
+    components = {path.name for path in folder.iterdir() if path.is_dir()}
     operations += [
         CommitOperationDelete(name)
-        for name in there
-        if name not in files and (name.partition("/")[0] in ours or ("/" not in name and name.endswith(".py")))
+        for name in uploaded
+        if name not in files and (name.partition("/")[0] in components or ("/" not in name and name.endswith(".py")))
     ]
     return hub.create_commit(repo_id, operations, commit_message="Upload LatteFlowPipeline").commit_url
 
 
 def model_card(folder: Path, repo_id: str, with_code: bool) -> ModelCard:
-    """The least that a page on the hub must say: what it is and how to load it."""
+    """The model card of a published pipeline that has none: what it is and how to load it."""
     data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=["latte-flow", "any-to-any"])
     load = (
         f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{repo_id}", '
@@ -219,11 +218,11 @@ def model_card(folder: Path, repo_id: str, with_code: bool) -> ModelCard:
         if with_code
         else f'from latte_flow_hf import LatteFlowPipeline\n\npipe = LatteFlowPipeline.from_pretrained("{repo_id}")'
     )
-    facts = "\n".join(describe(str(folder))[1:])  # the first line tells where the folder lies
+    facts = "\n".join(describe(str(folder))[1:])  # the first line holds the local path
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {repo_id.rpartition('/')[2]}\n\n"
         "A [LaTtE-Flow](https://arxiv.org/abs/2506.06952) model: a frozen vision-language model that answers, with "
-        "layerwise timestep experts that paint.\n\n"
+        "layerwise timestep experts that generate images.\n\n"
         f'```python\n{load}\nimage = pipe("a red circle").images[0]\nanswer = pipe.chat("what is it?", images=image)\n'
         f"```\n\n```text\n{facts}\n```\n"
     )

@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""The embedded checkpoint: a small model that knows the tiny world, made by `recipes/tinyworld/checkpoint.yaml`."""
+"""The embedded checkpoint: a small model of the tiny world, made with `recipes/tinyworld/checkpoint.yaml`."""
 
 from pathlib import Path
 
@@ -10,14 +10,17 @@ def tiny_checkpoint() -> str:
 
 
 def describe(checkpoint: str) -> list[str]:
-    """What `latte-flow info` prints: experts, intervals, layers and sizes, without loading a weight.
+    """Describe the experts, intervals, layers and sizes of a checkpoint without loading its weights.
 
     Args:
         checkpoint (`str`): folder or hub id of a pipeline, or of its model alone.
 
+    Returns:
+        `list[str]`: the lines that `latte-flow info` prints.
+
     Raises:
-        `ValueError`: if the model is another one.
-        `OSError`: if there is none.
+        `ValueError`: if it holds another model.
+        `OSError`: if there is no such checkpoint.
     """
     import torch
     from transformers import AutoConfig
@@ -33,22 +36,21 @@ def describe(checkpoint: str) -> list[str]:
     with torch.device("meta"):
         model = LatteFlowForConditionalGeneration(config)
 
-    def millions(module: torch.nn.Module | list[torch.nn.Module]) -> float:
-        modules = module if isinstance(module, list) else [module]
-        return sum(parameter.numel() for item in modules for parameter in item.parameters()) / 1e6
+    def millions(*modules: torch.nn.Module) -> float:
+        return sum(parameter.numel() for module in modules for parameter in module.parameters()) / 1e6
 
     tower, boundaries = model.tower, config.expert_boundaries
-    shared = millions(tower) - millions(list(tower.layers))
+    shared = millions(tower) - millions(*tower.layers)
     lines = [
         f"checkpoint  {checkpoint}",
         f"backbone    {config.vlm_config.model_type}, {millions(model.vlm):.2f} M parameters, frozen",
         f"tower       {millions(tower):.2f} M parameters: {config.num_experts} experts of "
         f"{config.layers_per_expert} layers, {shared:.2f} M shared; residual attention: {config.residual_attention}",
-        f"latents     {config.latent_channels} channels, a token holds {config.latent_patch_size**2} latent pixel(s)",
+        f"latents     {config.latent_channels} channels, {config.latent_patch_size**2} latent pixel(s) per token",
     ]
     for expert in range(config.num_experts):
         layers = tower.expert_layers(expert)
-        active = millions([tower.layers[index] for index in layers])
+        active = millions(*(tower.layers[index] for index in layers))
         lines.append(
             f"expert {expert}    sigma {boundaries[expert]:.3g} to {boundaries[expert + 1]:.3g}, "
             f"layers {layers[0]} to {layers[-1]}, {active:.2f} M parameters"
