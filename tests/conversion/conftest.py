@@ -24,7 +24,7 @@ def files_of():
 
 @pytest.fixture(scope="session")
 def save_backbone(processor):
-    """A stock folder: the model's weights in shards, tokenizer and image processor beside them."""
+    """Save a stock folder: the weights in shards, the tokenizer and the image processor."""
 
     def save(model, folder, **kwargs):
         model.save_pretrained(folder, max_shard_size="60KB", **kwargs)
@@ -57,7 +57,7 @@ def _pipeline_folder(model, processor, vae, tmp_path_factory):
 
 
 def _untouched(name):
-    """The folder, and after the test the assurance that nothing in it changed."""
+    """The folder; afterwards it is checked that the test did not change it."""
 
     @pytest.fixture(name=name.removeprefix("_"))
     def folder(request):

@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""The backbone comes out as it went in."""
+"""An extracted backbone is the one that the pipeline was made from."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def extracted(backbone_folder, vae_folder, tmp_path):
     return tmp_path / "backbone"
 
 
-def test_names_and_bytes_are_those_that_went_in(extracted, backbone_folder):
+def test_names_and_weights_are_unchanged(extracted, backbone_folder):
     before, after = stored(backbone_folder), stored(extracted)
     assert before.keys() == after.keys() and "model.layers.0.mlp.up_proj.weight" in after
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -37,8 +37,8 @@ def test_the_stock_class_loads_it(extracted, backbone, encode, picture):
         assert torch.equal(loaded.eval()(**inputs).logits, backbone(**inputs).logits)
 
 
-def test_the_processor_is_the_stock_one_again(extracted, processor, picture):
-    """Nothing but the card names this package; `AutoProcessor` itself needs torchvision for Qwen2-VL's videos."""
+def test_the_processor_is_the_stock_one(extracted, processor, picture):
+    """Only the card names this package; `AutoProcessor` itself needs torchvision for Qwen2-VL's videos."""
     for file in extracted.glob("*.json"):
         assert "latte" not in file.read_text().lower(), file
     tokenizer, images = AutoTokenizer.from_pretrained(extracted), AutoImageProcessor.from_pretrained(extracted)

@@ -18,7 +18,7 @@ def new(backbone_folder, vae_folder):
     return initialize(backbone_folder, vae_folder, 2, timestep_frequency_dim=16)
 
 
-def test_a_dry_run_tells_every_file_key_and_size_and_writes_nothing(new, vae, tmp_path):
+def test_dry_run_lists_every_file_key_and_size_and_writes_nothing(new, vae, tmp_path):
     lines = new.describe("50KB")
     assert list(tmp_path.iterdir()) == []
     new.write(tmp_path / "out", "50KB")
@@ -38,7 +38,7 @@ def test_a_dry_run_tells_every_file_key_and_size_and_writes_nothing(new, vae, tm
     assert 0.8 * sum(written.values()) < total < sum(written.values())
 
 
-def test_no_shard_is_larger_than_asked(new, tmp_path):
+def test_no_shard_is_larger_than_max_shard_size(new, tmp_path):
     new.write(tmp_path / "out", "70KB")
     sizes = [path.stat().st_size for path in (tmp_path / "out" / "model").glob("*.safetensors")]
     assert len(sizes) > 3 and max(sizes) < 70_000 + 10_000
@@ -58,13 +58,13 @@ def test_an_output_that_exists(kind, new, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_size_that_is_none(new, tmp_path):
+def test_invalid_size(new, tmp_path):
     with pytest.raises(ValueError, match="many"):
         new.write(tmp_path / "out", "many")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_with_too_little_room(new, tmp_path, monkeypatch):
+def test_disk_with_too_little_space(new, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OSError, match=r"takes [\d,]+ bytes, but its disk has 1,000 left"):
@@ -90,7 +90,7 @@ def test_a_full_disk_or_an_interruption_in_the_middle(error, new, tmp_path, monk
 
 
 def test_a_write_that_the_system_refuses(new, tmp_path):
-    """The kernel's own error, in the middle of a file."""
+    """An error of the kernel, in the middle of a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
     try:

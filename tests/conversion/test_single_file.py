@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""A pipeline in one file, and out of it again."""
+"""A pipeline to one file and back."""
 
 import shutil
 
@@ -37,7 +37,7 @@ def test_a_folder_without_a_card_gets_one(pipeline_folder, files_of, tmp_path):
     }
 
 
-def test_a_dry_run_tells_what_goes_into_the_metadata(folder, tmp_path):
+def test_dry_run_lists_what_goes_into_the_metadata(folder, tmp_path):
     plan = to_single_file(folder)
     lines = plan.describe()
     assert any(line.startswith("in the metadata: model/config.json: ") for line in lines)
