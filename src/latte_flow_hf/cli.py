@@ -5,7 +5,6 @@ The package is imported inside the verbs, so that `--help` answers at once.
 """
 
 import functools
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,18 +88,18 @@ def demo(
         asking = time.perf_counter() - start - item.seconds
         items.append(item)
         save_image(item.image, output / f"{number}-{prompt.replace(' ', '-')}.png")
-        verdict = "as asked" if item.painted_right else "NOT as asked"
-        typer.echo(f"{prompt}: {verdict} (painted in {item.seconds:.2f} s, asked in {asking:.2f} s)")
-        for question, answer in zip(item.asked, item.answers):
+        verdict = "correct" if item.is_correct else "NOT correct"
+        typer.echo(f"{prompt}: {verdict} (generated in {item.seconds:.2f} s, asked in {asking:.2f} s)")
+        for question, answer in zip(item.questions, item.answers):
             typer.echo(f"    {question.question}  {answer}  {'✓' if answer == question.answer else '✗'}")
     save_image(contact_sheet(items), output / "contact-sheet.png")
-    painted = sum(item.painted_right for item in items)
-    answered = [a == q.answer for item in items for q, a in zip(item.asked, item.answers)]
+    num_correct = sum(item.is_correct for item in items)
+    answers = [answer == question.answer for item in items for question, answer in zip(item.questions, item.answers)]
     typer.echo(
-        f"{painted} of {len(items)} pictures as asked, {sum(answered)} of {len(answered)} answers right; "
-        f"slowest picture {max(item.seconds for item in items):.2f} s, peak memory {peak_memory_gb():.2f} GB"
+        f"{num_correct} of {len(items)} images and {sum(answers)} of {len(answers)} answers are correct; "
+        f"slowest image {max(item.seconds for item in items):.2f} s, peak memory {peak_memory_gb():.2f} GB"
     )
-    typer.echo(f"pictures: {output}, all of them on {output / 'contact-sheet.png'}")
+    typer.echo(f"images: {output}, all of them in {output / 'contact-sheet.png'}")
 
 
 @_verb
@@ -238,51 +237,45 @@ def train(
     ],
     work_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder for what a resumed run goes on from; runs/ and the recipe's name if left out."),
+        typer.Option(help="Folder for checkpoints and logs; defaults to runs/ and the name of the recipe."),
     ] = None,
 ) -> None:
-    """Train by a recipe; started again, it goes on where it was stopped."""
+    """Train a model. Started again, the command resumes from the last checkpoint."""
     from accelerate import PartialState
 
-    from latte_flow_hf.training.train import Recipe, is_recipe, read_sections
-    from latte_flow_hf.training.train import train as train_by
+    from latte_flow_hf.training import train
+    from latte_flow_hf.training.recipe import Recipe
 
-    sections = read_sections(recipe)
-    if is_recipe(sections):
-        made = train_by(Recipe.from_dict(sections, f"recipe {recipe}"), work_dir or Path("runs", recipe.stem), output)
-    else:
-        from latte_flow_hf.tinyworld import build
-
-        made = build.build_checkpoint(build.Recipe.from_yaml(recipe), work_dir or Path("runs/tinyworld"), output)
+    result = train.train(Recipe.from_yaml(recipe), work_dir or Path("runs", recipe.stem), output)
     if PartialState().is_main_process:
-        typer.echo(f"wrote {made}")
+        typer.echo(f"wrote {result}")
 
 
 @_verb
 def evaluate(
     model: Model = None,
-    seed: Annotated[int, typer.Option(help="Seed of the prompts, the pictures and the noise.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts, the images and the noise.")] = 1,
     steps: Annotated[int, typer.Option(help="Number of sampling steps.")] = 40,
     guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance.")] = 4.0,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for everything measured.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for all results.")] = None,
 ) -> None:
-    """Measure a checkpoint on the tiny world: prompts painted, questions answered."""
+    """Evaluate a checkpoint on the tiny world: accuracy of generated images and of answers."""
     pipe = _load(model)
     from latte_flow_hf.evaluation import tinyworld
+    from latte_flow_hf.files import write_json
 
     pipe.set_progress_bar_config(disable=True)
     call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
-    painting = tinyworld.evaluate_generation(pipe, tinyworld.generation_prompts(seed), seed, **call)
+    generation = tinyworld.evaluate_generation(pipe, tinyworld.generation_prompts(seed), seed, **call)
     variety = tinyworld.evaluate_variety(pipe, "a red circle left of a blue square", **call)
     understanding = tinyworld.evaluate_understanding(pipe, tinyworld.understanding_questions(seed))
-    for name, results in (("painting", painting), ("understanding", understanding)):
+    for name, results in (("generation", generation), ("understanding", understanding)):
         for kind, result in results.items():
-            typer.echo(f"{name:14}{kind:17}{result['right']:7.1%} of {result['count']}")
-    typer.echo(f"{'variety':14}{variety['different']} of {variety['pictures']} pictures of one prompt differ")
+            typer.echo(f"{name:14}{kind:17}{result['accuracy']:7.1%} of {result['count']}")
+    typer.echo(f"{'variety':14}{variety['num_distinct']} of {variety['num_images']} images of one prompt are distinct")
     if output is not None:
-        measured = {"seed": seed, **call, "painting": painting, "variety": variety, "understanding": understanding}
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(measured, indent=1))
+        results = {"seed": seed, **call, "generation": generation, "variety": variety, "understanding": understanding}
+        write_json(results, output)
 
 
 Pipeline = Annotated[str, typer.Argument(help="Folder or hub id of a pipeline.")]

@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""The demonstration: a fixed handful of prompts painted, each picture then shown to the same model with questions."""
+"""The demo: images are generated for a few prompts, and the same model answers questions about them."""
 
 import resource
 import sys
@@ -30,18 +30,27 @@ DEMO_PROMPTS = (
 
 @dataclass
 class DemoItem:
-    """One prompt of the demonstration: its picture, what the oracle saw, what the model said of it."""
+    """One prompt of the demo.
+
+    Args:
+        prompt (`str`): the prompt.
+        image (`PIL.Image.Image`): the generated image.
+        seconds (`float`): the time for generating it.
+        is_correct (`bool`): whether it shows what the prompt describes, according to the oracle.
+        questions (`list[QuestionAnswer]`): the questions about the image.
+        answers (`list[str]`): the answers of the model.
+    """
 
     prompt: str
     image: Image.Image
     seconds: float
-    painted_right: bool
-    asked: list[QuestionAnswer]
+    is_correct: bool
+    questions: list[QuestionAnswer]
     answers: list[str]
 
 
 def demo_questions(prompt: str) -> list[QuestionAnswer]:
-    """Two questions with known answers about the picture that `prompt` asks for."""
+    """Two questions with known answers about the image that `prompt` describes."""
     content = parse_prompt(prompt)
     if not isinstance(content, Scene):
         return [
@@ -52,18 +61,18 @@ def demo_questions(prompt: str) -> list[QuestionAnswer]:
     what = QuestionAnswer("what is in the picture?", scene.prompt, "what")
     if scene.relation is None:
         return [what, QuestionAnswer("what colour is it?", scene.objects[0].colour, "colour")]
-    asked = f"what is {scene.relation} the {scene.objects[1]}?"
-    return [what, QuestionAnswer(asked, f"a {scene.objects[0]}", "relation")]
+    question = f"what is {scene.relation} the {scene.objects[1]}?"
+    return [what, QuestionAnswer(question, f"a {scene.objects[0]}", "relation")]
 
 
 def generate_and_ask(pipe: Any, prompt: str, seed: int) -> DemoItem:
-    """Paint `prompt` with the pipeline's defaults, then ask the same model about the picture."""
+    """Generate an image with the pipeline's defaults, then ask the same model about it."""
     start = time.perf_counter()
     image = pipe(prompt, generator=torch.Generator().manual_seed(seed)).images[0]
     seconds = time.perf_counter() - start
-    asked = demo_questions(prompt)
-    answers = [pipe.chat(item.question, images=image, do_sample=False, max_new_tokens=24) for item in asked]
-    return DemoItem(prompt, image, seconds, shows(image, prompt), asked, answers)
+    questions = demo_questions(prompt)
+    answers = [pipe.chat(item.question, images=image, do_sample=False, max_new_tokens=24) for item in questions]
+    return DemoItem(prompt, image, seconds, shows(image, prompt), questions, answers)
 
 
 def peak_memory_gb() -> float:
@@ -73,10 +82,10 @@ def peak_memory_gb() -> float:
 
 
 def contact_sheet(items: list[DemoItem], columns: int = 4) -> Image.Image:
-    """All pictures of a demonstration with their prompts, questions and answers."""
+    """One image with all images of the demo, their prompts, questions and answers."""
     scale, margin, line = 4, 16, 17
     side = items[0].image.width * scale
-    cell_height = side + margin + line * (2 + 2 * len(items[0].asked))
+    cell_height = side + margin + line * (2 + 2 * len(items[0].questions))
     rows = -(-len(items) // columns)
     sheet = Image.new("RGB", (columns * (side + margin) + margin, rows * (cell_height + margin) + margin), "white")
     drawing = ImageDraw.Draw(sheet)
@@ -88,9 +97,9 @@ def contact_sheet(items: list[DemoItem], columns: int = 4) -> Image.Image:
         y = top + side + 6
         drawing.text((left, y), item.prompt, fill="black", font=large)
         y += line + 4
-        for question, answer in zip(item.asked, item.answers):
-            right = answer == question.answer
+        for question, answer in zip(item.questions, item.answers):
+            colour = (20, 110, 50) if answer == question.answer else (190, 30, 30)
             drawing.text((left, y), question.question, fill=(110, 110, 110), font=plain)
-            drawing.text((left + 8, y + line), answer, fill=(20, 110, 50) if right else (190, 30, 30), font=plain)
+            drawing.text((left + 8, y + line), answer, fill=colour, font=plain)
             y += 2 * line
     return sheet

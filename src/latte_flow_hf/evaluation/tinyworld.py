@@ -1,7 +1,7 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""How much of the tiny world a checkpoint knows: prompts painted and read back by the oracle, questions answered.
+"""Evaluation on the tiny world: generated images are checked by the oracle, answers by exact match.
 
-Prompts and pictures come from seeds that no training uses, held-out digits and pairs among them.
+Prompts and images are sampled from seeds that are not used in training, and include held-out digits and pairs.
 """
 
 from collections import defaultdict
@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 
 from ..tinyworld.digits import digit_indices, digit_prompt, draw_digit, load_digits
 from ..tinyworld.oracle import shows
-from ..tinyworld.questions import questions_about
-from ..tinyworld.shapes import Scene, draw_scene, place_objects, sample_scene
+from ..tinyworld.questions import QuestionAnswer, questions_about
+from ..tinyworld.shapes import draw_scene, place_objects, sample_scene
 
 
-# Training draws from its recipe's seed; this offset keeps the evaluation's generators apart from it.
+# Part of the seed, so that the generators differ from those of training, which are seeded by a recipe's seed.
 _EVALUATION = 1_000_003
 
 
@@ -36,93 +36,107 @@ def generation_prompts(seed: int, one: int = 100, two: int = 200, held_out: int 
 
 def evaluate_generation(
     pipe: Any,
-    prompts: dict,
+    prompts: dict[str, list[str]],
     seed: int,
     batch_size: int = 50,
-    judge: Callable[[Image.Image, str], bool] = shows,
+    is_correct: Callable[[Image.Image, str], bool] = shows,
     **call: Any,
 ) -> dict:
-    """Paint every prompt once and read the pictures back.
+    """Generate one image for each prompt and check whether it shows what the prompt describes.
 
     Args:
-        pipe ([`LatteFlowPipeline`]): what paints.
-        prompts (`dict`): lists of prompts by kind, as of `generation_prompts`.
-        seed (`int`): picture i of a kind starts from the noise of seed + i.
-        batch_size (`int`): pictures painted at once.
-        judge (*optional*): says whether a picture shows what a prompt asks for; the oracle of the embedded world.
-        call: more arguments of the pipeline, such as `guidance_scale` and `num_inference_steps`.
+        pipe ([`LatteFlowPipeline`]): the pipeline.
+        prompts (`dict`): lists of prompts by kind, see `generation_prompts`.
+        seed (`int`): image i of a kind is generated from the noise of seed + i.
+        batch_size (`int`, defaults to 50): the number of images generated at once.
+        is_correct (`Callable`, *optional*): whether an image shows what a prompt describes; defaults to the oracle.
+        call: further arguments of the pipeline, such as `guidance_scale` and `num_inference_steps`.
 
     Returns:
-        `dict`: by kind, `right` (share, 0 to 1), `count`, and `wrong` (prompt and index of each failure).
+        `dict`: by kind, `accuracy` (0 to 1), `count`, and `wrong` (index and prompt of each failure).
     """
     results = {}
-    for kind, asked in prompts.items():
+    for kind, kind_prompts in prompts.items():
         wrong = []
-        for start in tqdm(range(0, len(asked), batch_size), desc=f"painting: {kind}"):
-            batch = asked[start : start + batch_size]
+        for start in tqdm(range(0, len(kind_prompts), batch_size), desc=f"generating: {kind}"):
+            batch = kind_prompts[start : start + batch_size]
             generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
             images = pipe(batch, generator=generators, **call).images
-            judged = zip(range(start, start + len(batch)), batch, images)
-            wrong += [{"index": i, "prompt": prompt} for i, prompt, image in judged if not judge(image, prompt)]
-        results[kind] = {"right": 1 - len(wrong) / len(asked), "count": len(asked), "wrong": wrong}
+            for index, (prompt, image) in enumerate(zip(batch, images), start):
+                if not is_correct(image, prompt):
+                    wrong.append({"index": index, "prompt": prompt})
+        accuracy = 1 - len(wrong) / len(kind_prompts)
+        results[kind] = {"accuracy": accuracy, "count": len(kind_prompts), "wrong": wrong}
     return results
 
 
-def evaluate_variety(pipe: Any, prompt: str, seeds: int = 16, **call: Any) -> dict:
-    """Whether one prompt gives different pictures: how many of `seeds` differ, and how far apart the closest two are.
+def evaluate_variety(pipe: Any, prompt: str, num_images: int = 16, **call: Any) -> dict:
+    """Generate several images of one prompt and compare them.
 
-    The distance is the mean absolute difference of all pixels, in 0 to 255.
+    Returns:
+        `dict`: `num_distinct`, the number of distinct images, and `min_distance`, the smallest mean absolute difference
+        between the pixels of two of them (0 to 255).
     """
-    generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
-    images = pipe(prompt, num_images_per_prompt=seeds, generator=generators, **call).images
+    generators = [torch.Generator().manual_seed(seed) for seed in range(num_images)]
+    images = pipe(prompt, num_images_per_prompt=num_images, generator=generators, **call).images
     pixels = np.stack([np.asarray(image, dtype=np.float32) for image in images])
     distances = [np.abs(a - b).mean() for i, a in enumerate(pixels) for b in pixels[:i]]
     return {
         "prompt": prompt,
-        "pictures": seeds,
-        "different": len({image.tobytes() for image in images}),
-        "closest": float(min(distances)),
+        "num_images": num_images,
+        "num_distinct": len({image.tobytes() for image in images}),
+        "min_distance": float(min(distances)),
     }
 
 
-def understanding_questions(seed: int, scenes: int = 200) -> dict[str, list[tuple[Image.Image, str, str, str]]]:
-    """(picture, question, answer, kind of question): about new drawings, and about every held-out digit."""
+def understanding_questions(seed: int, num_scenes: int = 200) -> dict[str, list[tuple[Image.Image, QuestionAnswer]]]:
+    """Images with questions by subject: new scenes, and all held-out digits."""
     rng = np.random.default_rng((_EVALUATION, seed, 1))
-    about_shapes, about_digits = [], []
-    for index in range(scenes):
-        scene: Scene = sample_scene(rng, 1 + index % 2)
-        picture = draw_scene(scene, place_objects(scene, rng))
-        about_shapes += [(picture, asked.question, asked.answer, asked.kind) for asked in questions_about(scene, rng)]
+    shapes, digits = [], []
+    for index in range(num_scenes):
+        scene = sample_scene(rng, 1 + index % 2)
+        image = draw_scene(scene, place_objects(scene, rng))
+        shapes += [(image, question) for question in questions_about(scene, rng)]
     for index in digit_indices(held_out=True):
-        picture, value = draw_digit(int(index)), int(load_digits()[1][index])
-        about_digits += [(picture, asked.question, asked.answer, asked.kind) for asked in questions_about(value, rng)]
-    return {"shapes": about_shapes, "held-out digits": about_digits}
+        image, value = draw_digit(int(index)), int(load_digits()[1][index])
+        digits += [(image, question) for question in questions_about(value, rng)]
+    return {"shapes": shapes, "held-out digits": digits}
 
 
-def evaluate_understanding(pipe: Any, questions: dict, batch_size: int = 64) -> dict:
-    """Ask every question (greedy decoding) and count the answers that are right to the letter.
+def evaluate_understanding(
+    pipe: Any, questions: dict[str, list[tuple[Image.Image, QuestionAnswer]]], batch_size: int = 64
+) -> dict:
+    """Answer all questions with greedy decoding; an answer is correct if it matches exactly.
+
+    Args:
+        pipe ([`LatteFlowPipeline`]): the pipeline.
+        questions (`dict`): images with questions by subject, see `understanding_questions`.
+        batch_size (`int`, defaults to 64): the number of questions answered at once.
 
     Returns:
-        `dict`: by subject, `right` (share), `count`, `kinds` (share by kind of question) and `wrong`.
+        `dict`: by subject, `accuracy` (0 to 1), `count`, `kinds` (accuracy by kind of question), and `wrong` (question,
+        answer and prediction of each failure).
     """
     results = {}
-    for subject, asked in questions.items():
+    for subject, subject_questions in questions.items():
         by_kind: dict[str, list[bool]] = defaultdict(list)
         wrong = []
-        for start in tqdm(range(0, len(asked), batch_size), desc=f"asking: {subject}"):
-            batch = asked[start : start + batch_size]
-            conversations = [pipe.processor.conversation(question, picture) for picture, question, _, _ in batch]
+        for start in tqdm(range(0, len(subject_questions), batch_size), desc=f"answering: {subject}"):
+            batch = subject_questions[start : start + batch_size]
+            conversations = [pipe.processor.conversation(item.question, image) for image, item in batch]
             inputs = pipe.processor.encode_conversations(conversations).to(pipe.model.device)
             tokens = pipe.model.generate(**inputs, do_sample=False, max_new_tokens=24)
-            said = pipe.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for (_, question, answer, kind), words in zip(batch, said):
-                by_kind[kind].append(words.strip() == answer)
-                if words.strip() != answer:
-                    wrong.append({"question": question, "answer": answer, "said": words.strip()})
+            new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
+            predictions = pipe.processor.batch_decode(new_tokens, skip_special_tokens=True)
+            for (_, item), prediction in zip(batch, predictions):
+                prediction = prediction.strip()
+                by_kind[item.kind].append(prediction == item.answer)
+                if prediction != item.answer:
+                    wrong.append({"question": item.question, "answer": item.answer, "prediction": prediction})
         results[subject] = {
-            "right": 1 - len(wrong) / len(asked),
-            "count": len(asked),
-            "kinds": {kind: float(np.mean(right)) for kind, right in sorted(by_kind.items())},
+            "accuracy": 1 - len(wrong) / len(subject_questions),
+            "count": len(subject_questions),
+            "kinds": {kind: float(np.mean(correct)) for kind, correct in sorted(by_kind.items())},
             "wrong": wrong,
         }
     return results

@@ -1,2 +1,2 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""The small world that the embedded checkpoint knows: shapes and handwritten digits, questions, a judge."""
+"""The tiny world, on which the embedded checkpoint is trained: shapes, handwritten digits, questions, an oracle."""

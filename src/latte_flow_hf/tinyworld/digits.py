@@ -1,7 +1,7 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""The real half of the tiny world: the 1,797 handwritten digits of the UCI set that scikit-learn carries.
+"""The real half of the tiny world: the 1,797 handwritten digits of the UCI data set included in scikit-learn.
 
-They are 8x8 pictures of 17 grey levels, here enlarged smoothly to 64x64.
+They are 8x8 images of 17 grey levels, enlarged smoothly to 64x64.
 """
 
 from functools import lru_cache
@@ -17,7 +17,7 @@ DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 
 @lru_cache(maxsize=1)
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """All pictures, `(1797, 8, 8)` in [0, 1], and their values, `(1797,)` in 0 to 9."""
+    """All images, `(1797, 8, 8)` in [0, 1], and their values, `(1797,)` in 0 to 9."""
     from sklearn.datasets import load_digits as sklearn_load_digits
 
     bunch = sklearn_load_digits()
@@ -25,7 +25,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def digit_indices(held_out: bool) -> np.ndarray:
-    """The indices of the digits that training never sees (every fifth), or of all the others."""
+    """The indices of the digits excluded from training (every fifth), or of all the others."""
     indices = np.arange(len(load_digits()[1]))
     return indices[(indices % 5 == 0) == held_out]
 
@@ -36,18 +36,18 @@ def digit_prompt(value: int) -> str:
 
 
 def draw_digit(index: int, rng: np.random.Generator | None = None, jitter: float = 1.0) -> Image.Image:
-    """Digit number `index` as an RGB picture of 64x64 pixels, white ink on the dark ground.
+    """Digit number `index` as an RGB image of 64x64 pixels, white on the dark background.
 
     Args:
         index (`int`): 0 to 1796.
         rng (`np.random.Generator`, *optional*):
-            If given, the digit is turned, scaled, sheared and shifted a little: handwriting has few samples here.
-            Without it the picture is the plain enlargement.
+            If given, the digit is slightly rotated, scaled, sheared and shifted, as augmentation. Without it the image
+            is only enlarged.
         jitter (`float`, defaults to 1.0):
-            How much: 1 allows 10 degrees, 8% of scale, a shear of 0.1 and 3 pixels.
+            Strength of the augmentation: 1 allows 10 degrees, 8% of scale, a shear of 0.1 and 3 pixels.
 
     Raises:
-        `ValueError`: if there is no such digit.
+        `ValueError`: if `index` is out of range.
     """
     images, _ = load_digits()
     if not 0 <= index < len(images):
@@ -64,5 +64,5 @@ def draw_digit(index: int, rng: np.random.Generator | None = None, jitter: float
         coefficients = (*matrix[0], offset[0], *matrix[1], offset[1])
         ink = ink.transform(ink.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
     amount = np.clip(np.asarray(ink), 0.0, 1.0)[..., None]
-    ground, white = np.array(BACKGROUND), np.array(COLOURS["white"])
-    return Image.fromarray(np.round(ground + amount * (white - ground)).astype(np.uint8))
+    background, white = np.array(BACKGROUND), np.array(COLOURS["white"])
+    return Image.fromarray(np.round(background + amount * (white - background)).astype(np.uint8))

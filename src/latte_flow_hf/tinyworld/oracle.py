@@ -1,8 +1,8 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Reads a picture of the tiny world back: what an honest judge sees in it, without any network of ours.
+"""Recognises what an image of the tiny world shows, independently of any model that is evaluated.
 
-Shapes are read by colour regions and the overlap of each region with the ideal outlines; digits by a support
-vector machine that was fitted to the real training digits alone.
+Shapes are recognised by colour regions and the overlap of each region with the ideal outlines; digits by a support
+vector machine fitted to the real training digits alone.
 """
 
 from functools import lru_cache
@@ -15,17 +15,17 @@ from .digits import digit_indices, draw_digit, load_digits
 from .shapes import BACKGROUND, IMAGE_SIZE, Scene, SceneObject, outline
 
 
-# Smaller regions are specks: the smallest drawn object (a cross of half-extent 8) has about 140 pixels.
+# Smaller regions are noise: the smallest drawn object (a cross of half-extent 8) has about 140 pixels.
 _MIN_OBJECT_PIXELS = 40
 _TEMPLATE_SIZE = 32
 
 
-def read_scene(image: Image.Image, kind: type[SceneObject] = SceneObject) -> Scene | None:
-    """The scene in `image`, told with `left of` or `above`; `None` if it shows no one or two clear objects.
+def read_scene(image: Image.Image, object_class: type[SceneObject] = SceneObject) -> Scene | None:
+    """The canonical scene in `image`; `None` if it does not show one or two clear objects.
 
-    An object is a connected region that stands out from the ground. It is clear when at least 80% of its inner
-    pixels are nearest to one and the same colour of the world and it overlaps the best outline by at least 0.6
-    (intersection over union). `kind` says which colours and shapes there are.
+    An object is a connected region that differs from the background. It is clear if at least 80% of its inner pixels
+    are nearest to the same colour of the world and its intersection over union with the best outline is at least 0.6.
+    `object_class` determines the known colours and shapes.
     """
     pixels = _pixels(image)
     foreground = np.abs(pixels - BACKGROUND).max(axis=-1) > 40
@@ -35,7 +35,7 @@ def read_scene(image: Image.Image, kind: type[SceneObject] = SceneObject) -> Sce
         mask = regions == region
         if mask.sum() < _MIN_OBJECT_PIXELS:
             continue
-        item = _read_object(pixels, mask, kind)
+        item = _read_object(pixels, mask, object_class)
         if item is None or len(found) == 2:
             return None
         rows, columns = np.nonzero(mask)
@@ -51,34 +51,34 @@ def read_scene(image: Image.Image, kind: type[SceneObject] = SceneObject) -> Sce
 
 
 def read_digit(image: Image.Image) -> int:
-    """The digit in `image`, 0 to 9, as the classifier of real handwriting sees it."""
+    """The digit in `image`, 0 to 9, according to a classifier of real handwriting."""
     return int(_digit_classifier().predict(_digit_features(image)[None])[0])
 
 
 def shows(image: Image.Image, prompt: str) -> bool:
-    """Whether `image` shows what `prompt` (a sentence of the tiny world) asks for.
+    """Whether `image` shows what `prompt` (a prompt of the tiny world) describes.
 
     Raises:
-        `ValueError`: if `prompt` is no sentence of the tiny world.
+        `ValueError`: if `prompt` is not a prompt of the tiny world.
     """
     from .questions import parse_prompt
 
-    wanted = parse_prompt(prompt)
-    if isinstance(wanted, Scene):
-        return read_scene(image) == wanted.canonical
-    return read_digit(image) == wanted
+    expected = parse_prompt(prompt)
+    if isinstance(expected, Scene):
+        return read_scene(image) == expected.canonical
+    return read_digit(image) == expected
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
     if image.size != (IMAGE_SIZE, IMAGE_SIZE):
-        raise ValueError(f"a picture of the tiny world is {IMAGE_SIZE}x{IMAGE_SIZE}, got {image.size}.")
+        raise ValueError(f"an image of the tiny world must be {IMAGE_SIZE}x{IMAGE_SIZE}, got {image.size}.")
     return np.asarray(image.convert("RGB")).astype(np.float32)
 
 
-def _read_object(pixels: np.ndarray, mask: np.ndarray, kind: type[SceneObject]) -> SceneObject | None:
+def _read_object(pixels: np.ndarray, mask: np.ndarray, object_class: type[SceneObject]) -> SceneObject | None:
     inner = ndimage.binary_erosion(mask)
     inside = pixels[inner if inner.sum() >= 20 else mask]
-    palette = np.array(list(kind.colours.values()), dtype=np.float32)
+    palette = np.array(list(object_class.colours.values()), dtype=np.float32)
     nearest = np.linalg.norm(inside[:, None] - palette, axis=-1).argmin(axis=1)
     votes = np.bincount(nearest, minlength=len(palette))
     if votes.max() < 0.8 * len(inside):
@@ -90,15 +90,15 @@ def _read_object(pixels: np.ndarray, mask: np.ndarray, kind: type[SceneObject]) 
         return None
     crop = Image.fromarray(mask).crop(box).convert("F").resize((_TEMPLATE_SIZE,) * 2, Image.Resampling.BILINEAR)
     region = np.asarray(crop) > 127
-    overlaps = [(region & template).sum() / (region | template).sum() for template in _templates(kind.shapes)]
+    overlaps = [(region & template).sum() / (region | template).sum() for template in _templates(object_class.shapes)]
     if max(overlaps) < 0.6:
         return None
-    return kind(list(kind.colours)[int(votes.argmax())], kind.shapes[int(np.argmax(overlaps))])
+    return object_class(list(object_class.colours)[int(votes.argmax())], object_class.shapes[int(np.argmax(overlaps))])
 
 
 @lru_cache
 def _templates(shapes: tuple[str, ...]) -> list[np.ndarray]:
-    """The outlines filling a square, as masks."""
+    """Masks of the shapes, each scaled to fill a square."""
     masks = []
     for shape in shapes:
         points = np.array([point for polygon in outline(shape) for point in polygon])
@@ -112,7 +112,7 @@ def _templates(shapes: tuple[str, ...]) -> list[np.ndarray]:
 
 
 def _digit_features(image: Image.Image) -> np.ndarray:
-    """The ink of the picture at the digits' own 8x8 resolution, flattened, in [0, 1]."""
+    """Brightness of the image at the digits' original 8x8 resolution, flattened, in [0, 1]."""
     ink = (_pixels(image).mean(axis=-1) - np.mean(BACKGROUND)) / (240 - np.mean(BACKGROUND))
     return ink.reshape(8, 8, 8, 8).mean(axis=(1, 3)).reshape(-1)
 
@@ -123,7 +123,7 @@ def _digit_classifier():
 
     indices = digit_indices(held_out=False)
     rng = np.random.default_rng(0)
-    # Each digit plain and three times jittered: small turns and shifts are the same digit to a reader.
-    pictures = [draw_digit(int(i), None if copy == 0 else rng) for copy in range(4) for i in indices]
-    features = np.stack([_digit_features(picture) for picture in pictures])
+    # Each digit once unchanged and three times augmented, for robustness to small rotations and shifts.
+    images = [draw_digit(int(i), None if copy == 0 else rng) for copy in range(4) for i in indices]
+    features = np.stack([_digit_features(image) for image in images])
     return SVC(gamma="scale", C=10.0).fit(features, np.tile(load_digits()[1][indices], 4))

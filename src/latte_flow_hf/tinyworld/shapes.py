@@ -1,8 +1,8 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""The drawn half of the tiny world: one or two coloured shapes on a dark ground, and the sentence that says so.
+"""The drawn half of the tiny world: one or two coloured shapes on a dark background, and the prompt for them.
 
-A scene is the meaning (which shapes, which relation); a picture is one of many drawings of it. Everything that is
-random comes from the generator that the caller hands in.
+A scene is the meaning (which shapes, which relation); an image is one of many drawings of it. All randomness comes
+from the generator that the caller passes.
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,7 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-# Each relation with its converse and the unit step (in pixels: x to the right, y down) from the second object to the
-# first.
+# Each relation with its converse and the unit step (x to the right, y down) from the second object to the first.
 RELATIONS = {
     "left of": ("right of", (-1, 0)),
     "right of": ("left of", (1, 0)),
@@ -55,17 +54,17 @@ class SceneObject:
 
     @property
     def held_out(self) -> bool:
-        """Whether this pair never appears in a two-object picture in training.
+        """Whether this pair never appears in a training image of two objects.
 
-        Chosen: `(colour + 2 * shape) % 8 == 5` by index, which is one pair in eight, each of another colour and
-        another shape: white circle, yellow square, green triangle. They do appear alone, so what is tested is
-        composition, not new words.
+        Chosen: `(colour + 2 * shape) % 8 == 5` by index, which is one pair in eight, each with a different colour and
+        shape: white circle, yellow square, green triangle. They do appear alone, so the test is of composition, not
+        of new words.
         """
         return (list(self.colours).index(self.colour) + 2 * self.shapes.index(self.shape)) % 8 == 5
 
 
 class WiderObject(SceneObject):
-    """An object of a wider world, with a colour and a shape that the embedded checkpoint never saw: for adapters."""
+    """An object that may have a colour and a shape unknown to the embedded checkpoint, for training adapters."""
 
     colours = {**COLOURS, "orange": (240, 140, 30)}
     shapes = (*SHAPES, "star")
@@ -91,36 +90,36 @@ class Scene:
 
     @property
     def prompt(self) -> str:
-        """The sentence that paints this scene: `a red circle`, `a red circle left of a blue square`."""
+        """The prompt for this scene: `a red circle`, `a red circle left of a blue square`."""
         return f" {self.relation} ".join(f"{'an' if str(item)[0] in 'aeiou' else 'a'} {item}" for item in self.objects)
 
     @property
     def converse(self) -> str:
-        """How the second object stands to the first."""
+        """The relation of the second object to the first."""
         assert self.relation is not None
         return RELATIONS[self.relation][0]
 
     @property
     def canonical(self) -> "Scene":
-        """The same picture told with `left of` or `above`, so that two scenes are alike exactly when equal."""
+        """The same scene described with `left of` or `above`, so that equivalent scenes compare equal."""
         if self.relation in ("right of", "below"):
             return Scene(self.objects[::-1], self.converse)
         return self
 
     @property
     def held_out(self) -> bool:
-        """Whether training never shows this scene (two objects, a held-out pair among them)."""
+        """Whether the scene is excluded from training: two objects, at least one of them a held-out pair."""
         return len(self.objects) == 2 and any(item.held_out for item in self.objects)
 
 
 def sample_scene(rng: np.random.Generator, num_objects: int, held_out: bool = False) -> Scene:
-    """Draw a scene of one or two (different) objects.
+    """Sample a scene of one or two (different) objects.
 
     Args:
-        rng (`np.random.Generator`): where the choice comes from.
+        rng (`np.random.Generator`): the source of randomness.
         num_objects (`int`): 1 or 2.
         held_out (`bool`, defaults to `False`):
-            With two objects: whether one of them must be a held-out pair (`True`) or none may be (`False`).
+            With two objects: whether at least one must be a held-out pair (`True`) or none may be (`False`).
     """
     if num_objects == 1:
         return Scene((ALL_OBJECTS[rng.integers(len(ALL_OBJECTS))],))
@@ -133,7 +132,7 @@ def sample_scene(rng: np.random.Generator, num_objects: int, held_out: bool = Fa
 
 
 def place_objects(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """A random place for each object: (x, y, half-extent), in pixels.
+    """Sample the position of each object: (x, y, half-extent), in pixels.
 
     Half-extents are 11 to 20 for a single object, 8 to 11.5 for each of two. Of two objects the bounding boxes are at
     least 5 pixels apart along the axis of the relation.
@@ -145,7 +144,7 @@ def place_objects(scene: Scene, rng: np.random.Generator) -> list[tuple[float, f
         return [(x, y, size)]
     _, (step_x, step_y) = RELATIONS[scene.relation]
     sizes = rng.uniform(8, 11.5, size=2)
-    # `along` is the axis of the relation: the object with the smaller coordinate comes first there.
+    # `along` is the axis of the relation; the object with the smaller coordinate is first.
     order = (0, 1) if step_x + step_y < 0 else (1, 0)
     first, second = sizes[order[0]], sizes[order[1]]
     slack = IMAGE_SIZE - 2 * margin - 5.0 - 2 * first - 2 * second
@@ -153,27 +152,27 @@ def place_objects(scene: Scene, rng: np.random.Generator) -> list[tuple[float, f
     along = np.empty(2)
     along[order[0]] = margin + before + first
     along[order[1]] = margin + between + 5.0 + 2 * first + second
-    # Across the axis the two stay within a third of the picture of each other, so that the relation is plain.
+    # Across that axis the two stay close to each other, so that the relation is unambiguous.
     across = IMAGE_SIZE / 2 + rng.uniform(-8, 8) + rng.uniform(-6, 6, size=2)
     across = np.clip(across, margin + sizes, IMAGE_SIZE - margin - sizes)
     xs, ys = (along, across) if step_x else (across, along)
     return [(float(x), float(y), float(size)) for x, y, size in zip(xs, ys, sizes)]
 
 
-def draw_scene(scene: Scene, places: list[tuple[float, float, float]]) -> Image.Image:
-    """Draw `scene` with its objects at `places`: an antialiased RGB picture of 64x64 pixels."""
+def draw_scene(scene: Scene, positions: list[tuple[float, float, float]]) -> Image.Image:
+    """Draw `scene` with its objects at `positions`: an antialiased RGB image of 64x64 pixels."""
     canvas = Image.new("RGB", (IMAGE_SIZE * _SUPERSAMPLING,) * 2, BACKGROUND)
     drawing = ImageDraw.Draw(canvas)
-    for item, (x, y, size) in zip(scene.objects, places):
+    for item, (x, y, size) in zip(scene.objects, positions):
         _draw_object(drawing, item, x, y, size)
     return canvas.reduce(_SUPERSAMPLING)
 
 
 def draw_doodle(rng: np.random.Generator) -> Image.Image:
-    """One to three polygons of no name, of 3 to 12 corners each, plain or spiky, in any RGB colour on the dark ground.
+    """Draw one to three random polygons, each with 3 to 12 corners, plain or spiky, in any RGB colour.
 
-    Chosen: an autoencoder that sees the world's six colours and four shapes alone cannot give back a seventh colour or
-    a fifth shape, and no adapter of the tower can make up for it. Real ones have seen everything.
+    Chosen: because an autoencoder trained on the world's six colours and four shapes alone cannot reconstruct a
+    seventh colour or a fifth shape, and no adapter of the tower can compensate for that.
     """
     canvas = Image.new("RGB", (IMAGE_SIZE * _SUPERSAMPLING,) * 2, BACKGROUND)
     drawing = ImageDraw.Draw(canvas)
@@ -198,7 +197,7 @@ def _draw_object(drawing: ImageDraw.ImageDraw, item: SceneObject, x: float, y: f
 
 
 def outline(shape: str) -> list[list[tuple[float, float]]]:
-    """The polygons of a shape of half-extent 1 around the origin (x to the right, y down)."""
+    """The polygons of a shape with half-extent 1 around the origin (x to the right, y down)."""
     if shape == "circle":
         angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
         return [[(float(np.cos(a)), float(np.sin(a))) for a in angles]]

@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""What the stock Trainer needs to train a LaTtE-Flow model: examples -> batches, which experts learn, callbacks."""
+"""Parts for training with the stock Trainer: collators, callbacks, and which weights are trained."""
 
 from .adapters import expert_lora_config, train_only_experts
 from .callbacks import (

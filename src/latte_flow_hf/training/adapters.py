@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Which experts learn, and how: by low-rank adapters of peft, or in full."""
+"""Which weights are trained: low-rank adapters (PEFT) of some experts, all weights of some experts, or the tower."""
 
 import re
 from collections.abc import Sequence
@@ -27,34 +27,36 @@ def expert_lora_config(
     parts: Sequence[str] = ADAPTER_PARTS,
     **lora_config: Any,
 ) -> "LoraConfig":
-    """An ordinary `peft.LoraConfig` over the linear maps of the chosen experts, and of nothing else.
+    """A `peft.LoraConfig` whose target modules are the linear layers of some experts.
 
-    It goes to `peft.get_peft_model(model, config)` or `model.add_adapter(config)`; training then draws timesteps from
-    the chosen experts' intervals alone. The saved `adapter_config.json` says which model it fits.
+    Pass it to `peft.get_peft_model(model, config)` or `model.add_adapter(config)`. Training then samples timesteps from
+    the intervals of these experts only. The saved `adapter_config.json` records which model the adapter belongs to.
 
     Args:
         model ([`LatteFlowForConditionalGeneration`]): the model, which is not changed.
-        experts (`list[int]`): which ones; 0 owns the noisiest interval.
-        r (`int`, defaults to 16): the adapters' rank.
-        lora_alpha (`int`, *optional*): strength times `r`; `r` if not given (chosen: strength 1, as in diffusers).
+        experts (`list[int]`): the experts; 0 owns the noisiest interval.
+        r (`int`, defaults to 16): the rank of the adapters.
+        lora_alpha (`int`, *optional*): the scale of the adapters times `r`; defaults to `r` (chosen: scale 1, as in
+            diffusers).
         parts (`tuple[str]`): of each layer: `"attention"` (query, key, value, output), `"mlp"`, and `"modulation"`
-            (what the timestep controls: the four modulation vectors and the gate of the residual attention).
-        lora_config: more arguments of `LoraConfig`, such as `lora_dropout` and `use_dora`.
+            (which depends on the timestep: the four modulation vectors and the gate of the residual attention).
+        lora_config: further arguments of `LoraConfig`, such as `lora_dropout` and `use_dora`.
 
     Raises:
-        `ValueError`: if there is no such expert or part, or none is given.
+        `ValueError`: if an expert or part does not exist, or none is given.
     """
     from peft import LoraConfig
 
-    experts = _checked_experts(model, experts)
+    experts = _check_experts(model, experts)
     if isinstance(parts, str) or not parts or not set(parts) <= set(ADAPTER_PARTS):
         raise ValueError(f"parts must be some of {list(ADAPTER_PARTS)}, got {parts!r}.")
     layers = [index for expert in experts for index in model.expert_layers(expert)]
-    names = sorted({name for index in layers for name in _linears(model.tower.layers[index], parts)})
+    names = sorted({name for index in layers for name in _linear_names(model.tower.layers[index], parts)})
     return LoraConfig(
         r=r,
         lora_alpha=r if lora_alpha is None else lora_alpha,
-        # One expression, not a list of names: peft shortens long lists to endings, which the backbone's layers share.
+        # A regular expression and not a list of names: peft shortens long lists to suffixes, which also match layers of
+        # the backbone.
         target_modules=(
             adapter_mark(model.config, experts)
             + rf"tower\.layers\.(?:{'|'.join(map(str, layers))})\.(?:{'|'.join(map(re.escape, names))})"
@@ -66,19 +68,19 @@ def expert_lora_config(
 def train_only_experts(
     model: "LatteFlowForConditionalGeneration", experts: Sequence[int]
 ) -> "LatteFlowForConditionalGeneration":
-    """Leave the chosen experts' layers trainable and freeze all else; training then draws their timesteps alone.
+    """Make only the layers of some experts trainable. Training then samples timesteps from their intervals only.
 
-    Frozen too is what all experts share (embedding of the latents and of the timestep, head): if it learned, the
-    other experts would paint differently.
+    The modules that all experts share (embeddings of latents and timestep, head) are frozen too, because training them
+    would change the output of the other experts.
 
     Args:
-        model ([`LatteFlowForConditionalGeneration`]): changed in place, and returned.
-        experts (`list[int]`): which ones; 0 owns the noisiest interval.
+        model ([`LatteFlowForConditionalGeneration`]): the model, changed in place and returned.
+        experts (`list[int]`): the experts; 0 owns the noisiest interval.
 
     Raises:
-        `ValueError`: if there is no such expert, or none is given.
+        `ValueError`: if an expert does not exist, or none is given.
     """
-    experts = _checked_experts(model, experts)
+    experts = _check_experts(model, experts)
     model.requires_grad_(False)
     for expert in experts:
         for index in model.expert_layers(expert):
@@ -86,25 +88,45 @@ def train_only_experts(
     return model
 
 
-def _checked_experts(model: "LatteFlowForConditionalGeneration", experts: Sequence[int]) -> list[int]:
-    """The experts in rising order."""
+def set_trainable(model: "LatteFlowForConditionalGeneration", trainable: str | Sequence[int]) -> None:
+    """Make trainable what a recipe's `trainable` names, and freeze the rest.
+
+    Args:
+        model ([`LatteFlowForConditionalGeneration`]): the model, changed in place.
+        trainable (`str` or `list[int]`): `"experts"`, the whole tower; a list of experts, see `train_only_experts`; or
+            `"vlm"`, the tower and the language model of the backbone.
+
+    Raises:
+        `ValueError`: if an expert does not exist, or none is given.
+    """
+    if not isinstance(trainable, str):
+        train_only_experts(model, trainable)
+        return
+    model.requires_grad_(False)
+    model.tower.requires_grad_(True)
+    if trainable == "vlm":
+        model.vlm.get_decoder().requires_grad_(True)
+
+
+def _check_experts(model: "LatteFlowForConditionalGeneration", experts: Sequence[int]) -> list[int]:
+    """The experts, sorted and without duplicates."""
     known = range(model.config.num_experts)
     if not isinstance(experts, Sequence) or not experts or any(expert not in known for expert in experts):
         raise ValueError(f"experts must be a list of some of {list(known)}, got {experts!r}.")
     return sorted(set(experts))
 
 
-def _linears(layer: nn.Module, parts: Sequence[str]) -> list[str]:
-    """The names of a layer's linear maps that belong to `parts`; other adapters around them do not count."""
+def _linear_names(layer: nn.Module, parts: Sequence[str]) -> list[str]:
+    """The names of the linear layers in the given parts of a layer, without those of adapters."""
     names = [
         name.removesuffix(".base_layer")
         for name, module in layer.named_modules()
         if isinstance(module, nn.Linear) and ".lora_" not in name
     ]
 
-    def part(name: str) -> str:
+    def part_of(name: str) -> str:
         if name == "modulation" or name.endswith("residual_gate"):
             return "modulation"
         return "attention" if name.startswith("self_attn.") else "mlp"
 
-    return [name for name in names if part(name) in parts]
+    return [name for name in names if part_of(name) in parts]

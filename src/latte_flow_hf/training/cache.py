@@ -1,10 +1,10 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Latents and contexts, computed once and kept on disk.
+"""Latents and contexts, computed once and stored on disk.
 
-A cache is a folder of safetensors shards. A shard appears whole or not at all, so that an interrupted run goes on
-where it stopped; `index.json` is written last. `made_by.json` is written first and tells what the numbers depend on: a
-cache that another autoencoder, backbone, processor, size or source made is refused. Several processes share out the
-shards that are not there yet.
+A cache is a folder of safetensors shards. Each shard is written atomically, so that an interrupted run continues with
+the missing ones; `index.json` is written last. `fingerprint.json` is written first and contains what the cached
+numbers depend on: a cache made with a different autoencoder, backbone, processor, size or source is refused. Several
+processes share the work.
 """
 
 import hashlib
@@ -21,39 +21,44 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from ..files import atomic_write, read_json, write_json
 from ..modeling.context import LatteFlowContext
 from .collator import ImagePromptEncoder
-from .data import ImageRows, UnreadableImageError, UnreadableImages, example_seed
+from .data import ImageRows, UnreadableImageError, UnreadableImages, example_seed, is_flipped
 
 
-# Pictures, or prompts, in a shard.
+# Version of the layout of shards and index.
+CACHE_FORMAT = 2
+
+# Number of images, or of prompts, in a shard.
 SHARD_SIZE = 256
 
 
 def hash_module(module: torch.nn.Module) -> str:
-    """SHA-256 over a module's configuration, and the names and bytes of its parameters and buffers."""
+    """SHA-256 of the configuration of a module and of the names and bytes of its parameters and buffers."""
     config = getattr(module, "config", {})
-    known = _numbers_of(config.to_dict() if hasattr(config, "to_dict") else dict(config))
-    digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode())
+    values = _relevant_config(config.to_dict() if hasattr(config, "to_dict") else dict(config))
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _numbers_of(config: dict) -> dict:
-    """A configuration without what changes no number: where it was loaded from, and by which version."""
+def _relevant_config(config: dict) -> dict:
+    """A configuration without what does not affect the output, such as paths and versions."""
     return {
-        str(key): _numbers_of(value) if isinstance(value, dict) else value
+        str(key): _relevant_config(value) if isinstance(value, dict) else value
         for key, value in config.items()
         if not str(key).startswith("_") and key != "transformers_version"
     }
 
 
-def made_by(pipe: Any, rows: ImageRows, with_contexts: bool) -> dict[str, str]:
-    """What the numbers of a cache depend on, by part."""
+def cache_fingerprint(pipe: Any, rows: ImageRows, with_contexts: bool) -> dict[str, str]:
+    """What the cached numbers depend on, by name."""
     settings = rows.settings
-    parts = {
+    fingerprint = {
+        "format": str(CACHE_FORMAT),
         "autoencoder": hash_module(pipe.vae),
         "size": str(settings.size),
         "flip": str(settings.flip),
@@ -63,11 +68,10 @@ def made_by(pipe: Any, rows: ImageRows, with_contexts: bool) -> dict[str, str]:
         "contexts": str(with_contexts),
     }
     if with_contexts:
-        tokenizer = pipe.processor.tokenizer
-        words = json.dumps([tokenizer.get_vocab(), pipe.processor.chat_template], sort_keys=True)
-        parts["backbone"] = hash_module(pipe.model.vlm)
-        parts["processor"] = hashlib.sha256(words.encode()).hexdigest()
-    return parts
+        processor = json.dumps([pipe.processor.tokenizer.get_vocab(), pipe.processor.chat_template], sort_keys=True)
+        fingerprint["backbone"] = hash_module(pipe.model.vlm)
+        fingerprint["processor"] = hashlib.sha256(processor.encode()).hexdigest()
+    return fingerprint
 
 
 def build_cache(
@@ -78,157 +82,173 @@ def build_cache(
     unreadable: UnreadableImages,
     with_contexts: bool = True,
 ) -> None:
-    """Fill the cache in `folder`; what is there already is kept. All processes must call it.
+    """Fill the cache in `folder`, skipping finished shards. All processes must call it.
+
+    Args:
+        folder (`Path`): the folder, on a disk that all processes share.
+        pipe ([`LatteFlowPipeline`]): the pipeline, for the fingerprint.
+        rows ([`ImageRows`]): images and prompts.
+        encoder ([`ImagePromptEncoder`]): encodes them.
+        unreadable ([`UnreadableImages`]): collects the unreadable images.
+        with_contexts (`bool`, defaults to `True`): whether to cache contexts, too.
 
     Raises:
-        `ValueError`: if it was made by something else, the source is a stream, no picture can be read, or the
-            processes do not see the same folder.
+        `ValueError`: if the cache has another fingerprint, the source is a stream, no image can be read, or the
+            processes do not share the folder.
     """
     if rows.is_stream:
         raise ValueError("data: a stream cannot be cached; load it without `streaming`, or leave out `cache`.")
-    parts = made_by(pipe, rows, with_contexts)
+    fingerprint = cache_fingerprint(pipe, rows, with_contexts)
     state = PartialState()
     with state.main_process_first():
-        _claim(folder, parts)
+        _create_or_check(folder, fingerprint)
     if (folder / "index.json").exists():
         return
 
-    size = len(rows.rows)
-    shards = {folder / f"latents-{start:09d}.safetensors": start for start in range(0, size, SHARD_SIZE)}
-    for path in _share(list(shards), "encoding pictures"):
-        _encode_pictures(path, range(shards[path], min(shards[path] + SHARD_SIZE, size)), rows, encoder)
-        _count_unreadable(_metadata(path), unreadable)
+    num_images = len(rows.dataset)
+    shards = {folder / f"latents-{start:09d}.safetensors": start for start in range(0, num_images, SHARD_SIZE)}
+    for path in _missing_shards(list(shards), "encoding images"):
+        _encode_images(path, range(shards[path], min(shards[path] + SHARD_SIZE, num_images)), rows, encoder)
+        _add_unreadable(_read_metadata(path), unreadable)
     state.wait_for_everyone()
 
-    lost = [path.name for path in shards if not path.exists()]
-    if lost:
-        raise ValueError(f"cache {folder} lacks {lost[0]}: it must be on a disk that all processes share.")
-    prompts, places, skipped = {""}, 0, {}
+    missing = [path.name for path in shards if not path.exists()]
+    if missing:
+        raise ValueError(f"cache {folder} has no {missing[0]}: the folder must be on a disk that all processes share.")
+    prompts, num_readable = {""}, 0
     for path in shards:
-        metadata = _metadata(path)
-        _count_unreadable(metadata, unreadable)
-        skipped.update(metadata["unreadable"])
+        metadata = _read_metadata(path)
+        _add_unreadable(metadata, unreadable)
         prompts.update(metadata["prompts"])
-        places += len(metadata["places"])
-    if not places:
-        raise ValueError(f"none of {size} pictures can be read.")
+        num_readable += len(metadata["indices"])
+    if not num_readable:
+        raise ValueError(f"none of {num_images} images can be read.")
     if with_contexts:
         ordered = sorted(prompts)
         starts = range(0, len(ordered), SHARD_SIZE)
         shards = {folder / f"contexts-{start:09d}.safetensors": start for start in starts}
-        for path in _share(list(shards), "encoding prompts"):
+        for path in _missing_shards(list(shards), "encoding prompts"):
             _encode_prompts(path, ordered[shards[path] : shards[path] + SHARD_SIZE], encoder)
         state.wait_for_everyone()
     if state.is_main_process:
-        _write_json({"places": size, "unreadable": skipped}, folder / "index.json")
+        write_json({"num_images": num_images}, folder / "index.json")
     state.wait_for_everyone()
 
 
-def _claim(folder: Path, parts: dict[str, str]) -> None:
-    """Make the folder's `made_by.json`, or check the one that is there."""
+def _create_or_check(folder: Path, fingerprint: dict[str, str]) -> None:
+    """Create the cache with its `fingerprint.json`, or check that of an existing one."""
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "made_by.json").exists():
-        found = json.loads((folder / "made_by.json").read_text())
-        other = sorted(part for part in parts.keys() | found.keys() if parts.get(part) != found.get(part))
-        if other:
+    if (folder / "fingerprint.json").exists():
+        existing = read_json(folder / "fingerprint.json")
+        names = sorted(fingerprint.keys() | existing.keys())
+        different = [name for name in names if fingerprint.get(name) != existing.get(name)]
+        if different:
             raise ValueError(
-                f"cache {folder} was made by another {', '.join(other)}; remove it, or give another folder."
+                f"cache {folder} was made with a different {', '.join(different)}; remove it, or use another folder."
             )
     elif any(folder.iterdir()):
-        raise ValueError(f"cache folder {folder} holds something else; give another folder.")
+        raise ValueError(f"cache folder {folder} is not empty and not a cache of this version; use another folder.")
     else:
-        _write_json(parts, folder / "made_by.json")
+        write_json(fingerprint, folder / "fingerprint.json")
 
 
-def _share(paths: list[Path], words: str) -> Iterator[Path]:
-    """Of the shards that are not there, those that this process is to make."""
+def _missing_shards(paths: list[Path], description: str) -> Iterator[Path]:
+    """This process's share of the shards that do not exist."""
     state = PartialState()
     missing = [path for path in paths if not path.exists()]
-    # Before any process writes, all of them have looked: their lists are the same.
+    # No process may write before all have looked, so that they all have the same list.
     state.wait_for_everyone()
     with state.split_between_processes(missing) as share:
         hidden = len(paths) < 4 or not state.is_local_main_process
-        yield from tqdm(share, desc=words, mininterval=5, disable=hidden)
+        yield from tqdm(share, desc=description, mininterval=5, disable=hidden)
 
 
-def _count_unreadable(metadata: dict, unreadable: UnreadableImages) -> None:
+def _add_unreadable(metadata: dict, unreadable: UnreadableImages) -> None:
     for name, reason in metadata["unreadable"].items():
         unreadable.add(name, reason)
 
 
-def _encode_pictures(path: Path, places: range, rows: ImageRows, encoder: ImagePromptEncoder) -> None:
-    kept, names, prompts, images, broken = [], [], [], [], {}
-    for place in places:
-        row = rows.rows[place]
+def _encode_images(path: Path, indices: range, rows: ImageRows, encoder: ImagePromptEncoder) -> None:
+    images: list[Any] = []
+    metadata: dict[str, Any] = {"indices": [], "names": [], "prompts": [], "unreadable": {}}
+    for index in indices:
+        row = rows.dataset[index]
         try:
-            images.append(rows.picture(row))
+            images.append(rows.image(row))
         except UnreadableImageError as error:
-            broken[rows.name(row, place)] = str(error)
+            metadata["unreadable"][rows.name(row, index)] = str(error)
             continue
-        kept.append(place)
-        names.append(rows.name(row, place))
-        prompts.append(rows.prompt(row, place))
+        metadata["indices"].append(index)
+        metadata["names"].append(rows.name(row, index))
+        metadata["prompts"].append(rows.prompt(row, index))
     tensors = {}
     if images:
         tensors["latents"] = encoder.latents(images)
         if rows.settings.flip:
-            tensors["mirrored"] = encoder.latents([ImageOps.mirror(image) for image in images])
-    metadata = {"places": kept, "names": names, "prompts": prompts, "unreadable": broken}
+            tensors["flipped_latents"] = encoder.latents([ImageOps.mirror(image) for image in images])
     _write_shard(tensors, metadata, path)
 
 
 def _encode_prompts(path: Path, prompts: list[str], encoder: ImagePromptEncoder) -> None:
     tensors = {}
-    for number, context in enumerate(encoder.each_context(prompts)):
-        tensors[f"{number}.keys"] = torch.stack(context.keys).cpu()
-        tensors[f"{number}.values"] = torch.stack(context.values).cpu()
-        tensors[f"{number}.next_position"] = context.next_position.cpu()
+    for index, context in enumerate(encoder.separate_contexts(prompts)):
+        tensors[f"{index}.keys"] = torch.stack(context.keys).cpu()
+        tensors[f"{index}.values"] = torch.stack(context.values).cpu()
+        tensors[f"{index}.next_position"] = context.next_position.cpu()
     _write_shard(tensors, {"prompts": prompts}, path)
 
 
 def _write_shard(tensors: dict[str, torch.Tensor], metadata: dict, path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"json": json.dumps(metadata)})
-    partial.replace(path)
+    with atomic_write(path) as partial:
+        save_file(tensors, partial, metadata={"json": json.dumps(metadata)})
 
 
-def _write_json(content: dict, path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1))
-    partial.replace(path)
-
-
-def _metadata(path: Path) -> dict:
+def _read_metadata(path: Path) -> dict:
     with safe_open(path, framework="pt") as shard:
         return json.loads(shard.metadata()["json"])
 
 
+class _Shards:
+    """Opens shards on first access; a copy in a worker of a data loader opens its own."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, Any] = {}
+
+    def __getitem__(self, path: Path) -> Any:
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        return self._open[path]
+
+    def __getstate__(self) -> dict:
+        return {"_open": {}}
+
+
 class CachedImageDataset(Dataset):
-    """A finished cache, as `{"latents", "prompt", "name", "seed"}`: encoded [`CaptionedImageDataset`] examples.
+    """The examples of [`CaptionedImageDataset`] from a finished cache, as `{"latents", "prompt", "name", "seed"}`.
 
     Args:
         folder (`Path`): the cache.
-        seed (`int`): as of [`CaptionedImageDataset`].
+        seed (`int`): of the random draws.
     """
 
     def __init__(self, folder: Path, seed: int):
         self.folder, self.seed, self.epoch = folder, seed, 0
-        size = json.loads((folder / "index.json").read_text())["places"]
-        self.rows: list[tuple[Path, int, str, str]] = []  # shard, its row, prompt, name; by place
-        here: dict[int, tuple[Path, int, str, str]] = {}
+        self._shards = _Shards()
+        num_images = read_json(folder / "index.json")["num_images"]
+        # Shard, row of the shard, prompt and name, by index.
+        readable: dict[int, tuple[Path, int, str, str]] = {}
         for path in sorted(folder.glob("latents-*.safetensors")):
-            metadata = _metadata(path)
-            for row, place in enumerate(metadata["places"]):
-                here[place] = (path, row, metadata["prompts"][row], metadata["names"][row])
-        # The next readable picture takes an unreadable one's place.
-        following = here[min(here)]
-        for place in reversed(range(size)):
-            following = here.get(place, following)
-            self.rows.append(following)
+            metadata = _read_metadata(path)
+            for row, index in enumerate(metadata["indices"]):
+                readable[index] = (path, row, metadata["prompts"][row], metadata["names"][row])
+        # As in `CaptionedImageDataset`, an unreadable image is replaced by the next readable one.
+        self.rows: list[tuple[Path, int, str, str]] = []
+        next_readable = readable[min(readable)]
+        for index in reversed(range(num_images)):
+            next_readable = readable.get(index, next_readable)
+            self.rows.append(next_readable)
         self.rows.reverse()
-        with safe_open(self.rows[0][0], framework="pt") as shard:
-            self.flip = "mirrored" in shard.keys()  # noqa: SIM118
-        self._open: dict[Path, Any] = {}
+        self.flip = "flipped_latents" in set(self._shards[self.rows[0][0]].keys())
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -236,42 +256,33 @@ class CachedImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}
-
-    def __getitem__(self, place: int) -> dict:
-        path, row, prompt, name = self.rows[place]
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        seed = example_seed(self.seed, self.epoch, place)
-        latents = self._open[path].get_slice("mirrored" if self.flip and seed & 1 else "latents")[row]
-        return {"latents": latents, "prompt": prompt, "name": name, "seed": seed}
+    def __getitem__(self, index: int) -> dict:
+        path, row, prompt, name = self.rows[index]
+        seed = example_seed(self.seed, self.epoch, index)
+        tensor = "flipped_latents" if self.flip and is_flipped(seed) else "latents"
+        return {"latents": self._shards[path].get_slice(tensor)[row], "prompt": prompt, "name": name, "seed": seed}
 
 
 class CachedContexts:
-    """Prompts -> contexts from a finished cache, for [`TextToImageCollator`].
+    """Maps prompts to their contexts from a finished cache, for [`TextToImageCollator`].
 
     Args:
         folder (`Path`): the cache.
     """
 
     def __init__(self, folder: Path):
-        self.rows: dict[str, tuple[Path, int]] = {}
+        self._shards = _Shards()
+        self._rows: dict[str, tuple[Path, int]] = {}
         for path in sorted(folder.glob("contexts-*.safetensors")):
-            self.rows.update({prompt: (path, row) for row, prompt in enumerate(_metadata(path)["prompts"])})
-        self._open: dict[Path, Any] = {}
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}
+            self._rows.update({prompt: (path, row) for row, prompt in enumerate(_read_metadata(path)["prompts"])})
 
     def __call__(self, prompts: list[str]) -> LatteFlowContext:
-        return LatteFlowContext.cat([self._one(prompt) for prompt in prompts])
+        return LatteFlowContext.cat([self._context(prompt) for prompt in prompts])
 
-    def _one(self, prompt: str) -> LatteFlowContext:
-        path, row = self.rows[prompt]
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        keys, values = (self._open[path].get_tensor(f"{row}.{name}") for name in ("keys", "values"))
+    def _context(self, prompt: str) -> LatteFlowContext:
+        path, row = self._rows[prompt]
+        keys, values, next_position = (
+            self._shards[path].get_tensor(f"{row}.{name}") for name in ("keys", "values", "next_position")
+        )
         mask = torch.ones(1, keys.shape[-2], dtype=torch.bool)
-        next_position = self._open[path].get_tensor(f"{row}.next_position")
         return LatteFlowContext(tuple(keys), tuple(values), mask, next_position, has_padding=False)

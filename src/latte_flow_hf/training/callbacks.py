@@ -1,6 +1,7 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Callbacks for the stock Trainer: what its checkpoints lack, what it does not log, when it must stop."""
+"""Callbacks for the stock Trainer: moving average, losses by expert, complete checkpoints, sample images."""
 
+import math
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -11,137 +12,134 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
+from ..files import save_image
 from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
+from .sharding import is_sharded, local_tensor
 
 
 EMA_FOLDER = "ema"
 COMPLETE_FILE = "complete"
 
-# What an EMA's state holds beside the averages, and diffusers' type for each.
+# The scalars in the state of diffusers' `EMAModel` that a checkpoint needs, with their types.
 _EMA_SCALARS = {"optimization_step": int, "decay": float}
 
 
-def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether FSDP2 has spread the model's weights over the processes."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def _own_part(weight: torch.Tensor) -> torch.Tensor:
-    """What of a weight lies in this process, and shares its memory: all of it, or its shard under FSDP2."""
-    weight = weight.detach()
-    return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
 class EMACallback(TrainerCallback):
-    """Keeps diffusers' exponential moving average of what learns, and leaves it in the model when training ends.
+    """Keeps an exponential moving average (diffusers' `EMAModel`) of the trainable weights.
 
-    It is saved in every checkpoint of the Trainer and read back on resume. The averages are held, moved and saved in
-    shards, one for each layer: saving and an average on another device never need more than a shard besides. Under
-    FSDP2 each process averages and saves its own part of every weight, and a run goes on with as many processes.
+    It is saved with each checkpoint of the Trainer and loaded on resume. When training ends, the model has the
+    averaged weights. The averages are updated, moved and saved layer by layer, so that the extra memory is that of one
+    layer. Under FSDP2 each process averages and saves its local part of every weight; such a run must be resumed with
+    the same number of processes.
 
     Args:
-        decay (`float`): the share of the old average that a step keeps, once warmed up.
-        device (`str`, *optional*): where the averages live, e.g. `"cpu"`; beside the weights if not given.
+        decay (`float`): the share of the old average that a step keeps, after the warmup.
+        device (`str`, *optional*): device of the averages, e.g. `"cpu"`; defaults to that of the weights.
     """
 
     def __init__(self, decay: float, device: str | None = None):
         self.decay, self.device = decay, device
-        self.shards: dict[str, dict[str, torch.nn.Parameter]] = {}  # made when training begins
+        # By layer, filled when training begins.
+        self.parameters: dict[str, dict[str, torch.nn.Parameter]] = {}
         self.averages: dict[str, EMAModel] = {}
-        self.sharded = False
+        self.is_sharded = False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.shards, self.sharded = {}, is_sharded(model)
+        self.parameters, self.is_sharded = {}, is_sharded(model)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                layer = re.match(r".*?\b(layers|blocks)\.\d+", name)
-                self.shards.setdefault(layer[0] if layer else "shared", {})[name] = parameter
+                match = re.match(r".*?\b(layers|blocks)\.\d+", name)
+                self.parameters.setdefault(match[0] if match else "shared", {})[name] = parameter
         self.averages = {
-            shard: EMAModel(self._on_device(shard), decay=self.decay, use_ema_warmup=True, power=3 / 4)
-            for shard in self.shards
+            layer: EMAModel(self._weights_on_device(layer), decay=self.decay, use_ema_warmup=True, power=3 / 4)
+            for layer in self.parameters
         }
         if state.global_step:
             folder = self._folder(args, state)
             if not folder.exists():
                 raise ValueError(
-                    f"there is no {folder}: go on with as many processes, sharded or not, as the run began with."
+                    f"{folder} does not exist: resume with the number of processes and the sharding that the run was "
+                    "started with."
                 )
-            for shard in self.shards:
-                self._load(shard, folder / f"{shard}.safetensors")
+            for layer in self.parameters:
+                self._load(layer, folder / f"{layer}.safetensors")
 
     def _folder(self, args, state) -> Path:
-        """Where a checkpoint keeps the averages: under FSDP2, those of this process."""
+        """The folder of the averages in a checkpoint; under FSDP2, of those of this process."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / EMA_FOLDER
-        return folder / f"{args.process_index + 1:05d}-of-{args.world_size:05d}" if self.sharded else folder
+        return folder / f"{args.process_index + 1:05d}-of-{args.world_size:05d}" if self.is_sharded else folder
 
-    def _on_device(self, shard: str) -> list[torch.Tensor]:
-        """The shard's weights where its averages are; the weights themselves if that is the same device."""
-        weights = [_own_part(parameter) for parameter in self.shards[shard].values()]
-        # `EMAModel` averages only what asks for gradients.
+    def _weights_on_device(self, layer: str) -> list[torch.Tensor]:
+        """The weights of a layer, on the device of the averages."""
+        weights = [local_tensor(parameter) for parameter in self.parameters[layer].values()]
+        # `EMAModel` only averages tensors that require gradients.
         return [(weight if self.device is None else weight.to(self.device)).requires_grad_() for weight in weights]
 
-    def _load(self, shard: str, path: Path) -> None:
+    def _load(self, layer: str, path: Path) -> None:
         with safe_open(path, framework="pt") as saved:
-            if set(saved.keys()) != set(self.shards[shard]):
-                raise ValueError(f"{path} holds averages of other weights than those that learn now.")
+            if set(saved.keys()) != set(self.parameters[layer]):
+                raise ValueError(f"{path} contains averages of other weights than the trainable ones.")
             scalars = {name: kind(saved.metadata()[name]) for name, kind in _EMA_SCALARS.items()}
             averages = [
                 saved.get_tensor(name).to(average.device)
-                for name, average in zip(self.shards[shard], self.averages[shard].shadow_params)
+                for name, average in zip(self.parameters[layer], self.averages[layer].shadow_params)
             ]
-        self.averages[shard].load_state_dict({**scalars, "shadow_params": averages})
+        self.averages[layer].load_state_dict({**scalars, "shadow_params": averages})
 
     def on_step_end(self, args, state, control, **kwargs):
-        for shard, average in self.averages.items():
-            average.step(self._on_device(shard))
+        for layer, average in self.averages.items():
+            average.step(self._weights_on_device(layer))
 
     def on_save(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero and not self.sharded:
+        if not state.is_world_process_zero and not self.is_sharded:
             return
         folder = self._folder(args, state)
         folder.mkdir(parents=True, exist_ok=True)
-        for shard, average in self.averages.items():
-            tensors = {name: tensor.contiguous() for name, tensor in zip(self.shards[shard], average.shadow_params)}
+        for layer, average in self.averages.items():
+            tensors = {name: tensor.contiguous() for name, tensor in zip(self.parameters[layer], average.shadow_params)}
             scalars = {name: str(average.state_dict()[name]) for name in _EMA_SCALARS}
-            save_file(tensors, folder / f"{shard}.safetensors", metadata=scalars)
+            save_file(tensors, folder / f"{layer}.safetensors", metadata=scalars)
 
     def on_train_end(self, args, state, control, **kwargs):
-        for shard, average in self.averages.items():
-            average.copy_to([_own_part(parameter) for parameter in self.shards[shard].values()])
+        for layer, average in self.averages.items():
+            average.copy_to([local_tensor(parameter) for parameter in self.parameters[layer].values()])
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the model holds the averages; afterwards its own weights again, to the bit."""
-        self._exchange()
+        """Context manager in which the model has the averaged weights; its own weights are restored on exit."""
+        self._swap()
         try:
             yield
         finally:
-            self._exchange()
+            self._swap()
 
     @torch.no_grad()
-    def _exchange(self) -> None:
-        for shard, average in self.averages.items():
-            for parameter, kept in zip(self.shards[shard].values(), average.shadow_params):
-                part = _own_part(parameter)
-                weight = part.clone()
-                part.copy_(kept)
-                kept.copy_(weight)
+    def _swap(self) -> None:
+        for layer, average in self.averages.items():
+            for parameter, averaged in zip(self.parameters[layer].values(), average.shadow_params):
+                weight = local_tensor(parameter)
+                original = weight.clone()
+                weight.copy_(averaged)
+                averaged.copy_(original)
 
 
 class IntervalWarmupCallback(TrainerCallback):
-    """Begins with experts that learn every sigma below their interval's upper end, and narrows them to the interval.
+    """Trains each expert on all sigmas below the upper end of its interval at first, and narrows them to the interval.
 
-    The lower end of an interval rises linearly from 0 to its place over the first `num_steps` steps. Chosen: because
-    an expert that sees nothing but strong noise learns colours and averages for a long time, and no outlines; the
-    sigmas below show it what there is to find. A resumed run goes on where it was.
+    The lower end rises linearly from 0 to that of the interval over the first `num_steps` steps. (Chosen: because an
+    expert trained on strong noise alone learns colours and averages for a long time, but no outlines. The lower sigmas
+    contain the outlines.) The state depends on the global step alone, so that a run can be resumed.
 
     Args:
-        num_steps (`int`): after so many steps each expert learns its own interval alone.
+        num_steps (`int`): the number of steps after which each expert is trained on its own interval alone.
+
+    Raises:
+        `ValueError`: if `num_steps` is below 1.
     """
 
     def __init__(self, num_steps: int):
@@ -163,70 +161,74 @@ class IntervalWarmupCallback(TrainerCallback):
 
 
 class LossCallback(TrainerCallback):
-    """Logs each expert's loss, and stops the run at the first loss that is no number.
+    """Logs the loss of each expert, and stops the run if a loss is not finite.
 
-    It reads the model's output by a hook, so that the Trainer stays as it is: `trainer.add_callback(LossCallback(
-    trainer))`. The names of a batch, which [`TextToImageCollator`] sends along, end here.
+    It reads the output of the model with a forward hook, so that the stock Trainer can be used. The names of the
+    examples in a batch of [`TextToImageCollator`] are removed before `forward` and appear in the error.
 
     Args:
         trainer (`Trainer`): the trainer that it is added to.
 
     Raises:
-        `FloatingPointError`: in the step, before any weight changes, with the step, the expert and the examples.
+        `FloatingPointError`: during training, before the optimizer step, with the step, the expert and the examples.
     """
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self._names: list[str] | None = None
-        self._losses: list[torch.Tensor] = []  # of the running step's batches: the experts', and the backbone's
-        self._steps: list[torch.Tensor] = []  # of the steps since the last log
+        # One tensor per batch of the current step: the losses of the experts, and that of the backbone if there is one.
+        self._batch_losses: list[torch.Tensor] = []
+        # The means over the batches, per step since the last log.
+        self._step_losses: list[torch.Tensor] = []
         self._num_experts = 0
         self._hooks: list[Any] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._remove_hooks()
         self._hooks = [
-            model.register_forward_pre_hook(self._take_names, with_kwargs=True),
-            model.register_forward_hook(self._watch),
+            model.register_forward_pre_hook(self._remove_names, with_kwargs=True),
+            model.register_forward_hook(self._record_losses),
         ]
 
-    def _take_names(self, model, inputs, kwargs):
+    def _remove_names(self, model, inputs, kwargs):
         self._names = kwargs.pop("names", None)
         return inputs, kwargs
 
-    def _watch(self, model, inputs, output):
+    def _record_losses(self, model, inputs, output):
         losses = getattr(output, "expert_losses", None)
         if losses is None or not model.training:
             return
         self._num_experts = len(losses)
-        spoken = [] if output.lm_loss is None else [output.lm_loss.detach()]
-        self._losses.append(torch.stack([*losses, *spoken]))
+        lm_loss = [] if output.lm_loss is None else [output.lm_loss.detach()]
+        self._batch_losses.append(torch.stack([*losses, *lm_loss]))
         if not torch.isfinite(output.loss.detach()):
             step = self.trainer.state.global_step + 1
-            found = {f"expert {expert}": loss for expert, loss in enumerate(losses.tolist())}
-            if spoken:
-                found["understanding"] = spoken[0].item()
-            wrong = {name: loss for name, loss in found.items() if not abs(loss) < float("inf")} or found
+            named_losses = {f"expert {expert}": loss for expert, loss in enumerate(losses.tolist())}
+            if lm_loss:
+                named_losses["understanding"] = lm_loss[0].item()
+            # The sum may overflow although all of its terms are finite.
+            wrong = {name: loss for name, loss in named_losses.items() if not math.isfinite(loss)} or named_losses
             self._remove_hooks()
-            batch = "" if self._names is None else f"; the batch is {_shortened(self._names)}"
+            batch = "" if self._names is None else f"; the batch is {_shorten(self._names)}"
             raise FloatingPointError(
                 f"step {step}: the loss of {', '.join(f'{name} is {loss}' for name, loss in wrong.items())}{batch}."
             )
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._losses:
-            self._steps.append(torch.stack(self._losses).mean(dim=0))
-            self._losses = []
-        if not control.should_log or not self._steps:
+        if self._batch_losses:
+            self._step_losses.append(torch.stack(self._batch_losses).mean(dim=0))
+            self._batch_losses = []
+        if not control.should_log or not self._step_losses:
             return
-        means = self.trainer.accelerator.reduce(torch.stack(self._steps).mean(dim=0), reduction="mean").tolist()
-        self._steps = []
-        # It is zero for an expert that does not learn.
+        means = torch.stack(self._step_losses).mean(dim=0)
+        means = self.trainer.accelerator.reduce(means, reduction="mean").tolist()
+        self._step_losses = []
+        # The loss of an expert that is not trained is zero.
         logs = {f"expert_{expert}_loss": loss for expert, loss in enumerate(means[: self._num_experts]) if loss}
         if len(means) > self._num_experts:
             logs["lm_loss"] = means[-1]
         self.trainer.log(logs)
-        # Logging crosses out the wish to log, and the Trainer has its own to say.
+        # `Trainer.log` resets it, but the Trainer still has to log its own values.
         control.should_log = True
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -238,81 +240,81 @@ class LossCallback(TrainerCallback):
         self._hooks = []
 
 
-def _shortened(names: Sequence[str], most: int = 16) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+def _shorten(names: Sequence[str], max_names: int = 16) -> str:
+    rest = f" and {len(names) - max_names} more" if len(names) > max_names else ""
+    return ", ".join(names[:max_names]) + rest
 
 
 class CheckpointCallback(TrainerCallback):
-    """Makes a run safe to kill at any moment; add it last.
+    """Marks complete checkpoints, so that a run can be killed at any moment and resumed. It must be added last.
 
-    The Trainer writes a checkpoint file by file. This callback marks it once everything is in it, refuses to mark
-    weights that are no numbers, and only then removes older ones: leave the Trainer's `save_total_limit` unset.
-    [`last_checkpoint`] finds the newest marked one. On resume it sees to two things that the Trainer leaves undone:
-    the dataset's own epoch, and the random state where the data is not passed over by the Trainer.
+    The Trainer writes a checkpoint file by file. This callback marks it as complete when all files are written and
+    all weights are finite, and only then removes older ones; leave the Trainer's `save_total_limit` unset.
+    [`last_checkpoint`] finds the last complete one. On resume it also restores what the Trainer does not: the epoch of
+    the dataset, and with `ignore_data_skip` the random state.
 
     Args:
         trainer (`Trainer`): the trainer that it is added to.
-        keep (`int`, defaults to 2): how many checkpoints stay.
+        num_checkpoints (`int`, defaults to 2): how many checkpoints are kept.
     """
 
-    def __init__(self, trainer: Trainer, keep: int = 2):
-        self.trainer, self.keep = trainer, keep
-        self.saving = False  # between a step's end and the end of its saving
+    def __init__(self, trainer: Trainer, num_checkpoints: int = 2):
+        self.trainer, self.num_checkpoints = trainer, num_checkpoints
+        self.is_saving = False  # from the end of a step until its checkpoint is complete
         self._resumed_at = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._resumed_at = state.global_step
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # accelerate's loaders tell a dataset its epoch, but not over several processes, nor in a resumed epoch.
+        # accelerate's data loaders do so only with a single process, and not in a resumed epoch.
         if hasattr(self.trainer.train_dataset, "set_epoch"):
             self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
 
     def on_step_begin(self, args, state, control, **kwargs):
-        # The Trainer restores it before the loader starts, which draws from it.
+        # The Trainer restores it before the data loader starts, which draws from it.
         if args.ignore_data_skip and state.global_step == self._resumed_at > 0:
             self.trainer._load_rng_state(str(Path(args.output_dir) / f"checkpoint-{state.global_step}"))
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.saving = control.should_save
+        self.is_saving = control.should_save
 
     def on_save(self, args, state, control, model=None, **kwargs):
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and not torch.isfinite(_own_part(parameter)).all():
-                self.saving = False
-                raise FloatingPointError(f"step {state.global_step}: {name} is not finite any more.")
+            if parameter.requires_grad and not torch.isfinite(local_tensor(parameter)).all():
+                self.is_saving = False
+                raise FloatingPointError(f"step {state.global_step}: {name} is not finite.")
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE_FILE).touch()
-            for folder in _checkpoints(Path(args.output_dir))[: -self.keep]:
+            for folder in _checkpoints(Path(args.output_dir))[: -self.num_checkpoints]:
                 (folder / COMPLETE_FILE).unlink(missing_ok=True)
                 shutil.rmtree(folder)
-        self.saving = False
+        self.is_saving = False
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints in `run_dir`, oldest first, finished or not."""
-    found = [path for path in run_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    """The checkpoints in `run_dir`, oldest first, complete or not."""
+    checkpoints = [path for path in run_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint in `run_dir` that [`CheckpointCallback`] finished, or `None`."""
-    finished = [path for path in _checkpoints(run_dir) if (path / COMPLETE_FILE).exists()]
-    return finished[-1] if finished else None
+    """The last checkpoint in `run_dir` that [`CheckpointCallback`] marked as complete, or `None`."""
+    complete = [path for path in _checkpoints(run_dir) if (path / COMPLETE_FILE).exists()]
+    return complete[-1] if complete else None
 
 
 class SampleCallback(TrainerCallback):
-    """Paints fixed prompts from fixed noise every so many steps, into one picture a time that appears whole.
+    """Generates images for fixed prompts from fixed noise during training, and saves them as a grid.
 
     Args:
-        pipe ([`LatteFlowPipeline`]): a pipeline around the model that learns.
-        prompts (`list[str]`): one picture each.
-        every_steps (`int`): how often.
-        folder (`Path`): where `step-N.png` goes.
+        pipe ([`LatteFlowPipeline`]): a pipeline with the model that is trained.
+        prompts (`list[str]`): one image is generated for each.
+        every_steps (`int`): the number of steps between two grids.
+        folder (`Path`): the folder for the grids, `step-N.png`.
         seed (`int`, defaults to 0): of the noise.
-        ema ([`EMACallback`], *optional*): then its averages paint, as they will in the end.
+        ema ([`EMACallback`], *optional*): if given, its averaged weights are used.
         call: further arguments of the pipeline, e.g. `num_inference_steps=20`.
     """
 
@@ -330,29 +332,25 @@ class SampleCallback(TrainerCallback):
         self.seed, self.ema, self.call = seed, ema, call
 
     def on_step_end(self, args, state, control, **kwargs):
-        # Under FSDP2 every process paints, since each holds a part of the weights; the first one keeps the pictures.
+        # Under FSDP2 all processes must generate, because each has a part of the weights; the first one saves.
         is_first = state.is_world_process_zero
         if state.global_step % self.every_steps or not (is_first or is_sharded(self.pipe.model)):
             return
         if self.ema is None:
-            self._paint(state.global_step, is_first)
+            self._generate(state.global_step, is_first)
         else:
             with self.ema.averaged():
-                self._paint(state.global_step, is_first)
+                self._generate(state.global_step, is_first)
 
-    def _paint(self, step: int, keep: bool) -> None:
-        from ..files import save_image
-
+    def _generate(self, step: int, save: bool) -> None:
         was_training = self.pipe.model.training
         self.pipe.model.eval()
         generators = [torch.Generator().manual_seed(self.seed + number) for number in range(len(self.prompts))]
         images = self.pipe(self.prompts, generator=generators, **self.call).images
         self.pipe.model.train(was_training)
-        if not keep:
+        if not save:
             return
         columns = min(len(images), 4)
-        blank = images[0].copy()
-        blank.paste((0, 0, 0), (0, 0, *blank.size))
+        blank = Image.new("RGB", images[0].size)
         images += [blank] * (-len(images) % columns)
-        self.folder.mkdir(parents=True, exist_ok=True)
         save_image(make_image_grid(images, len(images) // columns, columns), self.folder / f"step-{step}.png")

@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Examples -> batches. Every collator ends in one call of the processor, so padding and chat template are its own."""
+"""Collators: examples -> batches. Padding and the chat template are those of the processor."""
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +14,16 @@ from ..modeling.distributed import all_gather_list, local_rows, rank_and_world_s
 
 @dataclass
 class ConversationCollator:
-    """Conversations -> inputs and labels of the language model.
+    """Collates conversations into inputs and labels of the language model.
 
-    Each example is `{"messages": [...]}` in the chat-template form. The labels are the tokens inside the template's
-    `{% generation %}` marks (the assistant's words), -100 elsewhere.
+    Each example is `{"messages": [...]}` in the chat-template form. The labels are the tokens of the assistant, which
+    the chat template encloses in `{% generation %}`, and -100 elsewhere.
+
+    Args:
+        processor ([`LatteFlowProcessor`]): the processor.
 
     Raises:
-        `ValueError`: when called, if the chat template marks nothing.
+        `ValueError`: when called, if the chat template does not mark any token.
     """
 
     processor: Any
@@ -30,44 +33,48 @@ class ConversationCollator:
             [example["messages"] for example in examples],
             tokenize=True,
             return_dict=True,
-            # Not tensors yet: the search for the assistant's tokens walks over all of them, far faster so.
+            # transformers searches for the assistant's tokens one by one, which is much faster in numpy than in torch.
             return_tensors="np",
             return_assistant_tokens_mask=True,
             processor_kwargs={"padding": True},
         )
-        answers = torch.as_tensor(inputs.pop("assistant_masks"), dtype=torch.bool)
+        assistant_mask = torch.as_tensor(inputs.pop("assistant_masks"), dtype=torch.bool)
         inputs = inputs.convert_to_tensors("pt")
-        if not answers.any():
-            raise ValueError("no token is marked as the assistant's: the chat template needs {% generation %} marks.")
-        inputs["labels"] = inputs["input_ids"].masked_fill(~answers, -100)
+        if not assistant_mask.any():
+            raise ValueError(
+                "no token is marked as the assistant's: enclose its content in {% generation %} in the chat template."
+            )
+        inputs["labels"] = inputs["input_ids"].masked_fill(~assistant_mask, -100)
         return dict(inputs)
 
 
 @dataclass
 class TextToImageCollator:
-    """Captioned pictures -> latents and contexts, ready for `forward`; with conversations mixed in, labels too.
+    """Collates images with prompts into latents and contexts for `forward`, and optionally conversations into labels.
 
-    An example is a dict:
+    An example is a dict with
 
-    - `latents` (C, height, width), or `image`, a picture that `encoder` turns into them;
-    - `prompt`: a row of `contexts` if those are all encoded before, else a string;
-    - `seed` (`int`, *optional*): differs between examples and epochs; what is drawn at random comes from it. Without
-      it, it comes from the prompts, so that batches of equal prompts all lose the same ones;
-    - `name` (`str`, *optional*): what an error calls the example ([`LossCallback`] takes the names out again).
+    - `latents` of shape (C, height, width), or `image`, which `encoder` encodes;
+    - `prompt`: an index into `contexts` if those are encoded in advance, else a string;
+    - `seed` (`int`, *optional*): a number that differs between examples and epochs, for all random draws. Without it
+      they depend on the prompts, so that batches of the same prompts have the same prompts dropped;
+    - `name` (`str`, *optional*): the name of the example in errors ([`LossCallback`] removes it from the batch).
 
-    With several processes, what is drawn is drawn for the batches of all of them, each of which must be as large and
-    ask at the same time. A data loader's workers know only their own process's batch, and draw from that.
+    With several processes, the random draws are made for the batches of all processes, which must have the same size
+    and be collated at the same time. The workers of a data loader only know the batch of their process.
 
     Args:
-        contexts ([`LatteFlowContext`] or callable): every prompt, encoded before, the last row the unconditional one;
-            or what gives the contexts of a list of prompts ([`ImagePromptEncoder`] and its like).
-        prompt_dropout (`float`): how often a prompt is replaced by the unconditional one, for classifier-free
+        contexts ([`LatteFlowContext`] or `Callable`): the contexts of all prompts, the last one unconditional; or a
+            function that maps a list of prompts to their contexts, such as `ImagePromptEncoder.contexts`, or to the
+            arguments of `encode_context`, such as `PromptTokenizer`.
+        prompt_dropout (`float`): the share of prompts that are replaced by the unconditional one, for classifier-free
             guidance; 0 to 1.
-        encoder (`Callable`, *optional*): a list of pictures -> latents (B, C, height, width).
-        conversations (`Sequence`, *optional*): examples of [`ConversationCollator`]; each batch draws some of them,
-            and `forward` then adds the backbone's own loss. They teach nothing while the backbone is frozen.
-        conversation_collator ([`ConversationCollator`], *optional*): goes with them.
-        conversation_share (`float`, defaults to 0.25): conversations for each picture of the batch; at least one.
+        encoder (`Callable`, *optional*): a function that maps a list of images to latents (B, C, height, width).
+        conversations (`Sequence`, *optional*): examples for [`ConversationCollator`]. Some of them are drawn for each
+            batch, and `forward` adds the loss of the language model. It has no effect while the backbone is frozen.
+        conversation_collator ([`ConversationCollator`], *optional*): required with `conversations`.
+        conversation_share (`float`, defaults to 0.25): the number of conversations per image of the batch; at least
+            one per batch.
     """
 
     contexts: LatteFlowContext | Callable[[list[str]], LatteFlowContext | Mapping[str, torch.Tensor]]
@@ -79,11 +86,11 @@ class TextToImageCollator:
 
     def __call__(self, examples: list[dict]) -> dict[str, Any]:
         prompts = [example["prompt"] for example in examples]
-        # Drawn from the batch itself: loaders collate ahead, so that a draw from the global generator would differ
-        # between a run and a resumed one.
-        drawn_from = all_gather_list([example["seed"] for example in examples] if "seed" in examples[0] else prompts)
-        generator = torch.Generator().manual_seed(_checksum(drawn_from))
-        dropped = local_rows(torch.rand(len(drawn_from), generator=generator)) < self.prompt_dropout
+        # Seeded by the batch and not by the global generator: data loaders collate in advance, so that the state of
+        # the global generator differs in a resumed run.
+        seeds = all_gather_list([example["seed"] for example in examples] if "seed" in examples[0] else prompts)
+        generator = torch.Generator().manual_seed(_checksum(seeds))
+        is_dropped = local_rows(torch.rand(len(seeds), generator=generator)) < self.prompt_dropout
         batch: dict[str, Any] = {}
         if "latents" in examples[0]:
             batch["latents"] = torch.stack([example["latents"] for example in examples])
@@ -91,66 +98,64 @@ class TextToImageCollator:
             assert self.encoder is not None
             batch["latents"] = self.encoder([example["image"] for example in examples])
         if isinstance(self.contexts, LatteFlowContext):
-            rows = torch.tensor(prompts).masked_fill(dropped, len(self.contexts) - 1)
-            batch["context"] = self.contexts.select(rows.to(self.contexts.next_position.device))
+            index = torch.tensor(prompts).masked_fill(is_dropped, len(self.contexts) - 1)
+            batch["context"] = self.contexts.select(index.to(self.contexts.next_position.device))
         else:
-            batch["context"] = self.contexts(["" if drop else prompt for drop, prompt in zip(dropped, prompts)])
+            batch["context"] = self.contexts(["" if drop else prompt for drop, prompt in zip(is_dropped, prompts)])
         if "name" in examples[0]:
             batch["names"] = [example["name"] for example in examples]
         if self.conversations is not None:
             assert self.conversation_collator is not None
-            process, num_processes = rank_and_world_size()
-            count = max(num_processes, round(self.conversation_share * len(drawn_from)))
-            drawn = torch.randint(len(self.conversations), (count,), generator=generator).tolist()
-            own = drawn[process::num_processes]
-            batch.update(self.conversation_collator([self.conversations[index] for index in own]))
+            rank, world_size = rank_and_world_size()
+            num_conversations = max(world_size, round(self.conversation_share * len(seeds)))
+            indices = torch.randint(len(self.conversations), (num_conversations,), generator=generator).tolist()
+            conversations = [self.conversations[index] for index in indices[rank::world_size]]
+            batch.update(self.conversation_collator(conversations))
         return batch
 
 
-def _checksum(drawn_from: list) -> int:
-    if isinstance(drawn_from[0], str):
-        return zlib.crc32("\n".join(drawn_from).encode())
-    return zlib.crc32(torch.as_tensor(drawn_from).numpy().tobytes())
+def _checksum(values: list) -> int:
+    if isinstance(values[0], str):
+        return zlib.crc32("\n".join(values).encode())
+    return zlib.crc32(torch.as_tensor(values).numpy().tobytes())
 
 
 class ImagePromptEncoder:
-    """Pictures -> latents and prompts -> contexts, by a pipeline's own autoencoder and frozen backbone.
+    """Encodes images into latents and prompts into contexts, with the autoencoder and the backbone of a pipeline.
 
     Args:
         pipe ([`LatteFlowPipeline`]): the pipeline.
-        batch_size (`int`, defaults to 1): how many go through at once. With 1 a picture or a prompt gives the same
-            bits in whatever company it comes, hence training from a cache equals training without it; more is faster
-            on an accelerator and equal up to rounding.
+        batch_size (`int`, defaults to 1): how many images or prompts are encoded at once. 1 makes each encoding
+            independent of its batch, bit for bit, so that training with and without a cache is the same. A larger
+            batch is faster on an accelerator and equal up to rounding.
     """
 
-    # So many contexts are kept at hand: the names of ImageNet's classes fit.
-    max_kept = 1024
+    # Contexts kept in memory; chosen: because the names of ImageNet's 1,000 classes fit.
+    max_contexts = 1024
 
     def __init__(self, pipe: Any, batch_size: int = 1):
         self.pipe, self.batch_size = pipe, batch_size
-        self._kept: dict[str, LatteFlowContext] = {}
+        self._contexts: dict[str, LatteFlowContext] = {}
 
     def latents(self, images: list[Any]) -> torch.Tensor:
-        """Pictures of one size -> (B, C, height, width), on the CPU."""
+        """Encode images of the same size: (B, C, height, width), on the CPU."""
         latents = [self.pipe.encode_images(chunk).cpu() for chunk in _chunks(images, self.batch_size)]
         return torch.cat(latents).contiguous()
 
-    def each_context(self, prompts: list[str]) -> list[LatteFlowContext]:
-        """Each prompt's context alone, without padding."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
-        for prompt in [prompt for prompt in self._kept if prompt not in prompts]:
-            if len(self._kept) + len(new) <= self.max_kept:
+    def separate_contexts(self, prompts: list[str]) -> list[LatteFlowContext]:
+        """Encode prompts: one context for each, without padding."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._contexts]
+        for prompt in [prompt for prompt in self._contexts if prompt not in prompts]:
+            if len(self._contexts) + len(new) <= self.max_contexts:
                 break
-            del self._kept[prompt]
-        encoded = [
-            encode_prompts(self.pipe.model, self.pipe.processor, chunk) for chunk in _chunks(new, self.batch_size)
-        ]
-        self._kept.update(zip(new, [alone for context in encoded for alone in context.split()]))
-        return [self._kept[prompt] for prompt in prompts]
+            del self._contexts[prompt]
+        for batch in _chunks(new, self.batch_size):
+            self._contexts.update(zip(batch, encode_prompts(self.pipe.model, self.pipe.processor, batch).split()))
+        return [self._contexts[prompt] for prompt in prompts]
 
     def contexts(self, prompts: list[str]) -> LatteFlowContext:
-        """The prompts' contexts in one batch."""
-        return LatteFlowContext.cat(self.each_context(prompts))
+        """Encode prompts: one context for all, padded on the left."""
+        return LatteFlowContext.cat(self.separate_contexts(prompts))
 
 
 def _chunks(items: list, size: int) -> list[list]:
@@ -158,9 +163,23 @@ def _chunks(items: list, size: int) -> list[list]:
 
 
 def encode_prompts(model: Any, processor: Any, prompts: list[str], batch_size: int = 64) -> LatteFlowContext:
-    """The contexts of `prompts`, in their order, prefilled `batch_size` at a time."""
+    """Encode prompts, `batch_size` at a time: one context for all, padded on the left."""
     contexts = []
     for batch in _chunks(prompts, batch_size):
         inputs = processor.encode_conversations([processor.conversation(prompt) for prompt in batch])
         contexts.append(model.encode_context(**inputs.to(model.device)))
     return LatteFlowContext.cat(contexts)
+
+
+class PromptTokenizer:
+    """Maps prompts to the arguments of `encode_context`, for a backbone that is trained: `forward` encodes them.
+
+    Args:
+        processor ([`LatteFlowProcessor`]): the processor.
+    """
+
+    def __init__(self, processor: Any):
+        self.processor = processor
+
+    def __call__(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        return dict(self.processor.encode_conversations([self.processor.conversation(prompt) for prompt in prompts]))

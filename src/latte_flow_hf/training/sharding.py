@@ -1,10 +1,9 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""The tower's weights spread over processes by FSDP2: what the stock Trainer and accelerate leave to do.
+"""FSDP2: the weights of the tower sharded over processes. This is what the stock Trainer and accelerate do not do.
 
-A frozen backbone stays whole in every process: prompts are encoded outside of a training step, by each its own.
+A frozen backbone is not sharded: each process encodes its own prompts with it, outside the training step.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,42 +11,59 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
-from ..conversion.plan import MAX_SHARD_SIZE, split_weights
-from ..conversion.streaming import stored_names
+from ..files import write_json
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether FSDP2 has sharded the weights of the model over the processes."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def local_tensor(weight: torch.Tensor) -> torch.Tensor:
+    """The part of a weight in this process, sharing its memory: all of it, or its shard under FSDP2."""
+    weight = weight.detach()
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def full_tensor(weight: torch.Tensor) -> torch.Tensor:
+    """A weight on the CPU, gathered from all processes if it is sharded. All processes must call it."""
+    return (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().cpu()
 
 
 def check_sharding() -> None:
-    """
+    """Check accelerate's settings for FSDP.
+
     Raises:
-        `ValueError`: if accelerate is to shard in a way that would train from wrong weights.
+        `ValueError`: if accelerate would shard in a way that trains from wrong weights.
     """
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise ValueError("accelerate's fsdp_version must be 2; recipes/accelerate/fsdp2.yaml would do.")
+        raise ValueError("accelerate's fsdp_version must be 2; see recipes/accelerate/fsdp2.yaml.")
     if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise ValueError(
-            "accelerate's fsdp_cpu_ram_efficient_loading must be false: with it the first process alone loads the "
-            "backbone, which every process needs; recipes/accelerate/fsdp2.yaml would do."
+            "accelerate's fsdp_cpu_ram_efficient_loading must be false: otherwise only the first process loads the "
+            "backbone, which every process needs; see recipes/accelerate/fsdp2.yaml."
         )
     state = PartialState()
     if state.distributed_type == DistributedType.MULTI_CPU:
-        # accelerate asks for FSDP2 where it finds accelerators, and else trains unsharded without a word; torch has it
-        # for CPUs, too.
+        # Without accelerators accelerate ignores FSDP2 and trains unsharded, without a warning. torch supports it on
+        # CPUs.
         state.distributed_type = DistributedType.MULTI_GPU
 
 
-class WholeBackboneCallback(TrainerCallback):
-    """Keeps a frozen backbone out of FSDP2; without FSDP2 it does nothing.
+class UnshardedBackboneCallback(TrainerCallback):
+    """Excludes a frozen backbone from FSDP2; without FSDP2 it does nothing.
 
     Args:
-        trainer (`Trainer`): the trainer that it is added to, before it trains.
-        backbone (`torch.nn.Module`): what stays whole.
+        trainer (`Trainer`): the trainer that it is added to, before training.
+        backbone (`torch.nn.Module`): the module that is not sharded.
     """
 
     def __init__(self, trainer: Trainer, backbone: torch.nn.Module):
@@ -56,20 +72,33 @@ class WholeBackboneCallback(TrainerCallback):
             plugin.ignored_modules = [backbone]
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        # The first module to run counts as the root of all, and accelerate makes modules of its own in the backbone,
-        # which runs first: it encodes prompts for the first batch.
+        # FSDP takes the first module that runs for the root. accelerate also wraps modules of the backbone, which runs
+        # first, when it encodes the prompts of the first batch.
         if isinstance(model, FSDPModule):
             model._get_fsdp_state()._lazy_init()
 
 
-def save_sharded(pipe: Any, folder: Path) -> None:
-    """`pipe.save_pretrained(folder)` of a pipeline whose model is sharded: one weights file at a time is whole.
+def save_sharded_pipeline(pipe: Any, folder: Path, max_shard_size: int | str = "5GB") -> None:
+    """Same as `pipe.save_pretrained(folder)`, but for a pipeline whose model is sharded. All processes must call it.
 
-    All processes must call it; the first one writes.
+    Args:
+        pipe ([`LatteFlowPipeline`]): the pipeline.
+        folder (`Path`): where the first process writes to.
+        max_shard_size (`int` or `str`, defaults to `"5GB"`): the largest weights file; the first process holds one in
+            main memory at a time.
     """
-    is_first = PartialState().is_main_process
-    model = pipe.model
-    (folder / "model").mkdir(parents=True, exist_ok=True)
+    # Not torch's `get_model_state_dict(full_state_dict=True)`, which gathers the whole model in one process, and not
+    # its `HuggingFaceStorageWriter`, which writes all weights twice: first the shards, then the consolidated files.
+    model, is_first = pipe.model, PartialState().is_main_process
+    weights = model.state_dict()
+    for tied in model.all_tied_weights_keys:
+        weights.pop(tied, None)
+    split = split_state_dict_into_shards_factory(
+        weights,
+        get_storage_size=lambda weight: weight.numel() * weight.element_size(),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
     if is_first:
         for name, component in pipe.components.items():
             if name != "model":
@@ -80,21 +109,14 @@ def save_sharded(pipe: Any, folder: Path) -> None:
         model.config.dtype = model.dtype
         model.config.save_pretrained(folder / "model")
         model.generation_config.save_pretrained(folder / "model")
-    weights = model.state_dict()
-    split = split_weights("model", {name: weights[name] for name in stored_names(model)}, MAX_SHARD_SIZE)
-    for name, keys in split.filename_to_tensors.items():
+    for filename, names in split.filename_to_tensors.items():
         shard = {}
-        for key in keys:
-            tensor = whole(weights[key])
+        for name in names:
+            tensor = full_tensor(weights[name])
             if is_first:
-                shard[key] = tensor.contiguous()
+                shard[name] = tensor.contiguous()
         if is_first:
-            save_file(shard, folder / "model" / name, {"format": "pt"})
+            save_file(shard, folder / "model" / filename, metadata={"format": "pt"})
     if is_first and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model" / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def whole(weight: torch.Tensor) -> torch.Tensor:
-    """A weight on the CPU, put together by all processes if it is sharded."""
-    return (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().cpu()
+        write_json(index, folder / "model" / "model.safetensors.index.json")

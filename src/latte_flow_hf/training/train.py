@@ -1,484 +1,256 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""`latte-flow train`: a recipe in YAML -> the stock Trainer -> a finished pipeline, or an adapter.
+"""One training run: a recipe -> the stock Trainer -> a finished pipeline, or an adapter.
 
-The same command goes on where it was stopped. What lies in the working folder may be cut off anywhere: only marked
-checkpoints and whole cache shards count.
+Started again with the same folders, a run continues from the last complete checkpoint.
 """
 
-import difflib
-import json
 import logging
-import shutil
-import types
-from dataclasses import dataclass, field, fields, is_dataclass
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from diffusers import AutoModel
 from diffusers.utils.torch_utils import get_device
-from transformers import AutoModelForImageTextToText, PreTrainedConfig, Trainer, TrainingArguments, set_seed
+from torch.utils.data import Dataset
+from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments, set_seed
 
 from ..checkpoints import tiny_checkpoint
+from ..files import atomic_write, write_json
 from ..modeling.configuration_latte_flow import LatteFlowConfig
 from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from ..modeling.processing_latte_flow import LatteFlowProcessor
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
-from .cache import CachedContexts, CachedImageDataset, build_cache, hash_module
+from .adapters import expert_lora_config, set_trainable
+from .cache import CachedContexts, CachedImageDataset, build_cache
 from .callbacks import (
     CheckpointCallback,
     EMACallback,
     IntervalWarmupCallback,
     LossCallback,
     SampleCallback,
-    is_sharded,
     last_checkpoint,
 )
-from .collator import ConversationCollator, ImagePromptEncoder, TextToImageCollator
+from .collator import ConversationCollator, ImagePromptEncoder, PromptTokenizer, TextToImageCollator
 from .data import (
     CaptionedImageDataset,
     CaptionedImageStream,
     DataSettings,
-    ImageRows,
     UnreadableImages,
-    open_rows,
-    understanding_examples,
+    load_conversations,
+    load_image_rows,
 )
-from .sharding import WholeBackboneCallback, check_sharding, save_sharded, whole
+from .recipe import ModelSettings, Recipe
+from .sharding import UnshardedBackboneCallback, check_sharding, full_tensor, is_sharded, save_sharded_pipeline
 
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ModelSettings:
-    """The section `model` of a recipe: a pipeline to go on from, or a backbone and an autoencoder to begin with.
+def train(recipe: Recipe, work_dir: Path, output_dir: Path) -> Path:
+    """Train a model, or resume from the last complete checkpoint in `work_dir`.
 
     Args:
-        pipeline (`str`, *optional*): folder or hub id; `tinyworld` is the embedded checkpoint.
-        backbone (`str`, *optional*): folder or hub id of a vision-language model.
-        autoencoder (`str`, *optional*): folder or hub id of an autoencoder, with `backbone`.
-        experts (`dict`): with `backbone`: arguments of [`LatteFlowConfig`], e.g. `{num_experts: 4}`.
-        timestep_sampling (`str`, *optional*): as of [`LatteFlowConfig`]; the pipeline's own if left out.
-        dtype (`str`, defaults to `"float32"`): of all weights.
-        attn_implementation (`str`, *optional*): as of transformers; `eager` is the fast one for small models on a CPU.
-    """
+        recipe ([`Recipe`]): what is trained, on what, and how.
+        work_dir (`Path`): the folder for checkpoints, sample images and `log.json`, all logged values.
+        output_dir (`Path`): the folder for the result, which must not exist.
 
-    pipeline: str | None = None
-    backbone: str | None = None
-    autoencoder: str | None = None
-    experts: dict = field(default_factory=dict)
-    timestep_sampling: str | None = None
-    dtype: str = "float32"
-    attn_implementation: str | None = None
-
-
-@dataclass(frozen=True)
-class UnderstandingSettings:
-    """The section `understanding`: conversations mixed in; they teach only where `trainable` is `vlm`.
-
-    Args:
-        source (`dict`): arguments of `datasets.load_dataset`; a column `messages` in the chat-template form. Or
-            `{path: tinyworld, num_conversations: 1000}`.
-        share (`float`, defaults to 0.25): conversations for each picture of a batch; at least one.
-    """
-
-    source: dict = field(default_factory=dict)
-    share: float = 0.25
-
-
-@dataclass(frozen=True)
-class EMASettings:
-    """The section `ema`: as of [`EMACallback`]."""
-
-    decay: float = 0.9999
-    device: str | None = None
-
-
-@dataclass(frozen=True)
-class SampleSettings:
-    """The section `samples`: as of [`SampleCallback`]; `call` is further arguments of the pipeline."""
-
-    prompts: list = field(default_factory=list)
-    every_steps: int = 1000
-    seed: int = 0
-    call: dict = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How experts learn to paint.
-
-    Args:
-        model ([`ModelSettings`]): what learns.
-        data ([`DataSettings`]): what from.
-        training (`dict`): `TrainingArguments`, as they are; `save_total_limit` is 2 unless given.
-        seed (`int`, defaults to 0): of weights, order, noise, timesteps and drop-out.
-        trainable (`str` or `list[int]`, defaults to `"experts"`): the whole tower; a list of experts (the layers of
-            those alone, not what all experts share); or `"vlm"`, the tower and the backbone's language model.
-        lora (`dict`, *optional*): in place of `trainable`: arguments of `expert_lora_config`. The result is an
-            adapter.
-        prompt_dropout (`float`, defaults to 0.1): how often a prompt is replaced by the empty one.
-        interval_warmup_steps (`int`, defaults to 0): as of [`IntervalWarmupCallback`]; 0 is without, as in the paper.
-        understanding, ema, samples (*optional*): see there.
-    """
-
-    model: ModelSettings
-    data: DataSettings
-    training: dict
-    seed: int = 0
-    trainable: str | list = "experts"
-    lora: dict | None = None
-    prompt_dropout: float = 0.1
-    interval_warmup_steps: int = 0
-    understanding: UnderstandingSettings | None = None
-    ema: EMASettings | None = None
-    samples: SampleSettings | None = None
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> "Recipe":
-        """Read a recipe.
-
-        Raises:
-            `ValueError`: if a field is unknown (the nearest known one is named), missing, or of another type.
-        """
-        return cls.from_dict(read_sections(path), f"recipe {path}")
-
-    @classmethod
-    def from_dict(cls, sections: dict, where: str = "recipe") -> "Recipe":
-        recipe = _checked(cls, sections, where)
-        known = {item.name for item in fields(LatteFlowConfig)} - {item.name for item in fields(PreTrainedConfig)}
-        _check_names(recipe.model.experts, known - {"vlm_config"}, f"{where}: model: experts")
-        hints = {item.name: item.type for item in fields(TrainingArguments)}
-        _check_names(recipe.training, set(hints) - {"output_dir", "seed"}, f"{where}: training")
-        for name, value in recipe.training.items():
-            # YAML takes 1e-4 for a word.
-            if isinstance(value, str) and hints[name] in (float, float | None):
-                recipe.training[name] = _number(value, f"{where}: training: {name}")
-        recipe._check(where)
-        return recipe
-
-    def _check(self, where: str) -> None:
-        model = self.model
-        if (model.pipeline is None) == (model.backbone is None) or (model.backbone is None) != (
-            model.autoencoder is None
-        ):
-            raise ValueError(f"{where}: model: give either `pipeline`, or `backbone` and `autoencoder`.")
-        if model.pipeline is not None and model.experts:
-            raise ValueError(f"{where}: model: `experts` goes with `backbone`; a pipeline has its own.")
-        if not isinstance(getattr(torch, model.dtype, None), torch.dtype):
-            raise ValueError(f"{where}: model: dtype must be one of torch's, such as float32, got {model.dtype!r}.")
-        if not self.data.source:
-            raise ValueError(f"{where}: data: give `source`, e.g. {{path: imagefolder, data_dir: pictures}}.")
-        if not 0.0 <= self.prompt_dropout <= 1.0:
-            raise ValueError(f"{where}: prompt_dropout must be from 0 to 1, got {self.prompt_dropout}.")
-        if self.interval_warmup_steps < 0:
-            raise ValueError(
-                f"{where}: interval_warmup_steps must be at least 0 (without), got {self.interval_warmup_steps}."
-            )
-        if isinstance(self.trainable, str) and self.trainable not in ("experts", "vlm"):
-            raise ValueError(f"{where}: trainable must be experts, vlm, or a list of experts, got {self.trainable!r}.")
-        if self.trainable == "vlm" and self.lora is None and self.data.cache and self.data.cache_contexts:
-            raise ValueError(
-                f"{where}: contexts cannot be cached while the backbone learns: set `cache_contexts: false`."
-            )
-
-
-def read_sections(path: str | Path) -> dict:
-    """A YAML file of sections.
+    Returns:
+        `Path`: `output_dir`, a pipeline, or with `lora` a PEFT adapter. It is written atomically.
 
     Raises:
-        `ValueError`: if it is something else.
+        `ValueError`: if `output_dir` exists, the recipe does not fit the model, or the data cannot be used.
+        `OSError`: if a file is missing, or a checkpoint cannot be saved; the earlier ones are kept.
+        `FloatingPointError`: if a loss is not finite, with the step, the expert and the batch.
     """
+    if output_dir.exists():
+        raise ValueError(f"output folder {output_dir} exists; remove it, or use another one.")
+    arguments = training_arguments(recipe, work_dir / "checkpoints")
+    check_sharding()
+    set_seed(recipe.seed)
+    pipe = load_pipeline(recipe.model)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(arguments.device)
+    model: Any = pipe.model
+    if recipe.lora is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, expert_lora_config(model, **recipe.lora))
+    else:
+        set_trainable(model, recipe.trainable)
+    resume_from = last_checkpoint(Path(arguments.output_dir))
+    unreadable = UnreadableImages(recipe.data.max_unreadable)
+    dataset, collator = load_data(recipe, pipe, arguments, unreadable, resume_from)
+    trainer = Trainer(model, arguments, train_dataset=dataset, data_collator=collator)
+    checkpoints = add_callbacks(trainer, recipe, pipe, work_dir)
     try:
-        sections = yaml.safe_load(Path(path).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not YAML: {error}") from error
-    if not isinstance(sections, dict):
-        raise ValueError(f"recipe {path} must hold sections such as `model:`, found {type(sections).__name__}.")
-    return sections
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    except Exception as error:
+        if not checkpoints.is_saving:
+            raise
+        raise OSError(
+            f"saving the checkpoint of step {trainer.state.global_step} failed ({error}); the last complete one is "
+            f"{last_checkpoint(Path(arguments.output_dir))}: free disk space and start again."
+        ) from error
+    if unreadable.reasons:
+        logger.warning(f"{len(unreadable.reasons)} unreadable images were skipped: {', '.join(unreadable.reasons)}")
+    if PartialState().is_main_process:
+        write_json(trainer.state.log_history, work_dir / "log.json")
+    save_result(pipe, model if recipe.lora is not None else None, output_dir)
+    return output_dir
 
 
-def is_recipe(sections: dict) -> bool:
-    """Whether sections are those of a [`Recipe`], not of the embedded checkpoint's own build."""
-    return bool({"model", "data", "training"} & {str(name) for name in sections})
+def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
+    """The Trainer's arguments.
 
-
-def _check_names(found: dict, known: set[str], where: str) -> None:
-    for name in found:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), sorted(known), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {sorted(known)}."
-            raise ValueError(f"{where}: unknown field {name!r}; {hint}")
-
-
-def _number(value: Any, where: str) -> float:
+    Raises:
+        `ValueError`: if a value is invalid.
+    """
+    settings = {
+        "report_to": [],
+        # Without it, processes without an accelerator do not find each other.
+        "use_cpu": get_device() == "cpu",
+        **recipe.training,
+        "output_dir": str(run_dir),
+        "seed": recipe.seed,
+        # Older checkpoints are removed by `CheckpointCallback`, after the new one is complete.
+        "save_total_limit": None,
+        # Batches contain more than `forward` takes, see `LossCallback`.
+        "remove_unused_columns": False,
+        # Each process loads its own batches, because they do not consist of tensors alone.
+        "accelerator_config": {"dispatch_batches": False, **(recipe.training.get("accelerator_config") or {})},
+    }
+    if recipe.data.source.get("streaming"):
+        # `CaptionedImageStream` skips the examples of earlier steps itself, without decoding them.
+        settings["ignore_data_skip"] = True
     try:
-        return float(value)
-    except ValueError as error:
-        raise ValueError(f"{where} must be a number, got {value!r}.") from error
-
-
-def _checked(cls: Any, found: Any, where: str) -> Any:
-    """A dataclass from a dict, its nested ones too; every field's name and type checked."""
-    if not isinstance(found, dict):
-        raise ValueError(f"{where} must hold fields, got {found!r}.")
-    hints = get_type_hints(cls)
-    _check_names(found, set(hints), where)
-    values = {}
-    for name, value in found.items():
-        kinds = get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
-        section = next((kind for kind in kinds if is_dataclass(kind)), None)
-        if section is not None and not (value is None and type(None) in kinds):
-            value = _checked(section, value, f"{where}: {name}")
-        elif float in kinds and not isinstance(value, bool):
-            value = _number(value, f"{where}: {name}")
-        elif not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
-            raise ValueError(f"{where}: {name} must be {wanted}, got {value!r}.")
-        values[name] = value
-    missing = [name for name in ("model", "data", "training") if cls is Recipe and name not in found]
-    if missing:
-        raise ValueError(f"{where}: the section {missing[0]!r} is missing.")
-    return cls(**values)
+        return TrainingArguments(**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"training: {error}") from error
 
 
 def load_pipeline(settings: ModelSettings) -> LatteFlowPipeline:
-    """The pipeline that a recipe begins with, its experts new or trained before.
+    """Load the pipeline to train, or assemble it with new experts.
 
     Raises:
-        `ValueError`: if its parts do not fit together.
-        `OSError`: if one is not there.
+        `ValueError`: if the components do not fit together.
+        `OSError`: if one does not exist.
     """
     dtype = getattr(torch, settings.dtype)
     if settings.pipeline is not None:
         folder = tiny_checkpoint() if settings.pipeline == "tinyworld" else settings.pipeline
         pipe = LatteFlowPipeline.from_pretrained(folder, dtype=dtype)
         if settings.timestep_sampling is not None:
-            # By a new configuration, which checks it.
-            changed = {**pipe.model.config.to_dict(), "timestep_sampling": settings.timestep_sampling}
-            pipe.model.config.timestep_sampling = LatteFlowConfig.from_dict(changed).timestep_sampling
+            # A new configuration, because it checks the value.
+            config = {**pipe.model.config.to_dict(), "timestep_sampling": settings.timestep_sampling}
+            pipe.model.config.timestep_sampling = LatteFlowConfig.from_dict(config).timestep_sampling
     else:
         vae = AutoModel.from_pretrained(settings.autoencoder, torch_dtype=dtype).eval()
-        config = {"latent_channels": vae.config.latent_channels, **settings.experts}
-        if settings.timestep_sampling is not None:
-            config["timestep_sampling"] = settings.timestep_sampling
         backbone = AutoModelForImageTextToText.from_pretrained(settings.backbone, dtype=dtype)
-        model = LatteFlowForConditionalGeneration.from_vlm(backbone, **config)
-        # Where the backbone lay is nobody's business.
+        experts = {"latent_channels": vae.config.latent_channels, **settings.experts}
+        if settings.timestep_sampling is not None:
+            experts["timestep_sampling"] = settings.timestep_sampling
+        model = LatteFlowForConditionalGeneration.from_vlm(backbone, **experts)
+        # Don't store local paths.
         model.config.vlm_config._name_or_path = ""
-        pipe = LatteFlowPipeline(
-            model,
-            LatteFlowProcessor.from_pretrained(settings.backbone),
-            vae,
-            LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries),
-        )
+        vae.register_to_config(_name_or_path="")
+        scheduler = LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries, **settings.scheduler)
+        pipe = LatteFlowPipeline(model, LatteFlowProcessor.from_pretrained(settings.backbone), vae, scheduler)
     if settings.attn_implementation is not None:
         pipe.model.set_attn_implementation(settings.attn_implementation)
     pipe.vae.requires_grad_(False)
     return pipe
 
 
-def choose_trainable(model: LatteFlowForConditionalGeneration, trainable: str | list) -> None:
-    """Freeze everything but what `trainable` of [`Recipe`] names.
+def load_data(
+    recipe: Recipe,
+    pipe: LatteFlowPipeline,
+    arguments: TrainingArguments,
+    unreadable: UnreadableImages,
+    resume_from: Path | None,
+) -> tuple[Dataset, TextToImageCollator]:
+    """Load the dataset and its collator; the cache is filled first, if there is one.
 
     Raises:
-        `ValueError`: if there is no such expert.
+        `ValueError`: if the data cannot be used.
+        `OSError`: if a file is missing.
     """
-    if isinstance(trainable, list):
-        from .adapters import train_only_experts
-
-        train_only_experts(model, trainable)
-        return
-    model.requires_grad_(False)
-    model.tower.requires_grad_(True)
-    if trainable == "vlm":
-        model.vlm.get_decoder().requires_grad_(True)
-
-
-class _TokenContexts:
-    """Prompts -> the arguments of `encode_context`: a backbone that learns encodes them inside `forward`."""
-
-    def __init__(self, processor: LatteFlowProcessor):
-        self.processor = processor
-
-    def __call__(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        return dict(self.processor.encode_conversations([self.processor.conversation(prompt) for prompt in prompts]))
-
-
-def train(recipe: Recipe, work_dir: Path, output_dir: Path) -> Path:
-    """Train by a recipe; started again, it goes on from the last whole checkpoint in `work_dir`.
-
-    Returns:
-        `output_dir`, which appears whole: a pipeline, or with `lora` a PEFT adapter. What was logged is in
-        `log.json` of `work_dir`.
-
-    Raises:
-        `ValueError`: if `output_dir` exists, the recipe does not fit the model, or the data is not usable.
-        `OSError`: if a file is missing, or saving fails (a full disk); what was saved before stays.
-        `FloatingPointError`: if a loss is no number, with the step, the expert and the batch.
-    """
-    if output_dir.exists():
-        raise ValueError(f"output folder {output_dir} exists; give another one, or remove it.")
-    arguments, keep = _arguments(recipe, work_dir / "checkpoints")
-    check_sharding()
-    set_seed(recipe.seed)
-    pipe = load_pipeline(recipe.model)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.to(arguments.device)
-    rows = open_rows(_sized(recipe.data, pipe), recipe.seed)
-    model: Any = pipe.model
-    if recipe.lora is not None:
-        from peft import get_peft_model
-
-        from .adapters import expert_lora_config  # type: ignore[import-not-found]
-
-        model = get_peft_model(model, expert_lora_config(model, **recipe.lora))
+    settings = set_image_size(recipe.data, pipe)
+    rows = load_image_rows(settings, recipe.seed)
+    encoder = ImagePromptEncoder(pipe, settings.encode_batch_size)
+    contexts: Any = PromptTokenizer(pipe.processor) if recipe.trains_backbone else encoder.contexts
+    dataset: Any
+    if settings.cache is not None:
+        folder = Path(settings.cache)
+        with_contexts = settings.cache_contexts and not recipe.trains_backbone
+        build_cache(folder, pipe, rows, encoder, unreadable, with_contexts)
+        dataset = CachedImageDataset(folder, recipe.seed)
+        contexts = CachedContexts(folder) if with_contexts else contexts
+    elif rows.is_stream:
+        num_steps = 0 if resume_from is None else int(resume_from.name.removeprefix("checkpoint-"))
+        batch_size = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        dataset = CaptionedImageStream(rows, recipe.seed, unreadable, start=num_steps * batch_size)
     else:
-        choose_trainable(model, recipe.trainable)
-    frozen = recipe.lora is not None or recipe.trainable != "vlm"
-    before = hash_module(pipe.model.vlm) if frozen and recipe.lora is None else None
+        dataset = CaptionedImageDataset(rows, recipe.seed, unreadable)
+    conversations: dict = {}
+    if recipe.understanding is not None:
+        source, share = recipe.understanding.source, recipe.understanding.share
+        conversations = {
+            "conversations": load_conversations(source, recipe.seed, pipe.processor.conversation),
+            "conversation_collator": ConversationCollator(pipe.processor),
+            "conversation_share": share,
+        }
+    return dataset, TextToImageCollator(contexts, recipe.prompt_dropout, encoder.latents, **conversations)
 
-    unreadable = UnreadableImages(recipe.data.max_unreadable)
-    last = last_checkpoint(Path(arguments.output_dir))
-    data, collator = _examples(recipe, pipe, rows, unreadable, arguments, last, frozen)
+
+def set_image_size(settings: DataSettings, pipe: LatteFlowPipeline) -> DataSettings:
+    """The settings with a size that the pipeline can generate.
+
+    Raises:
+        `ValueError`: if the given size is not one.
+    """
+    size = pipe.default_size if settings.size is None else settings.size
+    multiple = pipe.vae_scale_factor * pipe.model.config.latent_patch_size
+    if size < multiple or size % multiple:
+        raise ValueError(f"data: size must be a positive multiple of {multiple}, got {size}.")
+    return settings.model_copy(update={"size": size})
+
+
+def add_callbacks(trainer: Trainer, recipe: Recipe, pipe: LatteFlowPipeline, work_dir: Path) -> CheckpointCallback:
+    """Add the callbacks that the recipe asks for; the last one, which saves checkpoints, is returned."""
     ema = None if recipe.ema is None else EMACallback(recipe.ema.decay, recipe.ema.device)
-    trainer = Trainer(model, arguments, train_dataset=data, data_collator=collator, callbacks=[ema] if ema else [])
+    if ema is not None:
+        trainer.add_callback(ema)
     trainer.add_callback(LossCallback(trainer))
     if recipe.interval_warmup_steps:
         trainer.add_callback(IntervalWarmupCallback(recipe.interval_warmup_steps))
-    if frozen:
-        trainer.add_callback(WholeBackboneCallback(trainer, pipe.model.vlm))
+    if not recipe.trains_backbone:
+        trainer.add_callback(UnshardedBackboneCallback(trainer, pipe.model.vlm))
     if recipe.samples is not None:
-        samples = recipe.samples
+        samples, folder = recipe.samples, work_dir / "samples"
         trainer.add_callback(
-            SampleCallback(
-                pipe, samples.prompts, samples.every_steps, work_dir / "samples", samples.seed, ema, **samples.call
-            )
+            SampleCallback(pipe, samples.prompts, samples.every_steps, folder, samples.seed, ema, **samples.call)
         )
-    checkpoints = CheckpointCallback(trainer, keep)
+    checkpoints = CheckpointCallback(trainer, int(recipe.training.get("save_total_limit") or 2))
     trainer.add_callback(checkpoints)
-    try:
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    except Exception as error:
-        if not checkpoints.saving:
-            raise
-        kept = last_checkpoint(Path(arguments.output_dir))
-        raise OSError(
-            f"saving the checkpoint of step {trainer.state.global_step} failed ({error}); the last good one is "
-            f"{kept}: make room and start again."
-        ) from error
-    if before is not None and hash_module(pipe.model.vlm) != before:
-        raise RuntimeError("the frozen backbone changed during training.")
-    if unreadable.names:
-        logger.warning(f"{len(unreadable.names)} unreadable pictures were skipped: {', '.join(unreadable.names)}")
-    process = PartialState()
-    partial = output_dir.with_name(output_dir.name + ".partial")
-    if process.is_main_process:
-        (work_dir / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.parent.mkdir(parents=True, exist_ok=True)
+    return checkpoints
+
+
+def save_result(pipe: LatteFlowPipeline, peft_model: Any, output_dir: Path) -> None:
+    """Save the pipeline, or only the adapter of `peft_model` if there is one. All processes must call it."""
+    process, sharded = PartialState(), is_sharded(pipe.model)
+    with atomic_write(output_dir) if process.is_main_process else nullcontext(output_dir) as folder:
+        if peft_model is not None:
+            weights = None
+            if sharded:
+                trained = {name: weight for name, weight in peft_model.named_parameters() if weight.requires_grad}
+                weights = {name: full_tensor(weight) for name, weight in trained.items()}
+            if process.is_main_process:
+                peft_model.save_pretrained(folder, state_dict=weights)
+        elif sharded:
+            save_sharded_pipeline(pipe, folder)
+        elif process.is_main_process:
+            pipe.save_pretrained(folder)
     process.wait_for_everyone()
-    _save_result(pipe, model if recipe.lora is not None else None, partial)
-    if process.is_main_process:
-        partial.rename(output_dir)
-    process.wait_for_everyone()
-    return output_dir
-
-
-def _save_result(pipe: LatteFlowPipeline, adapted: Any, folder: Path) -> None:
-    """The pipeline, or the adapter of `adapted`; all processes must call it."""
-    is_first, sharded = PartialState().is_main_process, is_sharded(pipe.model)
-    if adapted is None and sharded:
-        save_sharded(pipe, folder)
-    elif adapted is None and is_first:
-        pipe.save_pretrained(folder)
-    elif adapted is not None:
-        # An adapter is small.
-        learned = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
-        weights = {name: whole(weight) for name, weight in learned.items()} if sharded else None
-        if is_first:
-            adapted.save_pretrained(folder, state_dict=weights)
-
-
-def _arguments(recipe: Recipe, run_dir: Path) -> tuple[TrainingArguments, int]:
-    """The Trainer's arguments, and how many checkpoints to keep."""
-    # Without an accelerator, processes find each other only if told that there is none.
-    settings = {"report_to": [], "use_cpu": get_device() == "cpu", **recipe.training}
-    keep = int(settings.pop("save_total_limit", None) or 2)
-    if recipe.data.source.get("streaming"):
-        if settings.get("max_steps", -1) < 1:
-            raise ValueError("training: a stream has no end: give `max_steps`.")
-        # The stream itself passes over what was seen, without encoding it.
-        settings["ignore_data_skip"] = True
-    if settings.get("dataloader_num_workers") and (recipe.data.source.get("streaming") or not _is_cached(recipe)):
-        raise ValueError(
-            "training: dataloader_num_workers needs a cache (with its contexts): without one, pictures and prompts "
-            "are encoded by the model's own parts, in the main process."
-        )
-    if settings.get("dataloader_persistent_workers"):
-        raise ValueError(
-            "training: dataloader_persistent_workers would keep every epoch's draws the same: leave it out."
-        )
-    # Each process reads its own share: batches hold more than tensors.
-    settings["accelerator_config"] = {"dispatch_batches": False, **(settings.get("accelerator_config") or {})}
-    try:
-        arguments = TrainingArguments(
-            output_dir=str(run_dir), seed=recipe.seed, **{**settings, "remove_unused_columns": False}
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"training: {error}") from error
-    return arguments, keep
-
-
-def _is_cached(recipe: Recipe) -> bool:
-    return recipe.data.cache is not None and (recipe.data.cache_contexts or recipe.trainable == "vlm")
-
-
-def _sized(settings: DataSettings, pipe: LatteFlowPipeline) -> DataSettings:
-    """The settings with a size that the pipeline can paint."""
-    size = pipe.default_size if settings.size is None else settings.size
-    step = pipe.vae_scale_factor * pipe.model.config.latent_patch_size
-    if size < step or size % step:
-        raise ValueError(f"data: size must be a positive multiple of {step}, got {size}.")
-    return DataSettings(**{**settings.__dict__, "size": size})
-
-
-def _examples(
-    recipe: Recipe,
-    pipe: LatteFlowPipeline,
-    rows: ImageRows,
-    unreadable: UnreadableImages,
-    arguments: TrainingArguments,
-    last: Path | None,
-    frozen: bool,
-) -> tuple[Any, TextToImageCollator]:
-    """The dataset, and the collator that makes its examples a batch."""
-    settings = rows.settings
-    encoder = ImagePromptEncoder(pipe, settings.encode_batch_size)
-    contexts: Any = encoder.contexts if frozen else _TokenContexts(pipe.processor)
-    data: Any
-    if settings.cache is not None:
-        folder = Path(settings.cache)
-        with_contexts = settings.cache_contexts and frozen
-        build_cache(folder, pipe, rows, encoder, unreadable, with_contexts)
-        data = CachedImageDataset(folder, recipe.seed)
-        contexts = CachedContexts(folder) if with_contexts else contexts
-    elif rows.is_stream:
-        seen = 0 if last is None else int(last.name.removeprefix("checkpoint-"))
-        seen *= arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        data = CaptionedImageStream(rows, recipe.seed, unreadable, start=seen)
-    else:
-        data = CaptionedImageDataset(rows, recipe.seed, unreadable)
-    conversations: dict = {}
-    if recipe.understanding is not None:
-        processor = pipe.processor
-        conversations = {
-            "conversations": understanding_examples(recipe.understanding.source, recipe.seed, processor.conversation),
-            "conversation_collator": ConversationCollator(processor),
-            "conversation_share": recipe.understanding.share,
-        }
-    return data, TextToImageCollator(contexts, recipe.prompt_dropout, encoder.latents, **conversations)

@@ -1,0 +1,321 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""The recipe of a training run: a YAML file, checked as a whole before anything is loaded."""
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from transformers import PreTrainedConfig, TrainingArguments
+
+from ..files import read_yaml
+from ..modeling.configuration_latte_flow import LatteFlowConfig
+from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
+from ..tinyworld.datasets import Conversations, TinyWorldImages
+
+
+def check_names(names: Iterable[Any], known: Iterable[str]) -> None:
+    """
+    Raises:
+        `ValueError`: if a name is unknown, with the nearest known one.
+    """
+    known = sorted(known)
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known fields are {known}"
+            raise ValueError(f"unknown field {name!r}; {hint}")
+
+
+class Settings(BaseModel):
+    """Settings that are read from YAML: unknown fields are refused, types are not converted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, content: Any) -> Any:
+        if isinstance(content, dict):
+            check_names(content, cls.model_fields)
+        return content
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Read a YAML file.
+
+        Raises:
+            `OSError`: if the file does not exist.
+            `ValueError`: if it is not YAML, or for the reasons of `from_dict`.
+        """
+        return cls.from_dict(read_yaml(path, "recipe"), f"recipe {path}")
+
+    @classmethod
+    def from_dict(cls, content: Any, name: str = "recipe") -> Self:
+        """Check the content of a YAML file.
+
+        Args:
+            content (`dict`): the content.
+            name (`str`, defaults to `"recipe"`): what it is, for errors, e.g. the path of the file.
+
+        Raises:
+            `ValueError`: if a field is unknown (with the nearest known one), is missing, or has a wrong type or value.
+        """
+        if not isinstance(content, dict):
+            raise ValueError(f"{name} must contain the fields {list(cls.model_fields)}, got {content!r}.")
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise ValueError(f"{name}: {'; '.join(map(_describe, error.errors()))}") from error
+
+
+def _describe(error: Any) -> str:
+    """One of pydantic's errors in the form `data: flip must be a valid boolean, got 'yes'`."""
+    location = ": ".join(str(name) for name in error["loc"])
+    if error["type"] == "missing":
+        return f"{location} is missing"
+    if error["type"] == "value_error":
+        message = str(error["ctx"]["error"])
+        return message if not location else f"{location}{'' if message.startswith('must') else ':'} {message}"
+    return f"{location} {error['msg'].replace('Input should', 'must')}, got {error['input']!r}"
+
+
+def _parse_number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-4`, without a decimal point, as a string."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+Number = Annotated[float, BeforeValidator(_parse_number)]
+
+
+def _check_source(source: dict, tinyworld: type) -> dict:
+    """Check the arguments of a tiny world dataset; those of `datasets.load_dataset` are checked when it is called."""
+    if source.get("path") == "tinyworld":
+        check_names(source, {"path", *inspect.signature(tinyworld).parameters} - {"seed"})
+    return source
+
+
+class ModelSettings(Settings):
+    """The section `model`: a pipeline to continue from, or a backbone and an autoencoder to start with.
+
+    Args:
+        pipeline (`str`, *optional*): folder or hub id; `tinyworld` is the embedded checkpoint.
+        backbone (`str`, *optional*): folder or hub id of a vision-language model and its processor.
+        autoencoder (`str`, *optional*): folder or hub id of an autoencoder, with `backbone`.
+        experts (`dict`): with `backbone`: arguments of `LatteFlowForConditionalGeneration.from_vlm`, e.g.
+            `{num_experts: 4}`.
+        scheduler (`dict`): with `backbone`: arguments of [`LatteFlowScheduler`], except the boundaries of the experts.
+        timestep_sampling (`str`, *optional*): see [`LatteFlowConfig`]; defaults to that of the pipeline.
+        dtype (`str`, defaults to `"float32"`): of all weights.
+        attn_implementation (`str`, *optional*): see transformers; `eager` is fastest for small models on a CPU.
+    """
+
+    pipeline: str | None = None
+    backbone: str | None = None
+    autoencoder: str | None = None
+    experts: dict = {}
+    scheduler: dict = {}
+    timestep_sampling: str | None = None
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+
+    @field_validator("experts")
+    @classmethod
+    def _check_experts(cls, experts: dict) -> dict:
+        known = {item.name for item in fields(LatteFlowConfig)} - {item.name for item in fields(PreTrainedConfig)}
+        check_names(experts, known - {"vlm_config"} | {"copy_layers"})
+        return experts
+
+    @field_validator("scheduler")
+    @classmethod
+    def _check_scheduler(cls, scheduler: dict) -> dict:
+        check_names(scheduler, set(inspect.signature(LatteFlowScheduler).parameters) - {"expert_boundaries"})
+        return scheduler
+
+    @field_validator("dtype")
+    @classmethod
+    def _check_dtype(cls, dtype: str) -> str:
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"must be a dtype of torch such as 'float32', got {dtype!r}")
+        return dtype
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        if (self.pipeline is None) == (self.backbone is None) or (self.backbone is None) != (self.autoencoder is None):
+            raise ValueError("give either `pipeline`, or `backbone` and `autoencoder`")
+        if self.pipeline is not None and (self.experts or self.scheduler):
+            raise ValueError("`experts` and `scheduler` can only be given with `backbone`; a pipeline has its own")
+        return self
+
+
+class DataSettings(Settings):
+    """The section `data`: images and prompts.
+
+    Args:
+        source (`dict`): arguments of `datasets.load_dataset`, e.g. `{path: imagefolder, data_dir: images}`; the split
+            defaults to `train`. With `path: tinyworld`, arguments of [`TinyWorldImages`], e.g. `num_images`.
+        image (`str`, defaults to `"image"`): the column of images.
+        caption (`str`, *optional*): the column of captions; a dot selects a key of a dict, as in `json.caption`.
+        label (`str`, *optional*): instead of `caption`, a column of class labels, whose names are the prompts.
+        prompt (`str`, defaults to `"{}"`): a format string for the caption or the name of the label.
+        size (`int`, *optional*): height and width in pixels after resizing and cropping at the centre; defaults to
+            that of the pipeline.
+        flip (`bool`, defaults to `False`): whether half of the images are flipped horizontally, at random in each
+            epoch.
+        max_unreadable (`int`, defaults to 100): how many images may be unreadable before the run stops.
+        shuffle_buffer (`int`, defaults to 1000): the buffer size for shuffling a stream; other datasets are shuffled
+            as a whole.
+        encode_batch_size (`int`, defaults to 1): see [`ImagePromptEncoder`].
+        cache (`str`, *optional*): a folder for latents and contexts; without it they are computed in each epoch.
+        cache_contexts (`bool`, defaults to `True`): `False` caches only latents: contexts take much space if nearly
+            every image has its own caption.
+    """
+
+    source: dict
+    image: str = "image"
+    caption: str | None = None
+    label: str | None = None
+    prompt: str = "{}"
+    size: int | None = None
+    flip: bool = False
+    max_unreadable: int = 100
+    shuffle_buffer: int = 1000
+    encode_batch_size: int = 1
+    cache: str | None = None
+    cache_contexts: bool = True
+
+    @field_validator("source")
+    @classmethod
+    def _check_source(cls, source: dict) -> dict:
+        if not source:
+            raise ValueError("must name a dataset, e.g. {path: imagefolder, data_dir: images}, got {}")
+        return _check_source(source, TinyWorldImages)
+
+
+class UnderstandingSettings(Settings):
+    """The section `understanding`: conversations in each batch; they only train the model if `trainable` is `vlm`.
+
+    Args:
+        source (`dict`): arguments of `datasets.load_dataset`, of a dataset with a column `messages` in the
+            chat-template form. With `path: tinyworld`, arguments of [`Conversations`], e.g. `num_conversations`.
+        share (`float`, defaults to 0.25): the number of conversations per image of a batch; at least one per batch.
+    """
+
+    source: dict
+    share: Number = 0.25
+
+    @field_validator("source")
+    @classmethod
+    def _check_source(cls, source: dict) -> dict:
+        return _check_source(source, Conversations)
+
+
+class EMASettings(Settings):
+    """The section `ema`: arguments of [`EMACallback`]."""
+
+    decay: Number = 0.9999
+    device: str | None = None
+
+
+class SampleSettings(Settings):
+    """The section `samples`: arguments of [`SampleCallback`]; `call` contains further arguments of the pipeline."""
+
+    prompts: list[str] = Field(min_length=1)
+    every_steps: int = 1000
+    seed: int = 0
+    call: dict = {}
+
+
+def _check_trainable(trainable: Any) -> Any:
+    is_list = isinstance(trainable, list) and all(type(expert) is int for expert in trainable)
+    if not is_list and trainable not in ("experts", "vlm"):
+        raise ValueError(f"must be 'experts', 'vlm' or a list of experts, got {trainable!r}")
+    return trainable
+
+
+class Recipe(Settings):
+    """What is trained, on what, and how.
+
+    Args:
+        model ([`ModelSettings`]): the model.
+        data ([`DataSettings`]): the images and prompts.
+        training (`dict`): `TrainingArguments`; `save_total_limit` defaults to 2.
+        seed (`int`, defaults to 0): of weights, order, noise, timesteps and prompt dropout.
+        trainable (`str` or `list[int]`, defaults to `"experts"`): `"experts"`, the whole tower; a list of experts,
+            only their layers and not what all experts share; or `"vlm"`, the tower and the backbone's language model.
+        lora (`dict`, *optional*): instead of `trainable`: arguments of `expert_lora_config`. The result is an adapter.
+        prompt_dropout (`float`, defaults to 0.1): the share of prompts replaced by the empty one, 0 to 1.
+        interval_warmup_steps (`int`, defaults to 0): see [`IntervalWarmupCallback`]; 0 is without, as in the paper.
+        understanding ([`UnderstandingSettings`], *optional*): conversations.
+        ema ([`EMASettings`], *optional*): moving average of the weights.
+        samples ([`SampleSettings`], *optional*): images generated during training.
+    """
+
+    model: ModelSettings
+    data: DataSettings
+    training: dict
+    seed: int = 0
+    trainable: Annotated[str | list[int], BeforeValidator(_check_trainable)] = "experts"
+    lora: dict | None = None
+    prompt_dropout: Number = Field(0.1, ge=0, le=1)
+    interval_warmup_steps: int = Field(0, ge=0)
+    understanding: UnderstandingSettings | None = None
+    ema: EMASettings | None = None
+    samples: SampleSettings | None = None
+
+    @property
+    def trains_backbone(self) -> bool:
+        return self.lora is None and self.trainable == "vlm"
+
+    @field_validator("training")
+    @classmethod
+    def _check_training(cls, training: dict) -> dict:
+        types = {item.name: item.type for item in fields(TrainingArguments)}
+        check_names(training, set(types) - {"output_dir", "seed"})
+        # The rest of the types is checked by `TrainingArguments`.
+        numbers = {name for name in training if types[name] in (int, float, int | None, float | None)}
+        parsed = {name: _parse_number(value) if name in numbers else value for name, value in training.items()}
+        for name in numbers:
+            if isinstance(parsed[name], str):
+                raise ValueError(f"{name} must be a number, got {parsed[name]!r}")
+        return parsed
+
+    @field_validator("lora")
+    @classmethod
+    def _check_lora(cls, lora: dict | None) -> dict | None:
+        if lora is not None:
+            from peft import LoraConfig
+
+            from .adapters import expert_lora_config
+
+            arguments = {"model", "lora_config", "target_modules"}
+            known = {*inspect.signature(expert_lora_config).parameters, *inspect.signature(LoraConfig).parameters}
+            check_names(lora, known - arguments)
+        return lora
+
+    @model_validator(mode="after")
+    def _check_cache_and_loader(self) -> Self:
+        streaming, training = bool(self.data.source.get("streaming")), self.training
+        has_cache = self.data.cache is not None
+        if self.trains_backbone and has_cache and self.data.cache_contexts:
+            raise ValueError("contexts cannot be cached while the backbone is trained: set `cache_contexts: false`")
+        if streaming and training.get("max_steps", -1) < 1:
+            raise ValueError("training: a stream has no end: give `max_steps`")
+        is_cached = has_cache and not streaming and (self.data.cache_contexts or self.trains_backbone)
+        if training.get("dataloader_num_workers") and not is_cached:
+            raise ValueError(
+                "training: dataloader_num_workers needs a cache with its contexts: without one, images and prompts "
+                "are encoded by the model in the main process"
+            )
+        if training.get("dataloader_persistent_workers"):
+            raise ValueError(
+                "training: dataloader_persistent_workers must be left out: with it the workers never learn the epoch, "
+                "and every epoch has the same random draws"
+            )
+        return self
