@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Gradient checkpointing: the same losses and gradients, from layers that run a second time."""
+"""Gradient checkpointing: the losses and gradients are the same, and the layers run a second time."""
 
 import copy
 from collections import Counter
@@ -20,7 +20,7 @@ def loss_and_gradients(model, inputs):
 
 
 def count_attentions(model):
-    """A checkpointed layer's own hooks stay outside what is recomputed; those of its attention do not."""
+    """Hooks of the attention, because those of a checkpointed layer itself are not called when it is recomputed."""
     calls = Counter()
     for index, layer in enumerate(model.tower.layers):
         layer.self_attn.register_forward_hook(lambda *_, index=index: calls.update([index]))
@@ -30,7 +30,7 @@ def count_attentions(model):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("mode", ["scores", "probabilities", None])
 def test_gradients_are_the_same_and_layers_run_twice(make_model, encode, mode, use_reentrant):
-    # Two experts of two layers each: the second layer's gradient reaches the first through what it hands on.
+    # Two experts of two layers each: the gradient of the second layer reaches the first through the residual attention.
     model = make_model(residual_attention=mode).train()
     inputs = encode("a red circle", "a blue square", "a small green cross above a handwritten seven", "")
     calls = count_attentions(model)
@@ -41,7 +41,7 @@ def test_gradients_are_the_same_and_layers_run_twice(make_model, encode, mode, u
     again, recomputed = loss_and_gradients(model, inputs)
     assert calls == dict.fromkeys(range(4), 2)
     assert torch.equal(again, loss)
-    assert all(gradient.abs().max() > 0 for name, gradient in gradients.items()), "some weight learns nothing"
+    assert all(gradient.abs().max() > 0 for name, gradient in gradients.items()), "a weight has no gradient"
     for name, gradient in gradients.items():
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-4, atol=1e-6)
     model.gradient_checkpointing_disable()
@@ -58,7 +58,7 @@ def test_nothing_is_recomputed_without_training(make_model, encode):
     assert calls == dict.fromkeys(range(4), 1)
 
 
-def test_trainer_learns_the_same(model, processor, tmp_path):
+def test_the_trainer_has_the_same_losses(model, processor, tmp_path):
     losses, calls = [], []
     for checkpointing in (False, True):
         trained = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""The stock Trainer over the model: it learns, leaves the backbone alone, and resumes to the very same weights."""
+"""The stock Trainer: the loss falls, the backbone is unchanged, and a resumed run ends with the same weights."""
 
 import copy
 
@@ -7,13 +7,13 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from latte_flow_hf.tinyworld.build import hash_parameters
+from latte_flow_hf.training.cache import hash_module
 from latte_flow_hf.training.callbacks import EMACallback, IntervalWarmupCallback
 from latte_flow_hf.training.collator import TextToImageCollator, encode_prompts
 
 
-class TwoPictures(Dataset):
-    """Two fixed latents, one a prompt: what a model of any size must be able to learn by heart."""
+class TwoImages(Dataset):
+    """Two fixed latents with one prompt each, which a model of any size must be able to memorize."""
 
     def __init__(self, size: int):
         self.latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -26,7 +26,7 @@ class TwoPictures(Dataset):
         return {"latents": self.latents[index % 2], "prompt": index % 2}
 
 
-def train(model, processor, folder, max_steps, resume=None, more=()):
+def train(model, processor, folder, max_steps, resume=None, callbacks=()):
     contexts = encode_prompts(model, processor, ["a red circle", "a blue square", ""])
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -44,52 +44,46 @@ def train(model, processor, folder, max_steps, resume=None, more=()):
     trainer = Trainer(
         model,
         arguments,
-        train_dataset=TwoPictures(64),
+        train_dataset=TwoImages(64),
         data_collator=TextToImageCollator(contexts, 0.1),
-        callbacks=[EMACallback(0.9), IntervalWarmupCallback(6), *more],
+        callbacks=[EMACallback(0.9), IntervalWarmupCallback(6), *callbacks],
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
-def test_the_loss_falls_and_the_backbone_keeps_its_bytes(model, processor, tmp_path):
+def test_the_loss_falls_and_the_backbone_is_unchanged(model, processor, tmp_path):
     model = copy.deepcopy(model)
-    before, tower = hash_parameters(model.vlm), hash_parameters(model.tower)
+    before, tower = hash_module(model.vlm), hash_module(model.tower)
     trainer = train(model, processor, tmp_path, 40)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
-    assert hash_parameters(model.vlm) == before
-    assert hash_parameters(model.tower) != tower
+    assert hash_module(model.vlm) == before
+    assert hash_module(model.tower) != tower
 
 
-def test_a_resumed_run_ends_in_the_same_bytes_ema_included(model, processor, tmp_path):
-    whole, stopped, resumed = (copy.deepcopy(model) for _ in range(3))
-    train(whole, processor, tmp_path / "whole", 8)
+def test_a_resumed_run_ends_with_the_same_averages(model, processor, tmp_path):
+    complete, stopped, resumed = (copy.deepcopy(model) for _ in range(3))
+    train(complete, processor, tmp_path / "complete", 8)
     train(stopped, processor, tmp_path / "parts", 4)
     train(resumed, processor, tmp_path / "parts", 8, resume=str(tmp_path / "parts" / "checkpoint-4"))
-    assert hash_parameters(whole.tower) == hash_parameters(resumed.tower)
-    assert hash_parameters(stopped.tower) != hash_parameters(resumed.tower)
+    assert hash_module(complete.tower) == hash_module(resumed.tower)
+    assert hash_module(stopped.tower) != hash_module(resumed.tower)
 
 
-class Overlaps(TrainerCallback):
+class RecordOverlaps(TrainerCallback):
     def __init__(self):
-        self.seen = []
+        self.overlaps = []
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.seen.append(model.interval_overlap)
+        self.overlaps.append(model.interval_overlap)
 
 
 def test_intervals_narrow_by_the_step_also_after_a_resume(model, processor, tmp_path):
-    model, overlaps = copy.deepcopy(model), Overlaps()
-    train(model, processor, tmp_path, 4, more=[overlaps])
-    assert overlaps.seen == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6])
+    model, recorded = copy.deepcopy(model), RecordOverlaps()
+    train(model, processor, tmp_path, 4, callbacks=[recorded])
+    assert recorded.overlaps == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6])
     assert model.interval_overlap == 0.0
-    resumed, overlaps = copy.deepcopy(model), Overlaps()
-    train(resumed, processor, tmp_path, 8, resume=str(tmp_path / "checkpoint-4"), more=[overlaps])
-    assert overlaps.seen == pytest.approx([2 / 6, 1 / 6, 0, 0])
-
-
-@pytest.mark.parametrize("num_steps", [0, -1])
-def test_a_warmup_has_steps(num_steps):
-    with pytest.raises(ValueError, match=f"num_steps must be at least 1, got {num_steps}"):
-        IntervalWarmupCallback(num_steps)
+    resumed, recorded = copy.deepcopy(model), RecordOverlaps()
+    train(resumed, processor, tmp_path, 8, resume=str(tmp_path / "checkpoint-4"), callbacks=[recorded])
+    assert recorded.overlaps == pytest.approx([2 / 6, 1 / 6, 0, 0])

@@ -52,7 +52,17 @@ def recipe():
 def test_all_stages_end_in_a_pipeline_that_loads(build, stages, recipe, tmp_path):
     work_dir = tmp_path / "work"
     output = build.build_checkpoint(stages, recipe, work_dir, tmp_path / "out")
-    stage_folders = {"processor", "autoencoder", "vision", "language", "joint", "backbone", "cache", "pipeline", "runs"}
+    stage_folders = {
+        "processor",
+        "autoencoder",
+        "vision",
+        "language",
+        "joint",
+        "backbone",
+        "cache",
+        "pipeline",
+        "runs",
+    }
     assert {path.name for path in work_dir.iterdir()} == stage_folders
     pipe = LatteFlowPipeline.from_pretrained(output)
     assert pipe.model.dtype == torch.float32

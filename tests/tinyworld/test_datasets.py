@@ -1,15 +1,21 @@
-"""Held-out material must not leak into training, whatever the index; examples must not depend on the order."""
+"""Held-out examples never appear in training data; examples do not depend on the order of access."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from latte_flow_hf.tinyworld.datasets import Conversations, Doodles, LabelledPictures, Pictures, draw_example
+from latte_flow_hf.tinyworld.datasets import (
+    Conversations,
+    DoodleImages,
+    LabelledImages,
+    TinyWorldImages,
+    draw_example,
+)
 from latte_flow_hf.tinyworld.digits import digit_indices, draw_digit
 from latte_flow_hf.tinyworld.shapes import COLOURS, RELATIONS, SHAPES, Scene
 
 
-def test_training_examples_hold_nothing_back_that_is_held_out():
+def test_training_examples_contain_nothing_held_out():
     rng = np.random.default_rng(0)
     contents = [draw_example(rng, digit_share=0.2).content for _ in range(500)]
     assert not any(content.held_out for content in contents if isinstance(content, Scene))
@@ -19,7 +25,7 @@ def test_training_examples_hold_nothing_back_that_is_held_out():
 
 
 def content(value):
-    """An example with its pictures as bytes: a PIL image's own text is its address."""
+    """An example with its images as bytes, for comparison."""
     if isinstance(value, Image.Image):
         return value.tobytes()
     if isinstance(value, dict):
@@ -27,7 +33,7 @@ def content(value):
     return [content(item) for item in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("kind", [Pictures, Conversations, Doodles])
+@pytest.mark.parametrize("kind", [TinyWorldImages, Conversations, DoodleImages])
 def test_an_example_depends_on_seed_and_index_alone(kind):
     data, again, other = kind(3, 50), kind(3, 50), kind(4, 50)
     forward = [content(data[i]) for i in range(20)]
@@ -36,24 +42,24 @@ def test_an_example_depends_on_seed_and_index_alone(kind):
     assert all(example != content(other[i]) for i, example in enumerate(forward))
 
 
-def test_conversations_alternate_and_show_at_most_one_picture():
+def test_conversations_alternate_and_show_at_most_one_image():
     data = Conversations(0, 200)
-    pictures = []
+    images = []
     for index in range(len(data)):
         messages = data[index]["messages"]
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
-        pictures.append(sum(part["type"] == "image" for m in messages for part in m["content"]))
-    assert set(pictures) == {0, 1} and 0.2 < pictures.count(0) / len(data) < 0.4
+        images.append(sum(part["type"] == "image" for m in messages for part in m["content"]))
+    assert set(images) == {0, 1} and 0.2 < images.count(0) / len(data) < 0.4
 
 
-def test_cell_labels_say_what_is_where():
-    data = LabelledPictures(0, 100, grid=4)
+def test_cell_labels_match_the_image():
+    data = LabelledImages(0, 100, grid=4)
     no_colour, no_shape, no_role = (count - 1 for count in data.num_labels[:3])
     num_kinds = no_shape + 1
     for index in range(100):
         example = data[index]
-        colour, shape, role, where = example["cells"].reshape(4, 4, 4).transpose(2, 0, 1)
-        assert (where.reshape(-1) == np.arange(16)).all()
+        colour, shape, role, position = example["cells"].reshape(4, 4, 4).transpose(2, 0, 1)
+        assert (position.reshape(-1) == np.arange(16)).all()
         if (colour == len(COLOURS)).all():
             assert len(set(shape.flat)) == 1 and len(SHAPES) <= shape[0, 0] < no_shape and (role == no_role).all()
             continue

@@ -74,8 +74,8 @@ def evaluate_variety(pipe: Any, prompt: str, num_images: int = 16, **call: Any) 
     """Generate several images of one prompt and compare them.
 
     Returns:
-        `dict`: `num_distinct`, the number of distinct images, and `min_distance`, the smallest mean absolute difference
-        between the pixels of two of them (0 to 255).
+        `dict`: `num_distinct`, the number of distinct images, and `min_distance`, the smallest mean absolute
+        difference between the pixels of two of them (0 to 255).
     """
     generators = [torch.Generator().manual_seed(seed) for seed in range(num_images)]
     images = pipe(prompt, num_images_per_prompt=num_images, generator=generators, **call).images
@@ -114,8 +114,8 @@ def evaluate_understanding(
         batch_size (`int`, defaults to 64): the number of questions answered at once.
 
     Returns:
-        `dict`: by subject, `accuracy` (0 to 1), `count`, `kinds` (accuracy by kind of question), and `wrong` (question,
-        answer and prediction of each failure).
+        `dict`: by subject, `accuracy` (0 to 1), `count`, `kinds` (accuracy by kind of question), and `wrong`
+        (question, answer and prediction of each failure).
     """
     results = {}
     for subject, subject_questions in questions.items():

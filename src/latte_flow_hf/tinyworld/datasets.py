@@ -74,9 +74,7 @@ class TinyWorldImages(Dataset):
         single_share (`float`, defaults to 1/3): the share of scenes with a single object, 0 to 1.
     """
 
-    def __init__(
-        self, seed: int, num_images: int = 1000, digit_share: float = 0.3, single_share: float = 1 / 3
-    ):
+    def __init__(self, seed: int, num_images: int = 1000, digit_share: float = 0.3, single_share: float = 1 / 3):
         self.seed, self.num_images = seed, num_images
         self.digit_share, self.single_share = digit_share, single_share
 

@@ -96,7 +96,9 @@ def practice_questions(content: Scene | int, rng: np.random.Generator) -> list[Q
     shapes = [other.shape for other in scene.objects]
     if shapes.count(item.shape) == 1:
         colour = _present_or_absent([item.colour], tuple(COLOURS), rng)
-        questions.append(_question("is_colour", _yes_or_no(colour == item.colour), rng, shape=item.shape, colour=colour))
+        questions.append(
+            _question("is_colour", _yes_or_no(colour == item.colour), rng, shape=item.shape, colour=colour)
+        )
     if colours.count(item.colour) == 1:
         shape = _present_or_absent([item.shape], SHAPES, rng)
         questions.append(_question("is_shape", _yes_or_no(shape == item.shape), rng, shape=shape, colour=item.colour))

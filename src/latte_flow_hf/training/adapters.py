@@ -29,8 +29,8 @@ def expert_lora_config(
 ) -> "LoraConfig":
     """A `peft.LoraConfig` whose target modules are the linear layers of some experts.
 
-    Pass it to `peft.get_peft_model(model, config)` or `model.add_adapter(config)`. Training then samples timesteps from
-    the intervals of these experts only. The saved `adapter_config.json` records which model the adapter belongs to.
+    Pass it to `peft.get_peft_model(model, config)` or `model.add_adapter(config)`. Training then samples timesteps
+    from the intervals of these experts only. The saved `adapter_config.json` records which model the adapter belongs to.
 
     Args:
         model ([`LatteFlowForConditionalGeneration`]): the model, which is not changed.
@@ -55,8 +55,8 @@ def expert_lora_config(
     return LoraConfig(
         r=r,
         lora_alpha=r if lora_alpha is None else lora_alpha,
-        # A regular expression and not a list of names: peft shortens long lists to suffixes, which also match layers of
-        # the backbone.
+        # A regular expression and not a list of names: peft shortens long lists to suffixes, which also match layers
+        # of the backbone.
         target_modules=(
             adapter_mark(model.config, experts)
             + rf"tower\.layers\.(?:{'|'.join(map(str, layers))})\.(?:{'|'.join(map(re.escape, names))})"

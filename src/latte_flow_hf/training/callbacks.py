@@ -101,7 +101,9 @@ class EMACallback(TrainerCallback):
         folder = self._folder(args, state)
         folder.mkdir(parents=True, exist_ok=True)
         for layer, average in self.averages.items():
-            tensors = {name: tensor.contiguous() for name, tensor in zip(self.parameters[layer], average.shadow_params)}
+            tensors = {
+                name: tensor.contiguous() for name, tensor in zip(self.parameters[layer], average.shadow_params)
+            }
             scalars = {name: str(average.state_dict()[name]) for name in _EMA_SCALARS}
             save_file(tensors, folder / f"{layer}.safetensors", metadata=scalars)
 
@@ -176,7 +178,7 @@ class LossCallback(TrainerCallback):
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self._names: list[str] | None = None
-        # One tensor per batch of the current step: the losses of the experts, and that of the backbone if there is one.
+        # One tensor per batch of the current step: the losses of the experts and, if there is one, of the backbone.
         self._batch_losses: list[torch.Tensor] = []
         # The means over the batches, per step since the last log.
         self._step_losses: list[torch.Tensor] = []

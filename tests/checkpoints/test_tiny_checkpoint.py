@@ -1,7 +1,6 @@
-"""The checkpoint inside the package: loads like any other, fits its size, and does what the README says of it.
+"""The embedded checkpoint loads like any other, is small enough, and is as accurate as documented.
 
-The quick tests look at a handful of prompts; `--run-slow` measures all of what the README's table reports, against the
-project's targets.
+The quick tests use a few prompts; `--run-slow` evaluates everything in the README's table.
 """
 
 import re
@@ -32,7 +31,7 @@ def test_it_is_small_and_holds_no_pickle():
     assert not any(re.search(r'"_name_or_path": "/', text) for text in configs)
 
 
-def test_it_computes_in_single_precision_through_every_door(tiny):
+def test_all_ways_of_loading_give_single_precision(tiny):
     model = AutoModel.from_pretrained(Path(tiny_checkpoint()) / "model")
     assert model.dtype == tiny.model.dtype == tiny.vae.dtype == torch.float32
     assert type(model) is type(tiny.model)
@@ -41,43 +40,43 @@ def test_it_computes_in_single_precision_through_every_door(tiny):
         assert torch.equal(ours, theirs), name
 
 
-def test_the_demo_paints_and_answers(tiny):
+def test_the_demo_generates_and_answers(tiny):
     items = [generate_and_ask(tiny, prompt, number) for number, prompt in enumerate(DEMO_PROMPTS)]
-    assert len(items) == 8 and sum(item.painted_right for item in items) >= 7
-    right = [answer == asked.answer for item in items for answer, asked in zip(item.answers, item.asked)]
-    assert len(right) == 16 and sum(right) >= 14
+    assert len(items) == 8 and sum(item.is_correct for item in items) >= 7
+    correct = [answer == question.answer for item in items for answer, question in zip(item.answers, item.questions)]
+    assert len(correct) == 16 and sum(correct) >= 14
     assert contact_sheet(items).width > 4 * 256
 
 
-def test_it_reads_handwriting_and_colours_it_never_saw(tiny):
-    questions = tinyworld.understanding_questions(seed=2, scenes=60)
-    asked = {
-        "digits": [item for item in questions["held-out digits"] if item[3] == "digit"][::5],
-        "colours": [item for item in questions["shapes"] if item[1] == "what colour is it?"],
+def test_it_answers_questions_about_new_images(tiny):
+    questions = tinyworld.understanding_questions(seed=2, num_scenes=60)
+    selected = {
+        "digits": [item for item in questions["held-out digits"] if item[1].kind == "digit"][::5],
+        "colours": [item for item in questions["shapes"] if item[1].question == "what colour is it?"],
     }
-    results = tinyworld.evaluate_understanding(tiny, asked)
-    assert results["digits"]["count"] == 72 and results["digits"]["right"] >= 0.93
-    assert results["colours"]["count"] >= 5 and results["colours"]["right"] >= 0.95
+    results = tinyworld.evaluate_understanding(tiny, selected)
+    assert results["digits"]["count"] == 72 and results["digits"]["accuracy"] >= 0.93
+    assert results["colours"]["count"] >= 5 and results["colours"]["accuracy"] >= 0.95
 
 
-def test_prompt_and_guidance_change_the_picture(tiny):
-    def paint(prompt, **call):
-        picture = tiny(prompt, generator=torch.Generator().manual_seed(0), output_type="np", **call).images[0]
-        assert np.isfinite(picture).all() and picture.std() > 0.05
-        return picture
+def test_prompt_and_guidance_change_the_image(tiny):
+    def generate(prompt, **call):
+        image = tiny(prompt, generator=torch.Generator().manual_seed(0), output_type="np", **call).images[0]
+        assert np.isfinite(image).all() and image.std() > 0.05
+        return image
 
-    red = paint("a red circle")
-    assert np.abs(red - paint("a blue square")).mean() > 0.02
-    assert np.abs(red - paint("a red circle", guidance_scale=1.0)).max() > 0.02
-    assert np.abs(red - paint("a red circle", negative_prompt="a blue square")).max() > 0.02
-
-
-def test_one_prompt_gives_many_pictures(tiny):
-    variety = tinyworld.evaluate_variety(tiny, "a red circle left of a blue square", seeds=16)
-    assert variety["different"] == 16 and variety["closest"] > 1.0
+    red = generate("a red circle")
+    assert np.abs(red - generate("a blue square")).mean() > 0.02
+    assert np.abs(red - generate("a red circle", guidance_scale=1.0)).max() > 0.02
+    assert np.abs(red - generate("a red circle", negative_prompt="a blue square")).max() > 0.02
 
 
-def test_saved_again_it_paints_the_same_picture(tiny, tmp_path):
+def test_one_prompt_has_various_images(tiny):
+    variety = tinyworld.evaluate_variety(tiny, "a red circle left of a blue square", num_images=16)
+    assert variety["num_distinct"] == 16 and variety["min_distance"] > 1.0
+
+
+def test_saved_again_it_generates_the_same_image(tiny, tmp_path):
     tiny.save_pretrained(tmp_path)
     again = LatteFlowPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
@@ -88,7 +87,7 @@ def test_saved_again_it_paints_the_same_picture(tiny, tmp_path):
     assert first.tobytes() == second.tobytes()
 
 
-missed = pytest.mark.xfail(strict=True, reason="missed: the README's table tells by how much")
+missed = pytest.mark.xfail(strict=True, reason="missed, see the README's table")
 
 
 @pytest.mark.slow
@@ -101,13 +100,13 @@ missed = pytest.mark.xfail(strict=True, reason="missed: the README's table tells
         ("digit", 0.93),
     ],
 )
-def test_painting_reaches_the_target(tiny, kind, target):
+def test_generation_reaches_the_target(tiny, kind, target):
     prompts = tinyworld.generation_prompts(seed=1)[kind]
-    assert tinyworld.evaluate_generation(tiny, {kind: prompts}, seed=1)[kind]["right"] >= target
+    assert tinyworld.evaluate_generation(tiny, {kind: prompts}, seed=1)[kind]["accuracy"] >= target
 
 
 @pytest.mark.slow
 def test_understanding_reaches_the_targets(tiny):
     results = tinyworld.evaluate_understanding(tiny, tinyworld.understanding_questions(seed=1))
-    assert results["shapes"]["right"] >= 0.97
-    assert results["held-out digits"]["right"] >= 0.95
+    assert results["shapes"]["accuracy"] >= 0.97
+    assert results["held-out digits"]["accuracy"] >= 0.95
