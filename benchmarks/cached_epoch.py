@@ -1,8 +1,8 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""How long an epoch takes with cached latents and contexts against one without, side by side, at tiny size.
+"""The time of a training epoch with and without a cache of latents and contexts, at tiny size.
 
-Both are `latte-flow train` from the embedded checkpoint; the time is the Trainer's own, so that loading the model and
-filling the cache do not count.
+Both runs train the embedded checkpoint. The time is measured by the Trainer, without loading the model and filling the
+cache.
 """
 
 import argparse
@@ -10,14 +10,15 @@ import json
 import tempfile
 from pathlib import Path
 
-from latte_flow_hf.training.train import Recipe, train
+from latte_flow_hf.training.recipe import Recipe
+from latte_flow_hf.training.train import train
 
 
-def seconds(folder: Path, options: argparse.Namespace, cache: Path | None) -> float:
+def measure_epoch(folder: Path, options: argparse.Namespace, cache: Path | None) -> float:
     recipe = {
         "model": {"pipeline": "tinyworld", "attn_implementation": "eager"},
         "data": {
-            "source": {"path": "tinyworld", "num_pictures": options.pictures},
+            "source": {"path": "tinyworld", "num_images": options.num_images},
             "encode_batch_size": options.encode_batch_size,
             "cache": None if cache is None else str(cache),
         },
@@ -34,7 +35,7 @@ def seconds(folder: Path, options: argparse.Namespace, cache: Path | None) -> fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--num-images", type=int, default=2000)
     parser.add_argument("--encode-batch-size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
@@ -42,10 +43,10 @@ def main() -> None:
         folder = Path(name)
         ratios = []
         for number in range(options.rounds):
-            plain = seconds(folder / f"plain-{number}", options, None)
-            cached = seconds(folder / f"cached-{number}", options, folder / "cache")
+            plain = measure_epoch(folder / f"plain-{number}", options, None)
+            cached = measure_epoch(folder / f"cached-{number}", options, folder / "cache")
             ratios.append(plain / cached)
-            print(f"an epoch of {options.pictures}: {plain:.1f} s without, {cached:.1f} s with a cache")
+            print(f"an epoch of {options.num_images} images: {plain:.1f} s without, {cached:.1f} s with a cache")
         print(f"ratio: {min(ratios):.2f} at least")
 
 

@@ -1,21 +1,21 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""How many evaluations of the model a picture needs: solvers and allocations at equal counts, by prompt accuracy.
+"""How many evaluations of the model an image needs: solvers and allocations of steps, compared by accuracy.
 
     python benchmarks/few_steps.py -o outputs/few_steps.json
 
-Every row paints the same prompts from the same noise; the oracle of the tiny world reads the pictures back.
+Every row generates images for the same prompts from the same noise; the oracle of the tiny world checks them.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler, tiny_checkpoint
 from latte_flow_hf.evaluation.tinyworld import evaluate_generation, generation_prompts
+from latte_flow_hf.files import write_json
 
 
-# (arguments of the scheduler, arguments of the call); Heun evaluates twice a step but for the last. The first row is
-# what others lose to: 40 steps with the checkpoint's own share of new noise. Where a row says PLAIN, none is drawn.
+# (arguments of the scheduler, arguments of the call). Heun evaluates the model twice per step, except in the last one.
+# The first row is the reference: 40 steps with the checkpoint's share of new noise. PLAIN rows have no new noise.
 PLAIN = {"stochastic_sampling": False}
 ROWS: list[tuple[dict, dict]] = [
     ({}, {"num_inference_steps": 40}),
@@ -34,41 +34,41 @@ ROWS: list[tuple[dict, dict]] = [
 
 
 def measure(pipe: LatteFlowPipeline, scheduler: dict, call: dict, prompts: dict, seed: int) -> dict:
-    """One row: evaluations of the model a picture, the share of prompts painted right by kind, and over all."""
+    """One row: the number of evaluations per image, and the accuracy by kind and over all prompts."""
     pipe.scheduler = LatteFlowScheduler.from_config(pipe.scheduler.config, **scheduler)
-    found = evaluate_generation(pipe, prompts, seed=seed, **call)
-    counts = {kind: result["count"] for kind, result in found.items()}
+    results = evaluate_generation(pipe, prompts, seed=seed, **call)
+    counts = {kind: result["count"] for kind, result in results.items()}
     return {
         "solver": pipe.scheduler.config.solver,
         "new_noise": pipe.scheduler.config.stochastic_sampling,
         **call,
         "evaluations": pipe.num_timesteps,
-        "right": {kind: result["right"] for kind, result in found.items()},
-        "all": sum(result["right"] * counts[kind] for kind, result in found.items()) / sum(counts.values()),
+        "accuracy": {kind: result["accuracy"] for kind, result in results.items()},
+        "all": sum(result["accuracy"] * counts[kind] for kind, result in results.items()) / sum(counts.values()),
     }
 
 
 def as_markdown(rows: list[dict]) -> str:
-    """The rows as a table; the last column is what is lost to the first row, in points."""
-    kinds = list(rows[0]["right"])
+    """The rows as a table; the last column is the loss against the first row, in percentage points."""
+    kinds = list(rows[0]["accuracy"])
     lines = [
         f"| Solver | New noise | Steps | Evaluations | {' | '.join(kinds)} | all | lost |",
         f"|---|---|---|---|{'---|' * len(kinds)}---|---|",
     ]
     for row in rows:
         steps = row.get("steps_per_expert", row.get("num_inference_steps"))
-        shares = " | ".join(f"{row['right'][kind]:.1%}" for kind in kinds)
+        accuracies = " | ".join(f"{row['accuracy'][kind]:.1%}" for kind in kinds)
         lost = 100 * (rows[0]["all"] - row["all"])
-        how = f"{row['solver']} | {row['new_noise'] or 'none'} | {steps} | {row['evaluations']}"
-        lines.append(f"| {how} | {shares} | {row['all']:.1%} | {lost:+.1f} |")
+        columns = f"{row['solver']} | {row['new_noise'] or 'none'} | {steps} | {row['evaluations']}"
+        lines.append(f"| {columns} | {accuracies} | {row['all']:.1%} | {lost:+.1f} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON with all rows; a table is printed.")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file for all rows; a table is printed.")
     parser.add_argument(
-        "-m", "--model", default=None, help="A pipeline's folder; the embedded checkpoint if left out."
+        "-m", "--model", default=None, help="Folder of a pipeline; defaults to the embedded checkpoint."
     )
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
@@ -76,12 +76,11 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     prompts = generation_prompts(options.seed)
     rows = []
-    own = pipe.scheduler
+    checkpoint_scheduler = pipe.scheduler
     for scheduler, call in ROWS:
-        pipe.scheduler = own
+        pipe.scheduler = checkpoint_scheduler
         rows.append(measure(pipe, scheduler, call, prompts, options.seed))
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(rows, indent=1))
+        write_json(rows, options.output)
     print(as_markdown(rows))
 
 

@@ -1,10 +1,10 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""What a training step of K experts costs against the vanilla's (K = 1), at equal batch, side by side.
+"""The time of a training step with K experts, compared with the vanilla model (K = 1) at the same batch size.
 
-A random model of medium size (12 layers of width 512). The two take turns, step by step, so that a busy machine slows
-both alike; the medians are compared. A step is what the Trainer does: loss, gradients, clipping, its default
-AdamW (fused). With `--cached` the prompts' contexts are computed beforehand, as the recipes' cache does; without, at
-each step.
+Both are random models of medium size (12 layers of width 512). They alternate step by step, so that a busy machine
+slows both alike, and the medians are compared. A step is that of the Trainer: loss, gradients, clipping, fused AdamW.
+With `--cached` the contexts of the prompts are computed in advance, as with the cache of a recipe; without it in each
+step.
 """
 
 import argparse
@@ -41,13 +41,13 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--cached", action="store_true", help="contexts of the prompts computed beforehand")
+    parser.add_argument("--cached", action="store_true", help="compute the contexts of the prompts in advance")
     options = parser.parse_args()
     models = {count: new_model(count) for count in (options.experts, 1)}
     optimizers = {k: torch.optim.AdamW(model.tower.parameters(), lr=1e-4, fused=True) for k, model in models.items()}
     prompts = torch.randint(0, 500, (options.batch, 32))
     latents = torch.randn(options.batch, 32, 8, 8)
-    prompt = {
+    inputs = {
         k: {"context": model.encode_context(prompts)} if options.cached else {"input_ids": prompts}
         for k, model in models.items()
     }
@@ -55,15 +55,16 @@ def main() -> None:
     for step in range(options.steps + 1):
         for count, model in models.items():
             start = time.perf_counter()
-            model(**prompt[count], latents=latents).loss.backward()
+            model(**inputs[count], latents=latents).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.tower.parameters(), 1.0)
             optimizers[count].step()
             optimizers[count].zero_grad()
-            if step:  # the first one warms up
+            # The first step is a warmup.
+            if step:
                 seconds[count].append(time.perf_counter() - start)
     medians = {count: statistics.median(times) for count, times in seconds.items()}
     for count, median in medians.items():
-        print(f"K = {count}: {median:.3f} s a step (median of {options.steps}, batch {options.batch})")
+        print(f"K = {count}: {median:.3f} s per step (median of {options.steps}, batch {options.batch})")
     print(f"ratio: {medians[options.experts] / medians[1]:.3f}")
 
 

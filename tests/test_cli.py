@@ -106,6 +106,9 @@ def test_evaluate_reports_shares_and_writes_them(folder, tmp_path, monkeypatch):
     result = run("evaluate", "-m", folder, "--steps", "2", "-o", str(tmp_path / "measured.json"))
     assert result.exit_code == 0, result.output
     measured = json.loads((tmp_path / "measured.json").read_text())
-    assert measured["painting"]["two objects"]["right"] == 0.0 and measured["painting"]["two objects"]["count"] == 2
-    assert measured["understanding"]["shapes"]["right"] < 0.5
-    assert len(measured["painting"]["one object"]["wrong"]) == 2
+    assert (
+        measured["generation"]["two objects"]["accuracy"] == 0.0
+        and measured["generation"]["two objects"]["count"] == 2
+    )
+    assert measured["understanding"]["shapes"]["accuracy"] < 0.5
+    assert len(measured["generation"]["one object"]["wrong"]) == 2

@@ -30,7 +30,7 @@ def count_attentions(model):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("mode", ["scores", "probabilities", None])
 def test_gradients_are_the_same_and_layers_run_twice(make_model, encode, mode, use_reentrant):
-    # Two experts of two layers each: the gradient of the second layer reaches the first through the residual attention.
+    # Two experts of two layers each: the gradient of the second layer reaches the first through residual attention.
     model = make_model(residual_attention=mode).train()
     inputs = encode("a red circle", "a blue square", "a small green cross above a handwritten seven", "")
     calls = count_attentions(model)

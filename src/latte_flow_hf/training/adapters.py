@@ -30,7 +30,7 @@ def expert_lora_config(
     """A `peft.LoraConfig` whose target modules are the linear layers of some experts.
 
     Pass it to `peft.get_peft_model(model, config)` or `model.add_adapter(config)`. Training then samples timesteps
-    from the intervals of these experts only. The saved `adapter_config.json` records which model the adapter belongs to.
+    from the intervals of these experts only. The saved `adapter_config.json` records the model that it belongs to.
 
     Args:
         model ([`LatteFlowForConditionalGeneration`]): the model, which is not changed.

@@ -1,0 +1,77 @@
+"""The modules of the package only import from lower layers, without cycles."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+
+SOURCE = Path(__file__).parents[1] / "src" / "latte_flow_hf"
+
+# From the lowest to the highest. Subpackages of the same layer do not import each other.
+LAYERS = (
+    ("version", "files", "tinyworld"),
+    ("modeling",),
+    ("schedulers",),
+    ("pipelines",),
+    ("checkpoints",),
+    ("training", "evaluation", "conversion"),
+    ("publishing",),
+    ("cli",),
+)
+
+
+def name_of(path: Path) -> str:
+    """The dotted name of a module within the package; empty for the package itself."""
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+MODULES = {name_of(path): path for path in sorted(SOURCE.rglob("*.py"))}
+
+
+def imports_of(name: str) -> set[str]:
+    """The modules of the package that a module imports, inside functions too."""
+    package = ["latte_flow_hf", *name.split(".")] if name else ["latte_flow_hf"]
+    if MODULES[name].name != "__init__.py":
+        package = package[:-1]
+    imported = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, node.module] if node.module else base)
+            imported |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    inside = {
+        module.removeprefix("latte_flow_hf").lstrip(".") for module in imported if module.startswith("latte_flow_hf")
+    }
+    return (inside & MODULES.keys()) - {name}
+
+
+def layer_of(name: str) -> int:
+    subpackage = name.split(".")[0]
+    layers = [index for index, subpackages in enumerate(LAYERS) if subpackage in subpackages]
+    assert layers, f"{subpackage} has no layer: add it to LAYERS."
+    return layers[0]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name])
+def test_imports_are_from_lower_layers(name):
+    subpackage = name.split(".")[0]
+    for other in imports_of(name):
+        # The package itself imports from all layers, so only the highest one may import it.
+        allowed = layer_of(name) == len(LAYERS) - 1 if not other else layer_of(other) < layer_of(name)
+        assert allowed or other.split(".")[0] == subpackage, f"{name} imports {other or 'latte_flow_hf'}"
+
+
+def test_there_are_no_import_cycles():
+    try:
+        TopologicalSorter({name: imports_of(name) for name in MODULES}).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_imports_are_found():
+    assert {"modeling.context", "files", "training.data"} <= imports_of("training.cache")
+    assert "training.train" in imports_of("cli") and "modeling.configuration_latte_flow" in imports_of("")
