@@ -1,4 +1,4 @@
-"""Adapters and full fine-tuning must touch the chosen experts alone, train with stock tools, and know their model."""
+"""Adapters and full fine-tuning change only the selected experts, and adapters are refused by other models."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from latte_flow_hf.training import TextToImageCollator, encode_prompts, expert_l
 from latte_flow_hf.training.cache import hash_module
 
 
-class Noise(Dataset):
+class RandomLatents(Dataset):
     def __len__(self) -> int:
         return 32
 
@@ -29,7 +29,7 @@ class Noise(Dataset):
 
 @pytest.fixture(scope="module")
 def four(make_model):
-    """4 experts of one layer each; a test that changes it takes a copy."""
+    """4 experts of one layer each; a test that changes the model must copy it."""
     return make_model(num_experts=4)
 
 
@@ -52,7 +52,9 @@ def train(model, contexts, folder, max_steps=3):
         disable_tqdm=True,
         seed=0,
     )
-    trainer = Trainer(model, arguments, train_dataset=Noise(), data_collator=TextToImageCollator(contexts, 0.1))
+    trainer = Trainer(
+        model, arguments, train_dataset=RandomLatents(), data_collator=TextToImageCollator(contexts, 0.1)
+    )
     trainer.train()
     return trainer
 
@@ -73,7 +75,7 @@ def layer_of(name: str) -> int:
         (("modulation",), {"modulation", "self_attn.residual_gate"}),
     ],
 )
-def test_the_config_names_the_parts_of_the_chosen_expert_alone(model, parts, expected):
+def test_the_config_targets_the_parts_of_the_selected_expert(model, parts, expected):
     changed = copy.deepcopy(model)
     changed.add_adapter(expert_lora_config(model, [1], r=2, parts=parts), "style")
     # 2 experts of 2 layers: expert 1 owns layers 2 and 3, of which the first has no residual to gate.
@@ -85,7 +87,7 @@ def test_the_config_names_the_parts_of_the_chosen_expert_alone(model, parts, exp
     assert trainable and all("lora_" in name and layer_of(name) in (2, 3) for name in trainable)
 
 
-def test_all_linear_maps_of_an_expert_are_adapted_by_default(four):
+def test_all_linear_layers_of_an_expert_are_adapted_by_default(four):
     changed = copy.deepcopy(four)
     changed.add_adapter(expert_lora_config(four, [3, 0]), "style")
     linears = {
@@ -96,7 +98,7 @@ def test_all_linear_maps_of_an_expert_are_adapted_by_default(four):
     assert adapted_modules(changed) == linears
     config = changed.peft_config["style"]
     assert (config.r, config.lora_alpha) == (16, 16)
-    # A second one over the first: the wrappers must not hide the linear maps, nor count as such.
+    # A second adapter: the linear layers are found inside the wrappers of the first, whose own are ignored.
     second = expert_lora_config(changed, [0, 3], r=4, lora_alpha=8, lora_dropout=0.1)
     assert second.target_modules == config.target_modules
     assert (second.r, second.lora_alpha, second.lora_dropout) == (4, 8, 0.1)
@@ -113,7 +115,7 @@ def test_all_linear_maps_of_an_expert_are_adapted_by_default(four):
         ({"experts": [0], "parts": "mlp"}, "parts must be some of .*got 'mlp'"),
     ],
 )
-def test_what_is_no_expert_or_part_is_refused(four, arguments, words):
+def test_unknown_experts_and_parts_are_refused(four, arguments, words):
     with pytest.raises(ValueError, match=words):
         expert_lora_config(four, **arguments)
 
@@ -141,7 +143,7 @@ def test_the_stock_trainer_trains_and_saves_an_ordinary_adapter(wrap, four, cont
         "experts": "0,2",
     }
 
-    # What peft reads back is what was trained, around a base whose bytes are the old ones.
+    # The loaded adapter is the trained one, and the weights of the base model are unchanged.
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
     index = torch.tensor([0, 1])
     inner = model.get_base_model() if wrap == "get_peft_model" else model
@@ -160,20 +162,20 @@ def test_the_stock_trainer_trains_and_saves_an_ordinary_adapter(wrap, four, cont
     assert all(torch.equal(plain[name], value) for name, value in base.state_dict().items())
 
 
-def test_training_experts_are_those_that_can_learn(four):
+def test_training_experts_are_those_with_trainable_weights(four):
     model = copy.deepcopy(four)
     assert model.training_experts == [0, 1, 2, 3]
     model.add_adapter(expert_lora_config(model, [1, 3], r=2), "a")
     assert model.training_experts == [1, 3]
     model.tower.head.requires_grad_(True)
-    # What is shared answers for every interval.
+    # Shared modules are used in every interval.
     assert model.training_experts == [0, 1, 2, 3]
     assert train_only_experts(copy.deepcopy(four), [2]).training_experts == [2]
     assert copy.deepcopy(four).requires_grad_(False).training_experts == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_no_compute_goes_to_frozen_experts(batch_size, four, contexts, count_layers, monkeypatch):
+def test_frozen_experts_are_not_computed(batch_size, four, contexts, count_layers, monkeypatch):
     model = train_only_experts(copy.deepcopy(four), [3, 1])
     seen = []
     predict = model.predict_velocity
@@ -198,7 +200,7 @@ def test_no_compute_goes_to_frozen_experts(batch_size, four, contexts, count_lay
     assert all(p.grad is None for p in model.tower.head.parameters())
 
 
-def test_full_fine_tuning_leaves_the_other_experts_their_bytes(four, contexts, tmp_path):
+def test_full_fine_tuning_does_not_change_other_experts(four, contexts, tmp_path):
     model = train_only_experts(copy.deepcopy(four), [2])
     train(model, contexts, tmp_path / "run")
     assert hash_module(model.vlm) == hash_module(four.vlm)
@@ -243,18 +245,18 @@ LOADERS = {
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        ("model", "num_experts=4, .*hidden_size=32; this one has num_experts=2, .*hidden_size=32"),
-        ("wide", "num_experts=4, .*hidden_size=32; this one has num_experts=4, .*hidden_size=64"),
+        ("model", "num_experts=4, .*hidden_size=32; this model has num_experts=2, .*hidden_size=32"),
+        ("wide", "num_experts=4, .*hidden_size=32; this model has num_experts=4, .*hidden_size=64"),
     ],
 )
 def test_an_adapter_of_another_model_is_refused(load, other, words, adapter, request):
     model = copy.deepcopy(request.getfixturevalue(other))
-    with pytest.raises(ValueError, match=f"adapter .* was made for a model of {words}"):
+    with pytest.raises(ValueError, match=f"adapter .* was trained for a model with {words}"):
         load(model, adapter)
 
 
 def test_a_failed_load_leaves_no_adapter_behind(four, wide, adapter, tmp_path):
-    """Without its comment the adapter's width shows only when its weights are there."""
+    """Without its mark an adapter of another width is only detected when its weights are loaded."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["target_modules"] = config["target_modules"].split(")", 1)[1]
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
@@ -278,11 +280,11 @@ def test_an_adapter_folder_loads_with_its_base_model(four, contexts, tmp_path):
 
 
 def test_the_guide_runs(tmp_path, monkeypatch):
-    """Every line of Python in the guide, in its order, at small size."""
+    """All Python code of the guide, in order, at a small size."""
     guide = Path(__file__).parents[2] / "docs" / "guides" / "teach_an_expert_with_lora.md"
     code = "\n".join(re.findall(r"```python\n(.*?)```", guide.read_text(), flags=re.DOTALL))
     for large, small in {
-        "num_pictures = 4000": "num_pictures = 8",
+        "num_images = 4000": "num_images = 8",
         "max_steps=600": "max_steps=2",
         "per_device_train_batch_size=64": "per_device_train_batch_size=4",
         'pipe("an orange circle", ': 'pipe("an orange circle", num_inference_steps=4, ',

@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""The embedded checkpoint: a small model of the tiny world, made with `recipes/tinyworld/checkpoint.yaml`."""
+"""The embedded checkpoint: a small model of the tiny world, made with `recipes/tinyworld/build.py`."""
 
 from pathlib import Path
 
