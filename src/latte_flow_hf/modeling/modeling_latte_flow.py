@@ -100,8 +100,8 @@ class LatteFlowLatentEmbedding(nn.Module):
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, C, height, width) -> (B, N, D), row by row."""
-        # Contiguous, or linear layers would choose their kernel, and so the last bits of the result, by whether a weight
-        # requires gradients.
+        # Contiguous, or linear layers would choose their kernel, and with it the last bits of the result, by whether
+        # a weight requires gradients.
         return self.proj(latents).flatten(2).transpose(1, 2).contiguous()
 
 
