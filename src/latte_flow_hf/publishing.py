@@ -22,7 +22,8 @@ from .files import atomic_write, read_json
 from .modeling.configuration_latte_flow import LatteFlowConfig
 from .modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from .modeling.processing_latte_flow import LatteFlowProcessor
-from .pipelines.pipeline_latte_flow import LatteFlowPipeline, check_pipeline_files
+from .pipelines.loading import check_pipeline_files
+from .pipelines.pipeline_latte_flow import LatteFlowPipeline
 from .schedulers.scheduling_latte_flow import LatteFlowScheduler
 
 

@@ -1,2 +1,2 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""From prompt to picture: diffusers' room."""
+"""The diffusers pipeline: prompts to images, and chat."""

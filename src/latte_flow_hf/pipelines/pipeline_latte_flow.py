@@ -1,15 +1,13 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Prompt -> picture: encode once, denoise with one expert a step, decode.
+"""Prompts to images: encode the prompts once, denoise with one expert at each step, decode.
 
-What is unusual here: the text encoder is the model itself (its frozen backbone), so one component both answers and
-paints, and a prompt's encoding is the backbone's key-value cache.
+Unlike other diffusers pipelines there is no text encoder beside the model. The model's frozen backbone encodes the
+prompts, their encoding is the backbone's key-value cache, and the same backbone answers in `chat`.
 """
 
-import contextlib
 import inspect
 import math
-from collections.abc import Callable, Container, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,17 +15,16 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import get_device, randn_tensor
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
-from ..files import check_files, read_json
 from ..modeling.context import LatteFlowContext
-from ..modeling.expert_offload import ExpertOffload
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
+from .loading import LatteFlowLoadingMixin
 from .lora import LatteFlowLoraMixin
+from .offloading import LatteFlowOffloadingMixin, runs_only_in_forward
 from .pipeline_output import LatteFlowPipelineOutput
 
 
@@ -35,37 +32,29 @@ logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-# What a component's folder must hold; weights may be in shards, or of a variant.
-_COMPONENT_FILES = {
-    "model": ("config.json", "model.safetensors|model.*.safetensors|model.safetensors.index*.json"),
-    "processor": ("processor_config.json|preprocessor_config.json", "tokenizer.json|vocab.json"),
-    "scheduler": ("scheduler_config.json",),
-    "vae": ("config.json", "diffusion_pytorch_model.safetensors|diffusion_pytorch_model*"),
-}
 
-
-class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
-    """Paints from a prompt or a conversation, and chats, with one LaTtE-Flow model.
+class LatteFlowPipeline(LatteFlowLoadingMixin, LatteFlowOffloadingMixin, LatteFlowLoraMixin, DiffusionPipeline):
+    """Generates images from prompts or conversations, and chats, with one LaTtE-Flow model.
 
     Args:
         model ([`LatteFlowForConditionalGeneration`]): the frozen backbone and the generation tower.
-        processor ([`LatteFlowProcessor`] or `None`):
-            The backbone's tokenizer, image processor and chat template; without it the call takes `context` only.
-        vae (`AutoencoderDC` or `None`):
-            The autoencoder; any with the same calls will do. Without it the call gives latents only.
-        scheduler ([`LatteFlowScheduler`]): sigmas, and which expert runs at which step.
+        processor ([`LatteFlowProcessor`], *optional*):
+            The backbone's tokenizer, image processor and chat template. Without it, the pipeline takes encoded prompts
+            only (`context`).
+        vae (`AutoencoderDC`, *optional*):
+            The autoencoder, or another one with the same methods. Without it, the pipeline returns latents only.
+        scheduler ([`LatteFlowScheduler`]): the sigmas, and the expert of each step.
 
     Raises:
-        `ValueError`: if the autoencoder's latent channels or the scheduler's boundaries are not the model's.
+        `ValueError`: if the latent channels of the autoencoder or the boundaries of the scheduler are not the model's.
     """
 
     model_cpu_offload_seq = "model->vae"
     _callback_tensor_inputs = ["latents"]
     _optional_components = ["processor", "vae"]
-    _unconditional: tuple[tuple, LatteFlowContext] | None
 
-    # diffusers compares components with these annotations. A checkpoint that carries its own code has each of its
-    # classes twice, once in the pipeline's file and once in the component's, hence the base classes.
+    # diffusers compares components with these annotations. They are base classes because a checkpoint that carries its
+    # code defines each of our classes twice: in the pipeline's file and in the component's.
     def __init__(
         self,
         model: PreTrainedModel,
@@ -77,103 +66,62 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
         self.register_modules(model=model, processor=processor, vae=vae, scheduler=scheduler)
         self._check_components()
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """A component may be exchanged at any time: what was worked out from the one before goes with it."""
-        super().__setattr__(name, value)
-        if name in ("model", "processor"):
-            self._unconditional = None
-        elif name == "vae":
-            self.vae_scale_factor = 32 if value is None else spatial_compression(value)
-            self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "LatteFlowPipeline":
-        """As of `DiffusionPipeline`; a local folder is first checked for files that are missing or cut off.
-
-        Raises:
-            `OSError`: with the path of such a file.
-        """
-        folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir():
-            check_pipeline_files(folder, given=kwargs)
-        return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "LatteFlowPipeline":
-        """As of `DiffusionPipeline`, with any autoencoder: it hands on only those whose very class is annotated."""
-        return super().from_pipe(pipeline, **{"vae": getattr(pipeline, "vae", None), **kwargs})
-
-    @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
-        """As of `DiffusionPipeline`, which leaves the model's generation_config.json on the hub."""
-        folder = Path(super().download(pretrained_model_name, **kwargs))
-        with contextlib.suppress(OSError):  # a model need not have one
-            GenerationConfig.from_pretrained(
-                pretrained_model_name,
-                subfolder="model",
-                revision=folder.name,  # the commit
-                **{name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if kwargs.get(name)},
-            )
-        return str(folder)
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file: Any) -> dict:
-        """As of `ConfigMixin`; where this package is installed, code that a checkpoint carries does not run: the
-        package's own classes take its place."""
-        config = super()._dict_from_json_file(json_file)
-        if "latte_flow_hf" in LOADABLE_CLASSES and isinstance(config.get("_class_name"), list):
-            config["_class_name"] = config["_class_name"][1]
-            for name, entry in config.items():
-                if name in _COMPONENT_FILES and str(entry[1]).startswith("LatteFlow"):
-                    config[name] = ["latte_flow_hf", entry[1]]
-        return config
-
     def _check_components(self) -> None:
-        """What does not fit together must not paint."""
         if self.model is None:
             return
         if self.vae is not None and self.vae.config.latent_channels != self.model.config.latent_channels:
             raise ValueError(
-                f"vae has {self.vae.config.latent_channels} latent channels, the model paints with "
-                f"{self.model.config.latent_channels}: give the autoencoder that the model was trained with."
+                f"vae has {self.vae.config.latent_channels} latent channels, the model has "
+                f"{self.model.config.latent_channels}; use the autoencoder that the model was trained with."
             )
         boundaries = getattr(getattr(self.scheduler, "config", None), "expert_boundaries", None)
         if boundaries is not None and list(boundaries) != list(self.model.config.expert_boundaries):
             raise ValueError(
                 f"scheduler's expert_boundaries {list(boundaries)} are not the model's "
                 f"{list(self.model.config.expert_boundaries)}; "
-                "LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries) would do."
+                "use LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries)."
             )
 
-    def _check_has(self, *names: str) -> None:
-        """A component that is left out must be missed by its name."""
-        for name in names:
-            if getattr(self, name) is None:
-                raise ValueError(f"{name} is None, and this needs one: pipe.register_modules({name}=...) would do.")
+    def _require(self, name: str) -> None:
+        if getattr(self, name) is None:
+            raise ValueError(f"{name} is None, but is needed here; set it by pipe.register_modules({name}=...).")
+
+    # Properties, because components may be exchanged after the pipeline is made.
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent pixel along a side; without an autoencoder 32, as in DC-AE f32 (Paper: the autoencoder)."""
+        return 32 if self.vae is None else spatial_compression(self.vae)
+
+    @property
+    def image_processor(self) -> VaeImageProcessor:
+        """Converts between images and the autoencoder's pixels."""
+        return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @property
     def default_size(self) -> int:
-        """Side of a picture in pixels when none is asked for: `sample_size` latent pixels."""
+        """The default height and width in pixels: the model's `sample_size`, which counts latent pixels."""
         return self.model.config.sample_size * self.vae_scale_factor
 
     @property
     def guidance_scale(self) -> float:
-        """Of the running call, at its current expert."""
-        return self._guidance_scale[self._expert] if isinstance(self._guidance_scale, list) else self._guidance_scale
+        """The guidance scale of the current expert."""
+        if isinstance(self._guidance_scale, list):
+            return self._guidance_scale[self._current_expert]
+        return self._guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the running call computes the unconditional branch; `_guidance_scale = 1` in a callback ends it."""
+        """Whether guidance is on. A callback may end it by `pipe._guidance_scale = 1.0`."""
         return self.guidance_scale > 1
 
     @property
     def num_timesteps(self) -> int:
-        """Steps of the running call."""
+        """The number of evaluations of the model in the current call."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Set `pipe._interrupt = True` in a callback to skip the remaining steps."""
+        """A callback may skip the remaining steps by `pipe._interrupt = True`."""
         return self._interrupt
 
     def check_inputs(
@@ -194,62 +142,25 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
         context: LatteFlowContext | None = None,
         negative_context: LatteFlowContext | None = None,
     ) -> None:
-        """Refuse what cannot be right, before any heavy work.
+        """Check the arguments of the call before any heavy work.
 
         Raises:
-            `ValueError`: with the name and the value of the first such argument.
+            `ValueError`: with the name and the value of the first invalid argument.
         """
-        if sum(given is not None for given in (prompt, messages, context)) != 1:
-            raise ValueError("give either `prompt` or `messages`, or `context` in place of both.")
-        for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            given = [value] if isinstance(value, str) else value
-            if given is not None and not (
-                isinstance(given, (list, tuple)) and given and all(isinstance(item, str) for item in given)
-            ):
-                raise ValueError(f"{name} must be a string or a non-empty list of strings, got {value!r}.")
-        if negative_prompt is not None and negative_context is not None:
-            raise ValueError("give either `negative_prompt` or `negative_context`.")
-        for name, encoded in (("context", context), ("negative_context", negative_context)):
-            if encoded is not None and (not isinstance(encoded, LatteFlowContext) or not len(encoded)):
-                raise ValueError(
-                    f"{name} must be a LatteFlowContext of one prompt or more, got {type(encoded).__name__}."
-                )
-        if context is not None and image is not None:
-            raise ValueError("`image` goes with `prompt`; a context already holds its pictures.")
-        if messages is not None and image is not None:
-            raise ValueError("`image` goes with `prompt`; in a conversation, put it into the messages' content.")
-        if messages is not None and (not isinstance(messages, (list, tuple)) or not messages):
-            raise ValueError(f"messages must be a non-empty list of messages or of conversations, got {messages!r}.")
-        step = self.vae_scale_factor * self.model.config.latent_patch_size
-        for name, pixels in (("height", height), ("width", width)):
-            if not isinstance(pixels, int) or pixels < step or pixels % step:
-                raise ValueError(f"{name} must be a positive multiple of {step}, got {pixels!r}.")
+        _check_prompts(prompt, image, messages, negative_prompt, context, negative_context)
+        _check_size(height, width, multiple=self.vae_scale_factor * self.model.config.latent_patch_size)
         check_num_inference_steps(num_inference_steps)
-        num_experts = self.model.config.num_experts
-        scales = list(guidance_scale) if isinstance(guidance_scale, (list, tuple)) else [guidance_scale] * num_experts
-        finite = all(isinstance(scale, (int, float)) and math.isfinite(scale) for scale in scales)
-        if not finite or len(scales) != num_experts:
-            raise ValueError(
-                f"guidance_scale must be a finite number, or one for each of {num_experts} experts, got "
-                f"{guidance_scale!r}."
-            )
-        if guidance_interval is not None and not (
-            isinstance(guidance_interval, (list, tuple))
-            and len(guidance_interval) == 2
-            and 0 <= guidance_interval[0] <= guidance_interval[1] <= 1
-        ):
-            raise ValueError(
-                f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {guidance_interval!r}."
-            )
+        _check_guidance(guidance_scale, guidance_interval, self.model.config.num_experts)
         if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be a positive integer, got {num_images_per_prompt!r}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {list(OUTPUT_TYPES)}, got {output_type!r}.")
         if output_type != "latent" and self.vae is None:
             raise ValueError(f"output_type must be 'latent' as long as vae is None, got {output_type!r}.")
-        if self.processor is None and (context is None or (max(scales) > 1 and negative_context is None)):
+        is_guided = max(guidance_scale) > 1 if isinstance(guidance_scale, (list, tuple)) else guidance_scale > 1
+        if self.processor is None and (context is None or (is_guided and negative_context is None)):
             raise ValueError(
-                "processor is None: give `context` in place of words and, with a guidance_scale above 1, "
+                "processor is None: give `context` instead of a prompt and, with a guidance_scale above 1, "
                 "`negative_context`."
             )
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
@@ -258,19 +169,11 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got "
                 f"{sorted(unknown)}."
             )
-        prompts = _num_prompts(prompt, messages, context)
-        pictures = prompts * num_images_per_prompt
-        generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * pictures
-        no_generator = [item for item in generators if not isinstance(item, torch.Generator)]
-        if len(generators) != pictures or (no_generator and generator is not None):
-            found = repr(no_generator[0]) if no_generator else len(generators)
-            raise ValueError(f"generator must be one, or one for each of {pictures} pictures, got {found}.")
-        if isinstance(negative_prompt, (list, tuple)) and len(negative_prompt) not in (1, prompts):
-            raise ValueError(f"negative_prompt must be one, or one for each of {prompts}, got {len(negative_prompt)}.")
-        if negative_context is not None and len(negative_context) not in (1, prompts):
-            raise ValueError(
-                f"negative_context must be one, or one for each of {prompts}, got {len(negative_context)}."
-            )
+        num_prompts = _num_prompts(prompt, messages, context)
+        _check_generator(generator, num_images=num_prompts * num_images_per_prompt)
+        for name, negative in (("negative_prompt", negative_prompt), ("negative_context", negative_context)):
+            if negative is not None and not isinstance(negative, str) and len(negative) not in (1, num_prompts):
+                raise ValueError(f"{name} must be one, or one for each of {num_prompts} prompts, got {len(negative)}.")
 
     def encode_prompt(
         self,
@@ -282,57 +185,56 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
         context: LatteFlowContext | None = None,
         negative_context: LatteFlowContext | None = None,
     ) -> tuple[LatteFlowContext, LatteFlowContext | None]:
-        """Prefill each prompt once; the unconditional one (an empty prompt) once a pipeline.
+        """Encode the prompts and, for guidance, the negative prompts, in one prefill.
 
         Args:
-            prompt, image, messages, negative_prompt, context, negative_context: as of the call.
-            do_classifier_free_guidance (`bool`, defaults to `True`): whether to give the unconditional branch too.
+            prompt, image, messages, negative_prompt, context, negative_context: same as in the call.
+            do_classifier_free_guidance (`bool`, defaults to `True`): whether to encode negative prompts.
 
         Returns:
-            The contexts of all prompts (several pictures of one share it), and of as many for the unconditional branch
-            (`None` without guidance).
+            The contexts of all prompts (the images of a prompt share one), and as many negative ones (`None` without
+            guidance).
 
         Raises:
-            `ValueError`: if a picture is none, or their number is not that of the prompts.
+            `ValueError`: if an image cannot be read, or the number of images is not that of the prompts.
         """
+        conversations, negatives = [], []
         if context is None:
-            context = self._encode(self._conversations(prompt, image, messages))
-        negative = None
-        if do_classifier_free_guidance:
-            if negative_context is not None:
-                negative = negative_context
-            elif negative_prompt is None:
-                negative = self._unconditional_context()
-            else:
-                negative = self._encode(self._conversations(negative_prompt, None, None))
-            if len(negative) < len(context):
-                negative = negative.select(torch.zeros(len(context), dtype=torch.long, device=self._execution_device))
-        return context, negative
+            conversations = self._conversations(prompt, image, messages)
+        if do_classifier_free_guidance and negative_context is None:
+            negatives = self._conversations("" if negative_prompt is None else negative_prompt)
+        if conversations or negatives:
+            self._require("processor")
+            inputs = self.processor.encode_conversations([*negatives, *conversations]).to(self._execution_device)
+            encoded = self.model.encode_context(**inputs)
+            index = torch.arange(len(encoded), device=self._execution_device)
+            if negatives:
+                negative_context = encoded.select(index[: len(negatives)])
+            if conversations:
+                context = encoded.select(index[len(negatives) :])
+        assert context is not None
+        if not do_classifier_free_guidance:
+            return context, None
+        assert negative_context is not None
+        if len(negative_context) < len(context):
+            negative_context = negative_context.select(index.new_zeros(len(context)))
+        return context, negative_context
 
-    def _conversations(self, prompt: str | list[str] | None, image: Any, messages: list | None) -> list[list[dict]]:
-        self._check_has("processor")
+    def _conversations(
+        self, prompt: str | list[str] | None, image: Any = None, messages: list | None = None
+    ) -> list[list[dict]]:
+        """The conversation of each prompt, in the chat-template form."""
+        self._require("processor")
         if messages is not None:
-            several = messages if isinstance(messages[0], (list, tuple)) else [messages]
-            return [self.processor.conversation(conversation) for conversation in several]
+            conversations = messages if isinstance(messages[0], (list, tuple)) else [messages]
+            return [self.processor.conversation(conversation) for conversation in conversations]
         if isinstance(prompt, str):
             return [self.processor.conversation(prompt, image)]
         assert prompt is not None
         images = list(image) if isinstance(image, (list, tuple)) else [image] * len(prompt)
         if len(images) != len(prompt):
             raise ValueError(f"image must be one, or one for each of {len(prompt)} prompts, got {len(images)}.")
-        return [self.processor.conversation(words, picture) for words, picture in zip(prompt, images)]
-
-    def _encode(self, conversations: list[list[dict]]) -> LatteFlowContext:
-        inputs = self.processor.encode_conversations(conversations).to(self._execution_device)
-        return self.model.encode_context(**inputs)
-
-    def _unconditional_context(self) -> LatteFlowContext:
-        # Weights that were loaded or changed in place are other weights: torch counts the changes of each.
-        weights = [(id(p), 0 if p.is_inference() else p._version) for p in self.model.vlm.parameters()]
-        key = (self.model.dtype, self._execution_device, self.processor.chat_template, weights)
-        if self._unconditional is None or self._unconditional[0] != key:
-            self._unconditional = (key, self._encode([self.processor.conversation("")]))
-        return self._unconditional[1]
+        return [self.processor.conversation(text, image) for text, image in zip(prompt, images)]
 
     def prepare_latents(
         self,
@@ -380,43 +282,44 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
         context: LatteFlowContext | None = None,
         negative_context: LatteFlowContext | None = None,
     ) -> LatteFlowPipelineOutput | tuple:
-        """Paint.
+        """Generate images.
 
         Args:
-            prompt (`str` or `list[str]`, *optional*): what to paint.
+            prompt (`str` or `list[str]`, *optional*): the prompt or prompts.
             image (*optional*):
-                Visual context that goes before the words: with a string, a picture or a list of pictures; with a list
-                of prompts, one for all, or one entry for each.
+                Images shown to the model before the prompt: with one prompt, an image or a list of images; with a list
+                of prompts, one for all of them, or one entry for each.
             messages (`list`, *optional*):
-                In place of `prompt`: a conversation in the chat-template form (or a list of them), pictures included.
-            negative_prompt (`str` or `list[str]`, *optional*): what guidance leads away from; an empty prompt if not
-                given.
-            height, width (`int`, *optional*): in pixels; the model's `sample_size` in latent pixels if not given.
-            num_inference_steps (`int`, defaults to 40): as in the paper.
-            steps_per_expert (`list[int]`, *optional*): in place of `num_inference_steps`: steps of each expert.
+                A conversation in the chat-template form, images included, or a list of conversations. Instead of
+                `prompt`.
+            negative_prompt (`str` or `list[str]`, *optional*): what to guide away from; defaults to an empty prompt.
+            height, width (`int`, *optional*): in pixels; default to the model's `sample_size` in latent pixels.
+            num_inference_steps (`int`, defaults to 40): the number of denoising steps (Paper: 40).
+            steps_per_expert (`list[int]`, *optional*): the number of steps of each expert. Instead of
+                `num_inference_steps`.
             guidance_scale (`float` or `list[float]`, defaults to 4.0):
-                w of v_uncond + w * (v_cond - v_uncond), one for all or one for each expert; up to 1 the unconditional
-                branch is not computed. (Paper: its FID is flat from about 4 up.)
+                w in v_negative + w * (v_prompt - v_negative), one value or one for each expert. Up to 1, the negative
+                prompt is not evaluated. (Paper: its FID is flat from about 4 up.)
             guidance_interval (`tuple[float, float]`, *optional*):
-                (low, high), from 0 (data) to 1 (noise): guide at sigmas in there alone.
-            num_images_per_prompt (`int`, defaults to 1): they share one prefill, and its cache without a copy.
-            generator (`torch.Generator` or a list of them, *optional*): one, or one for each picture.
-            latents (`torch.Tensor`, *optional*): the starting noise, (batch, channels, height / f, width / f).
+                (low, high) sigmas, from 0 (data) to 1 (noise), between which guidance is used.
+            num_images_per_prompt (`int`, defaults to 1): images per prompt; they share the prompt's encoding.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): one, or one for each image.
+            latents (`torch.Tensor`, *optional*): the initial noise, (batch, channels, height / f, width / f).
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, defaults to `True`): a [`LatteFlowPipelineOutput`] or a tuple.
-            callback_on_step_end (*optional*): called as (pipe, step, timestep, tensors) after each step; may return
-                changed tensors.
-            callback_on_step_end_tensor_inputs (`list[str]`): which tensors it gets; `latents`.
+            callback_on_step_end (`Callable`, *optional*): called as (pipe, step, timestep, tensors) after each step;
+                may return changed tensors.
+            callback_on_step_end_tensor_inputs (`list[str]`): the tensors that it gets: `latents`.
             context, negative_context ([`LatteFlowContext`], *optional*):
-                In place of `prompt` and `negative_prompt`: prompts already encoded, as `encode_prompt` gives them.
+                Encoded prompts from `encode_prompt`. Instead of `prompt` and `negative_prompt`.
 
         Returns:
-            [`LatteFlowPipelineOutput`], or a tuple of the pictures.
+            [`LatteFlowPipelineOutput`], or a tuple of the images.
 
         Raises:
-            `ValueError`: if an argument cannot be right; before any heavy work.
+            `ValueError`: if an argument is invalid, before any heavy work.
         """
-        # 1. Check everything
+        # 1. Check inputs
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         callback_on_step_end_tensor_inputs = list(callback_on_step_end_tensor_inputs or ())
@@ -445,88 +348,97 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
             self._guidance_scale = [float(scale) for scale in guidance_scale]
         else:
             self._guidance_scale = float(guidance_scale)
-        self._expert = 0
+        self._current_expert = 0
         self._interrupt = False
         device = self._execution_device
 
-        # 2. Choose the steps (the scheduler checks `steps_per_expert`) and the noise
-        wanted = "sigmas" if steps_per_expert is None else "steps_per_expert"
-        if wanted not in inspect.signature(self.scheduler.set_timesteps).parameters:
-            raise ValueError(
-                f"scheduler {type(self.scheduler).__name__} takes no {wanted}; a LatteFlowScheduler would do."
-            )
+        # 2. Prepare timesteps, the expert of each, and whether it is guided
         if steps_per_expert is None:
-            # Evenly spaced down to one step above the data, as diffusers' flow-matching pipelines have it.
-            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-            self.scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
-        else:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        elif "steps_per_expert" in inspect.signature(self.scheduler.set_timesteps).parameters:
             self.scheduler.set_timesteps(steps_per_expert=steps_per_expert, device=device)
+        else:
+            raise ValueError(
+                f"scheduler {type(self.scheduler).__name__} takes no steps_per_expert; use a LatteFlowScheduler."
+            )
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
-        # Where a solver corrects a step at its end, the scheduler knows whose step it was.
+        # A LatteFlowScheduler knows the expert of Heun's second evaluation, which the timestep alone does not tell.
         experts = getattr(self.scheduler, "experts", None)
         if experts is None:
             experts = [self.model.expert_of(timestep) for timestep in timesteps.tolist()]
-        scales = self._guidance_scale if isinstance(self._guidance_scale, list) else [self._guidance_scale]
+        scales = self._guidance_scale
+        if not isinstance(scales, list):
+            scales = [scales] * self.model.config.num_experts
         low, high = (0.0, 1.0) if guidance_interval is None else guidance_interval
-        guided = [
-            scales[expert % len(scales)] > 1 and low <= timestep / 1000.0 <= high
+        is_guided = [
+            scales[expert] > 1 and low <= timestep / 1000.0 <= high
             for expert, timestep in zip(experts, timesteps.tolist())
         ]
+
+        # 3. Prepare latents
         batch_size = _num_prompts(prompt, messages, context) * num_images_per_prompt
         generator = list(generator) if isinstance(generator, tuple) else generator
-        # A step may draw noise as well.
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        drawn_from = {"generator": generator} if takes_generator else {}
         latents = self.prepare_latents(batch_size, height, width, self.model.dtype, device, generator, latents)
 
-        # 3. Encode the prompts
-        context, negative = self.encode_prompt(
-            prompt,
-            image,
-            messages,
-            negative_prompt,
-            any(guided),
-            context,
-            negative_context,
+        # 4. Encode prompts
+        context, negative_context = self.encode_prompt(
+            prompt, image, messages, negative_prompt, any(is_guided), context, negative_context
         )
-        # Several pictures of a prompt share its context; the steps, what depends on none of them.
-        both = None if negative is None else LatteFlowContext.cat([negative, context])
-        layout = self.model.latent_layout(latents, context)
-        both_layout = None if both is None else self.model.latent_layout(torch.cat([latents, latents]), both)
+        guided_context = None if negative_context is None else LatteFlowContext.cat([negative_context, context])
 
-        # 4. Denoise
-        unconditional = conditional = None
-        with self.progress_bar(total=len(timesteps)) as progress:
-            for step, (timestep, expert) in enumerate(zip(timesteps, experts)):
-                if self._interrupt:
+        # 5. Denoise
+        layout = guided_layout = modulation = uncond_velocity = cond_velocity = None
+        precompute = not runs_only_in_forward(self.model.tower)
+        if precompute:
+            layout = self.model.latent_layout(latents, context)
+            if guided_context is not None:
+                guided_layout = self.model.latent_layout(torch.cat([latents, latents]), guided_context)
+        # Schedulers with stochastic steps draw from the same generator.
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        extra_step_kwargs = {"generator": generator} if takes_generator else {}
+
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, (t, expert) in enumerate(zip(timesteps, experts)):
+                if self.interrupt:
                     continue
-                progress.set_description(f"expert {expert} of {self.model.config.num_experts}")
-                if step == 0 or expert != experts[step - 1]:
-                    first_step = step
-                    of_expert = [t for t, owner in zip(timesteps, experts) if owner == expert]
-                    modulations = self.model.modulate(torch.stack(of_expert), expert)
-                self._expert = expert
-                modulation = modulations[step - first_step]
-                if guided[step] and self.do_classifier_free_guidance:
-                    velocity = self.model.predict_velocity(
-                        torch.cat([latents, latents]), timestep, both, expert, modulation, both_layout
-                    )
-                    unconditional, conditional = velocity.chunk(2)
-                    velocity = unconditional + self.guidance_scale * (conditional - unconditional)
-                else:
-                    velocity = self.model.predict_velocity(latents, timestep, context, expert, modulation, layout)
-                latents = self.scheduler.step(velocity, timestep, latents, **drawn_from, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
-                    latents = (callback_on_step_end(self, step, timestep, tensors) or {}).pop("latents", latents)
-                progress.update()
+                progress_bar.set_description(f"expert {expert} of {self.model.config.num_experts}")
+                self._current_expert = expert
+                if i == 0 or expert != experts[i - 1]:
+                    first_step, last_step = i, i + experts.count(expert) - 1
+                    if self.expert_offload is not None:
+                        self.expert_offload.enter(expert)
+                    if precompute:
+                        modulation = self.model.modulate(timesteps[first_step : last_step + 1], expert)
+                if self.expert_offload is not None and i == last_step and i + 1 < len(experts):
+                    self.expert_offload.next_expert = experts[i + 1]
 
-        # 5. Decode
-        if unconditional is not None and torch.equal(unconditional, conditional):
-            logger.warning(
-                "The prompt changed nothing against the negative one: the two are the same, or the tower is untrained."
-            )
+                shared = {"expert": expert, "modulation": None if modulation is None else modulation[i - first_step]}
+                if is_guided[i] and self.do_classifier_free_guidance:
+                    velocity = self.model.predict_velocity(
+                        torch.cat([latents, latents]), t, guided_context, layout=guided_layout, **shared
+                    )
+                    uncond_velocity, cond_velocity = velocity.chunk(2)
+                    velocity = uncond_velocity + self.guidance_scale * (cond_velocity - uncond_velocity)
+                else:
+                    velocity = self.model.predict_velocity(latents, t, context, layout=layout, **shared)
+
+                latents = self.scheduler.step(velocity, t, latents, **extra_step_kwargs, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for k in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[k] = locals()[k]
+                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
+                    latents = callback_outputs.pop("latents", latents)
+                progress_bar.update()
+
+        if self.expert_offload is not None:
+            self.expert_offload.release_all()
+        if cond_velocity is not None and torch.equal(uncond_velocity, cond_velocity):
+            logger.warning("Prompt and negative prompt give the same velocity: they are equal, or the tower is untrained.")
+
+        # 6. Decode
         if output_type == "latent":
             _check_finite(latents, self.model)
             images = latents
@@ -535,16 +447,16 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return LatteFlowPipelineOutput(images=images) if return_dict else (images,)
 
-    # The name that the field's readers of the paper look for.
+    # The name that readers of the paper and of transformers look for.
     generate = __call__
 
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
-        """Scaled latents (batch, channels, height, width) -> pictures of `output_type`.
+        """Scaled latents (batch, channels, height, width) -> images of `output_type`.
 
         Raises:
-            `ValueError`: if pixels are not finite: the model or the autoencoder left the range of its dtype.
+            `ValueError`: if there is no autoencoder, or pixels are not finite because of an overflow.
         """
-        self._check_has("vae")
+        self._require("vae")
         scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         scaled = scaled + (getattr(self.vae.config, "shift_factor", None) or 0.0)
         pixels = self.vae.decode(scaled, return_dict=False)[0]
@@ -552,129 +464,108 @@ class LatteFlowPipeline(LatteFlowLoraMixin, DiffusionPipeline):
             _check_finite(latents, self.model)
             _check_finite(pixels, self.vae)
         if (pixels.amax((1, 2, 3)) - pixels.amin((1, 2, 3)) < 2 / 255).any():
-            logger.warning("A picture is of one even colour: weights that do not fit together paint so.")
+            logger.warning("An image has a single colour. Check that the weights belong together.")
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
     @torch.no_grad()
     def encode_images(self, images: Image.Image | list[Image.Image]) -> torch.Tensor:
-        """Pictures -> clean latents (batch, channels, height, width), scaled as the model is trained on them."""
-        self._check_has("vae")
+        """Images -> clean latents (batch, channels, height, width), scaled as for training."""
+        self._require("vae")
         pixels = self.image_processor.preprocess(images).to(self._execution_device, self.vae.dtype)
         return encode_pixels(self.vae, pixels)
 
     def chat(self, messages: str | list[dict], images: Any = None, **kwargs: Any) -> str:
-        """Ask the same model, also about what was painted; as [`LatteFlowForConditionalGeneration.chat`]."""
-        self._check_has("processor")
+        """Ask the model about images or anything else. Same as [`LatteFlowForConditionalGeneration.chat`], with the
+        pipeline's processor and device."""
+        self._require("processor")
         answer = self.model.chat(self.processor, messages, images=images, device=self._execution_device, **kwargs)
         self.maybe_free_model_hooks()
         return answer
 
     def compile(self, **kwargs: Any) -> None:
-        """Compile what a layer of the tower does to the latents: one graph serves all layers, and experts, alike.
+        """Compile the `forward` of the tower's layers; layers with equal shapes share a graph. Call it before any
+        off-loading is enabled.
 
-        Shapes are static: another size, batch or prompt length is compiled anew, at its first step. Chosen: layers and
-        not whole steps, because K experts would take K times as long, and steps would share nothing.
+        Shapes are static: another size, batch or prompt length is compiled at its first step. (Chosen: layers rather
+        than the whole model, which would take K times as long to compile and share nothing.)
 
         Args:
-            kwargs: of `torch.compile`, such as `mode="max-autotune"`.
+            kwargs: arguments of `torch.compile`, such as `mode="max-autotune"`.
         """
         for layer in self.model.tower.layers:
-            layer.update = torch.compile(layer.update, **{"dynamic": False, "fullgraph": True, **kwargs})
-
-    def enable_expert_offload(self, device: torch.device | str | None = None) -> None:
-        """Keep one expert of the tower on the accelerator, the others on the CPU.
-
-        The next expert is fetched layer by layer during the last step of the one before it: K transfers of an expert a
-        picture, and 1 / K of the tower's weights at a time. Everything else goes to `device` and stays there.
-
-        Args:
-            device (*optional*): where it all works; the accelerator if there is one.
-
-        Raises:
-            `ValueError`: if some other off-loading is on.
-        """
-        if any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in self.model.modules()):
-            raise ValueError("another off-loading is on, and moves the same weights; load the pipeline anew.")
-        device = torch.device(get_device() if device is None else device)
-        self.disable_expert_offload()
-        layers = self.model.tower.layers.to("cpu")
-        offload = ExpertOffload(layers, device)
-        # With its layers taken out, the rest of the model moves as usual.
-        self.model.tower.layers = torch.nn.ModuleList()
-        self.to(device)
-        self.model.tower.layers = layers
-        self.model.tower.expert_offload = offload
-
-    def disable_expert_offload(self) -> None:
-        """All experts to where the rest of the tower is."""
-        tower = self.model.tower
-        if tower.expert_offload is not None:
-            tower.expert_offload.release_all()
-            tower.expert_offload = None
-            tower.layers.to(self.model.device)
-
-    def enable_group_offload(
-        self,
-        onload_device: torch.device | str,
-        offload_device: torch.device | str = "cpu",
-        offload_type: str = "block_level",
-        **kwargs: Any,
-    ) -> None:
-        """As of `DiffusionPipeline`, whose blocks of an autoencoder would wait for a `forward` that `decode` is not.
-
-        Raises:
-            `ValueError`: for `offload_to_disk_path` with `"leaf_level"` and a language head that is tied to the
-                embedding: diffusers would write the second of the two after it has dropped the weights of both.
-        """
-        tied = self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
-        if offload_type == "leaf_level" and kwargs.get("offload_to_disk_path") is not None and tied:
-            raise ValueError(
-                "offload_type 'leaf_level' cannot go to disk: the language head is tied to the embedding, and "
-                "diffusers would lose its weights; 'block_level' or no `offload_to_disk_path` would do."
-            )
-        if self.vae is not None and getattr(self.vae, "_group_offload_block_modules", None) is None:
-            self.vae._group_offload_block_modules = ["encoder", "decoder", "quant_conv", "post_quant_conv"]
-        super().enable_group_offload(onload_device, offload_device, offload_type, **kwargs)
+            layer.forward = torch.compile(layer.forward, **{"dynamic": False, "fullgraph": True, **kwargs})
 
 
-def check_pipeline_files(folder: Path, given: Container[str] = ()) -> None:
-    """Refuse a local pipeline that is not whole.
+def _check_prompts(
+    prompt: str | list[str] | None,
+    image: Any,
+    messages: list | None,
+    negative_prompt: str | list[str] | None,
+    context: LatteFlowContext | None,
+    negative_context: LatteFlowContext | None,
+) -> None:
+    if sum(given is not None for given in (prompt, messages, context)) != 1:
+        raise ValueError("give either `prompt` or `messages`, or `context` instead of both.")
+    for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if texts is None or isinstance(texts, str):
+            continue
+        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{name} must be a string or a non-empty list of strings, got {texts!r}.")
+    if negative_prompt is not None and negative_context is not None:
+        raise ValueError("give either `negative_prompt` or `negative_context`.")
+    for name, encoded in (("context", context), ("negative_context", negative_context)):
+        if encoded is not None and (not isinstance(encoded, LatteFlowContext) or not len(encoded)):
+            raise ValueError(f"{name} must be a LatteFlowContext of one prompt or more, got {type(encoded).__name__}.")
+    if context is not None and image is not None:
+        raise ValueError("`image` goes with `prompt`; a context already contains its images.")
+    if messages is not None and image is not None:
+        raise ValueError("`image` goes with `prompt`; in a conversation, put it into the messages' content.")
+    if messages is not None and (not isinstance(messages, (list, tuple)) or not messages):
+        raise ValueError(f"messages must be a non-empty list of messages or of conversations, got {messages!r}.")
 
-    Args:
-        folder (`Path`): the pipeline's.
-        given (container of `str`): names of components that need no files.
 
-    Raises:
-        `OSError`: with the path of the file that is missing or cut off.
-    """
-    check_files(folder, "model_index.json")
-    saved = read_json(folder / "model_index.json")
-    for component, names in _COMPONENT_FILES.items():
-        if component not in given and saved.get(component) != [None, None]:
-            check_files(folder / component, *names)
+def _check_size(height: int, width: int, multiple: int) -> None:
+    for name, size in (("height", height), ("width", width)):
+        if not isinstance(size, int) or size < multiple or size % multiple:
+            raise ValueError(f"{name} must be a positive multiple of {multiple}, got {size!r}.")
 
 
-def _check_finite(result: torch.Tensor, module: torch.nn.Module) -> None:
-    if not torch.isfinite(result).all():
+def _check_guidance(
+    guidance_scale: float | list[float], guidance_interval: tuple[float, float] | None, num_experts: int
+) -> None:
+    scales = list(guidance_scale) if isinstance(guidance_scale, (list, tuple)) else [guidance_scale] * num_experts
+    are_finite = all(isinstance(scale, (int, float)) and math.isfinite(scale) for scale in scales)
+    if not are_finite or len(scales) != num_experts:
         raise ValueError(
-            f"{type(module).__name__} gave numbers that are not finite in dtype {module.dtype}: "
-            "dtype=torch.float32 or torch.bfloat16 would do; if they do not, its weights are damaged."
+            f"guidance_scale must be a finite number, or one for each of {num_experts} experts, got "
+            f"{guidance_scale!r}."
+        )
+    if guidance_interval is not None and not (
+        isinstance(guidance_interval, (list, tuple))
+        and len(guidance_interval) == 2
+        and 0 <= guidance_interval[0] <= guidance_interval[1] <= 1
+    ):
+        raise ValueError(
+            f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {guidance_interval!r}."
         )
 
 
-def encode_pixels(vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels (batch, 3, height, width) in [-1, 1] -> scaled latents: (z - shift) * scale; a variational one's mode."""
-    encoded = vae.encode(pixels)
-    latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
-    return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+def _check_generator(generator: torch.Generator | list[torch.Generator] | None, num_images: int) -> None:
+    if generator is None or isinstance(generator, torch.Generator):
+        return
+    generators = list(generator) if isinstance(generator, (list, tuple)) else [generator]
+    invalid = [item for item in generators if not isinstance(item, torch.Generator)]
+    if invalid or len(generators) != num_images:
+        found = repr(invalid[0]) if invalid else len(generators)
+        raise ValueError(f"generator must be one, or one for each of {num_images} images, got {found}.")
 
 
-def spatial_compression(vae: torch.nn.Module) -> int:
-    """f: how many pixels make one latent pixel, along a side."""
-    if hasattr(vae, "spatial_compression_ratio"):
-        return vae.spatial_compression_ratio
-    widths = getattr(vae.config, "encoder_block_out_channels", None) or vae.config.block_out_channels
-    return 2 ** (len(widths) - 1)
+def _check_finite(tensor: torch.Tensor, module: torch.nn.Module) -> None:
+    if not torch.isfinite(tensor).all():
+        raise ValueError(
+            f"{type(module).__name__} returned values that are not finite in dtype {module.dtype}. Use "
+            "dtype=torch.float32 or torch.bfloat16; if that does not help, the weights are damaged."
+        )
 
 
 def _num_prompts(prompt: str | list[str] | None, messages: list | None, context: LatteFlowContext | None) -> int:
@@ -683,3 +574,19 @@ def _num_prompts(prompt: str | list[str] | None, messages: list | None, context:
     if messages is not None:
         return len(messages) if isinstance(messages[0], (list, tuple)) else 1
     return 1 if isinstance(prompt, str) else len(prompt or [])
+
+
+def encode_pixels(vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels (batch, 3, height, width) in [-1, 1] -> scaled latents (z - shift) * scale. Of a variational autoencoder,
+    z is the mode."""
+    encoded = vae.encode(pixels)
+    latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+    return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+
+
+def spatial_compression(vae: torch.nn.Module) -> int:
+    """f, the number of pixels per latent pixel along a side."""
+    if hasattr(vae, "spatial_compression_ratio"):
+        return vae.spatial_compression_ratio
+    widths = getattr(vae.config, "encoder_block_out_channels", None) or vae.config.block_out_channels
+    return 2 ** (len(widths) - 1)

@@ -1,2 +1,2 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Which sigmas, and which expert at each."""
+"""The sampling schedule: sigmas, solvers, and the expert of each step."""

@@ -1,8 +1,8 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Steps along falling sigmas, with the expert that owns each evaluation of the model.
+"""Flow-matching steps along falling sigmas, and the expert that owns each evaluation of the model.
 
-With Euler every number equals `FlowMatchEulerDiscreteScheduler`'s to the bit; what is added is the copy of the
-experts' boundaries, the expert of each step, steps that can be spent where they pay, and solvers of second order.
+For equal sigmas, Euler gives the numbers of `FlowMatchEulerDiscreteScheduler` bit for bit. What is added: the experts'
+boundaries, the expert of each step, a number of steps for each expert, and two solvers of second order.
 """
 
 from collections.abc import Sequence
@@ -33,41 +33,41 @@ SOLVERS = ("euler", "heun", "multistep")
 class LatteFlowSchedulerOutput(BaseOutput):
     """
     Args:
-        prev_sample (`torch.Tensor`): the sample at the next, smaller sigma; like the sample that was given.
+        prev_sample (`torch.Tensor`): the sample at the next, smaller sigma, with the shape of the given sample.
     """
 
     prev_sample: torch.Tensor
 
 
 class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
-    """Flow-match steps from sigma 1 (noise) to 0 (data), each owned by one expert.
+    """Flow-matching steps from sigma 1 (noise) to 0 (data), each owned by one expert.
 
     Args:
         num_train_timesteps (`int`, defaults to 1000):
             `timestep = num_train_timesteps * sigma`.
         shift (`float`, defaults to 1.0):
-            sigma <- shift * sigma / (1 + (shift - 1) * sigma): above 1 spends steps on the noise, below 1 on the data.
-            1 changes nothing (chosen: the sources are silent). The experts' boundaries stay where they are.
+            sigma <- shift * sigma / (1 + (shift - 1) * sigma). Values above 1 put more steps near the noise, values
+            below 1 more steps near the data; 1 changes nothing (Chosen: the paper does not mention a shift). The
+            experts' boundaries are not shifted.
         expert_boundaries (`list[float]`, *optional*):
-            The model's own: K + 1 falling sigmas from 1 to 0. Four uniform intervals if not given. The pipeline
-            refuses a model and a scheduler that disagree.
+            The model's `expert_boundaries`: K + 1 falling sigmas from 1 to 0. Defaults to four uniform intervals. The
+            pipeline refuses a model and a scheduler with different boundaries.
         solver (`str`, defaults to `"euler"`):
-            `"euler"` (the paper's); `"heun"`, which evaluates the model a second time where each step but the last
-            ends (n steps are 2n - 1 evaluations, as in diffusers); or `"multistep"`, which extrapolates the velocity
-            from the evaluation before, at no cost (Adams-Bashforth of second order).
+            `"euler"` (Paper: the sampler); `"heun"`, which evaluates the model a second time at the end of each step
+            but the last (2n - 1 evaluations for n steps, same as diffusers); or `"multistep"` (second-order
+            Adams-Bashforth), which extrapolates from the velocity of the previous step without a second evaluation.
         stochastic_sampling (`bool`, `float` or `list[float]`, defaults to `False`):
-            How much of the noise (of its variance, 0 to 1) each of Euler's steps draws anew; one value, or one for
-            each expert. What an expert got wrong is then noise to the next step and not carried on. `True` is 1, as
-            diffusers' `FlowMatchEulerDiscreteScheduler` has it (chosen: the paper's steps are deterministic). The
-            other solvers draw nothing.
+            Share of the noise (of its variance, 0 to 1) that each Euler step draws anew: one value, or one for each
+            expert. Fresh noise keeps one expert's errors from reaching the next. `True` is 1, same as
+            `FlowMatchEulerDiscreteScheduler` (Chosen: `False`, because the paper's sampler is deterministic). The
+            other solvers draw no noise.
 
     Raises:
-        `ValueError`: if the boundaries do not fall from 1 to 0, a number is out of range, there is no such solver, or
-            `stochastic_sampling` has not one value for each expert.
+        `ValueError`: if the boundaries do not fall from 1 to 0, a number is out of range, the solver is unknown, or
+            `stochastic_sampling` does not have one value for each expert.
     """
 
     _compatibles = ["FlowMatchEulerDiscreteScheduler"]
-    _begin_index: int | None = None
     init_noise_sigma = 1.0
 
     @register_to_config
@@ -87,43 +87,47 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"shift must be positive, got {shift}.")
         boundaries = uniform_boundaries(4) if expert_boundaries is None else list(expert_boundaries)
         self.register_to_config(expert_boundaries=check_boundaries(boundaries, len(boundaries) - 1))
+        self._noise_shares = self._check_stochastic_sampling(stochastic_sampling)
+        self.num_inference_steps: int | None = None
+        # Before `set_timesteps`: the timesteps of training, same as diffusers.
+        timesteps = np.linspace(1, num_train_timesteps, num_train_timesteps, dtype=np.float32)[::-1].copy()
+        self._set_sigmas(self._shift(torch.from_numpy(timesteps) / num_train_timesteps))
+
+    def _check_stochastic_sampling(self, stochastic_sampling: bool | float | Sequence[float]) -> list[float]:
+        """The share of new noise of each expert."""
         if isinstance(stochastic_sampling, (list, tuple)):
             shares = list(stochastic_sampling)
         else:
             shares = [stochastic_sampling] * self.num_experts
         if len(shares) != self.num_experts or not all(0 <= share <= 1 for share in shares):
             raise ValueError(
-                f"stochastic_sampling must be from 0 to 1, or such a value for each of {self.num_experts} experts, "
+                f"stochastic_sampling must be from 0 to 1, or one such value for each of {self.num_experts} experts, "
                 f"got {stochastic_sampling!r}."
             )
-        trained = np.linspace(1, num_train_timesteps, num_train_timesteps, dtype=np.float32)[::-1].copy()
-        self._set_sigmas(self._shifted(torch.from_numpy(trained) / num_train_timesteps))
-        # The range from which `set_timesteps` takes its steps.
-        self.sigma_max, self.sigma_min = self.sigmas[0].item(), self.sigmas[-2].item()
-        self.num_inference_steps: int | None = None
+        return [float(share) for share in shares]
 
     @property
     def num_experts(self) -> int:
-        """K."""
+        """K, the number of experts."""
         return len(self.config.expert_boundaries) - 1
 
     @property
     def order(self) -> int:
-        """Evaluations of the model a step."""
+        """Evaluations of the model in a step."""
         return 2 if self.config.solver == "heun" else 1
 
     @property
     def step_index(self) -> int | None:
-        """How many steps were taken since `set_timesteps`; `None` before the first."""
+        """The index of the next evaluation in `timesteps`; `None` before the first one."""
         return self._step_index
 
     @property
     def begin_index(self) -> int | None:
-        """The first step's index, if a pipeline set it."""
+        """The index of the first evaluation, if `set_begin_index` was called."""
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start at this step (a pipeline that starts from a picture does not start from pure noise)."""
+        """Start at this index of `timesteps`, as image-to-image pipelines do."""
         self._begin_index = begin_index
 
     def set_timesteps(
@@ -133,57 +137,62 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         sigmas: Sequence[float] | None = None,
         steps_per_expert: Sequence[int] | None = None,
     ) -> None:
-        """Choose the steps: by their number, by their sigmas, or by a number for each expert.
+        """Set the steps by their number, by their sigmas, or by a number for each expert.
 
-        Afterwards `timesteps` (n,), `sigmas` (n + 1,), the last of them 0, and `experts` (a list of n) tell them; with
-        Heun all but the first and the last sigma come twice, where a step ends and where the next one starts.
+        This sets `timesteps` (n,), `sigmas` (n + 1,) with a last sigma of 0, and `experts` (a list of n). With Heun,
+        all sigmas but the first and the last appear twice: where a step ends, and where the next one starts.
 
         Args:
             num_inference_steps (`int`, *optional*):
-                n steps, evenly spaced in timesteps from 1000 to 1 as diffusers has it.
-            device (*optional*): where `timesteps` lie; the sigmas stay on the CPU.
+                n steps at sigmas 1, 1 - 1/n, ..., 1/n, then shifted. (Chosen: as in diffusers' flow-matching
+                pipelines, so that no step is spent between sigma 1/n and 1/1000.)
+            device (`str` or `torch.device`, *optional*): the device of `timesteps`. `sigmas` stay on the CPU.
             sigmas (`list[float]`, *optional*): falling sigmas in (0, 1], before the shift.
             steps_per_expert (`list[int]`, *optional*):
-                How many steps each expert gets, evenly spaced in its interval; no shift. 0 skips an expert: the step
-                before it then crosses its interval.
+                The number of steps of each expert, evenly spaced in its interval and not shifted. 0 skips an expert:
+                the step before it then crosses its interval.
 
         Raises:
-            `ValueError`: if not exactly one of the three is given (a number may go with `sigmas` of that length), or a
-            value is out of range.
+            `ValueError`: if not exactly one of the three is given (`num_inference_steps` may go with `sigmas` of that
+                length), or a value is out of range.
         """
         if (sigmas is None and num_inference_steps is None) == (steps_per_expert is None):
             raise ValueError("give one of num_inference_steps, sigmas and steps_per_expert.")
         if steps_per_expert is not None:
-            found = self._sigmas_per_expert(steps_per_expert)
-        elif sigmas is not None:
-            if num_inference_steps is not None and len(sigmas) != num_inference_steps:
-                raise ValueError(f"sigmas must be {num_inference_steps} (num_inference_steps), got {len(sigmas)}.")
-            given = np.array(sigmas).astype(np.float32)
-            if len(given) == 0 or not (given[0] <= 1 and given[-1] > 0 and (np.diff(given) < 0).all()):
-                raise ValueError(f"sigmas must fall strictly inside (0, 1], got {list(sigmas)}.")
-            found = self._shifted(torch.from_numpy(given))
+            new_sigmas = self._sigmas_per_expert(steps_per_expert)
         else:
-            assert num_inference_steps is not None
-            check_num_inference_steps(num_inference_steps)
-            scale = self.config.num_train_timesteps
-            spaced = np.linspace(self.sigma_max * scale, self.sigma_min * scale, num_inference_steps) / scale
-            found = self._shifted(torch.from_numpy(spaced)).to(torch.float32)
-        self.num_inference_steps = len(found)
-        self._set_sigmas(found, device)
+            if sigmas is None:
+                assert num_inference_steps is not None
+                check_num_inference_steps(num_inference_steps)
+                sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
+            elif num_inference_steps is not None and len(sigmas) != num_inference_steps:
+                raise ValueError(f"sigmas must be {num_inference_steps} (num_inference_steps), got {len(sigmas)}.")
+            new_sigmas = self._shift(self._check_sigmas(sigmas))
+        self.num_inference_steps = len(new_sigmas)
+        self._set_sigmas(new_sigmas, device)
+
+    def _check_sigmas(self, sigmas: Sequence[float]) -> torch.Tensor:
+        found = np.array(sigmas).astype(np.float32)
+        if len(found) == 0 or not (found[0] <= 1 and found[-1] > 0 and (np.diff(found) < 0).all()):
+            raise ValueError(f"sigmas must fall strictly inside (0, 1], got {list(sigmas)}.")
+        return torch.from_numpy(found)
 
     def _sigmas_per_expert(self, steps_per_expert: Sequence[int]) -> torch.Tensor:
-        boundaries = self.config.expert_boundaries
-        steps = list(steps_per_expert) if isinstance(steps_per_expert, (list, tuple)) else []
-        whole = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 0 for n in steps)
-        if len(steps) != self.num_experts or not whole or not steps[0]:
+        """Expert k with n steps from sigma `high` to `low`: high - j * (high - low) / n for j = 0, ..., n - 1."""
+        num_steps = list(steps_per_expert) if isinstance(steps_per_expert, (list, tuple)) else []
+        are_counts = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 0 for n in num_steps)
+        if len(num_steps) != self.num_experts or not are_counts or not num_steps[0]:
             raise ValueError(
                 f"steps_per_expert must be {self.num_experts} whole numbers, one for each expert, the first at least "
                 f"1, got {steps_per_expert}."
             )
-        spaced = [np.linspace(high, low, n, endpoint=False) for high, low, n in zip(boundaries, boundaries[1:], steps)]
-        return torch.from_numpy(np.concatenate(spaced)).to(torch.float32)
+        boundaries = self.config.expert_boundaries
+        sigmas = [
+            np.linspace(high, low, n, endpoint=False) for high, low, n in zip(boundaries, boundaries[1:], num_steps)
+        ]
+        return torch.from_numpy(np.concatenate(sigmas)).to(torch.float32)
 
-    def _shifted(self, sigmas: torch.Tensor) -> torch.Tensor:
+    def _shift(self, sigmas: torch.Tensor) -> torch.Tensor:
         shift = self.config.shift
         return shift * sigmas / (1 + (shift - 1) * sigmas)
 
@@ -193,23 +202,22 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = (sigmas * self.config.num_train_timesteps).to(device)
         self.sigmas = torch.cat([sigmas, torch.zeros(1)])
         self._step_index: int | None = None
-        self._begin_index = None
-        self._previous: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._begin_index: int | None = None
+        # What a solver of second order keeps of the evaluation before.
+        self._previous_velocity: torch.Tensor | None = None
+        self._previous_sample: torch.Tensor | None = None
 
     @property
     def experts(self) -> list[int]:
-        """The expert of each evaluation; a corrector belongs to the interval of the step that it ends."""
+        """The expert of each evaluation; Heun's second one belongs to the expert of the step that it ends."""
         boundaries = self.config.expert_boundaries
         return [
-            expert_of_sigma(sigma, boundaries, ends_step=self._is_corrector(index))
+            expert_of_sigma(sigma, boundaries, ends_step=self.config.solver == "heun" and index % 2 == 1)
             for index, sigma in enumerate(self.sigmas[:-1].tolist())
         ]
 
-    def _is_corrector(self, index: int) -> bool:
-        return self.config.solver == "heun" and index % 2 == 1
-
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
-        """The sample as it is: flow matching scales nothing."""
+        """Return the sample unchanged: flow matching does not scale the model's input."""
         return sample
 
     def step(
@@ -220,81 +228,102 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> LatteFlowSchedulerOutput | tuple[torch.Tensor]:
-        """One evaluation's share of a step, in float32; h is the step's width, sigma_next - sigma, below zero.
-
-        Euler: x_next = x + h * v. Heun: the same to where the step ends, and from the velocity there
-        x_next = x + h * (v + v_there) / 2. Multistep: x_next = x + h * (v + h / (2 * h_before) * (v - v_before)), the
-        first step Euler's. With a share s of new noise e, and
-        data = x - sigma * v: x_next = (1 - sigma_next) * data + sigma_next * (sqrt(1 - s) * (data + v) + sqrt(s) * e).
+        """Move the sample to the next sigma, in float32. The formula is that of the solver.
 
         Args:
             model_output (`torch.Tensor`): the velocity (noise - data) at `sample`.
             timestep (`float` or `torch.Tensor`): one of `timesteps`.
             sample (`torch.Tensor`): x at this timestep.
-            generator (`torch.Generator` or a list of them, *optional*): of the new noise, with `stochastic_sampling`.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                The source of new noise with `stochastic_sampling`.
             return_dict (`bool`, defaults to `True`): a [`LatteFlowSchedulerOutput`] or a tuple.
 
         Raises:
-            `ValueError`: if `timestep` is an index or not one of `timesteps`, or all steps were taken.
+            `ValueError`: if `timestep` is an index or not one of `timesteps`, or there is no step left.
         """
         if isinstance(timestep, int) or (isinstance(timestep, torch.Tensor) and not timestep.is_floating_point()):
             raise ValueError(f"timestep must be one of `scheduler.timesteps`, not an index, got {timestep}.")
         if self._step_index is None:
             self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
         index = self._step_index
-        if index >= len(self.sigmas) - 1:
-            raise ValueError(f"all {len(self.sigmas) - 1} steps are taken; call set_timesteps first.")
+        if index >= len(self.timesteps):
+            raise ValueError(f"all {len(self.timesteps)} steps are done; call set_timesteps first.")
         sample = sample.to(torch.float32)
-        share = self._share_of_new_noise(index)
-        if share == 0:
-            prev_sample = getattr(self, f"_{self.config.solver}")(index, model_output, sample)
+        if self.config.solver == "heun":
+            prev_sample = self._heun_step(model_output, sample, index)
+        elif self.config.solver == "multistep":
+            prev_sample = self._multistep_step(model_output, sample, index)
+        elif share := self._noise_shares[self.experts[index]]:
+            prev_sample = self._stochastic_euler_step(model_output, sample, index, share, generator)
         else:
-            data = data_from_velocity(sample, model_output, self.sigmas[index])
-            new = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-            noise = (1.0 - share) ** 0.5 * (data + model_output) + share**0.5 * new
-            prev_sample = interpolate(data, noise, self.sigmas[index + 1])
+            prev_sample = self._euler_step(model_output, sample, index)
         prev_sample = prev_sample.to(model_output.dtype)
         self._step_index += 1
         return LatteFlowSchedulerOutput(prev_sample) if return_dict else (prev_sample,)
 
-    def _share_of_new_noise(self, index: int) -> float:
-        shares = self.config.stochastic_sampling
-        if self.config.solver != "euler":
-            return 0.0
-        return float(shares[self.experts[index]] if isinstance(shares, (list, tuple)) else shares)
+    def _width(self, index: int) -> torch.Tensor:
+        """h_i = sigma_(i + 1) - sigma_i, below zero."""
+        return self.sigmas[index + 1] - self.sigmas[index]
 
-    def _euler(self, index: int, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        return sample + (self.sigmas[index + 1] - self.sigmas[index]) * velocity
+    def _euler_step(self, velocity: torch.Tensor, sample: torch.Tensor, index: int) -> torch.Tensor:
+        """x_(i + 1) = x_i + h_i * v_i."""
+        return sample + self._width(index) * velocity
 
-    def _heun(self, index: int, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        if self._previous is None:
-            # The last step has no corrector: it would be evaluated at sigma 0.
-            if index + 2 < len(self.sigmas):
-                self._previous = velocity, sample
-            return self._euler(index, velocity, sample)
-        (velocity_before, sample_before), self._previous = self._previous, None
-        return self._euler(index - 1, 0.5 * (velocity_before + velocity), sample_before)
+    def _stochastic_euler_step(
+        self,
+        velocity: torch.Tensor,
+        sample: torch.Tensor,
+        index: int,
+        share: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """Euler's step with a share s of the noise replaced by new noise e, its variance kept.
 
-    def _multistep(self, index: int, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        width = self.sigmas[index + 1] - self.sigmas[index]
+        data = x_i - sigma_i * v_i, noise = data + v_i
+        x_(i + 1) = (1 - sigma_(i + 1)) * data + sigma_(i + 1) * (sqrt(1 - s) * noise + sqrt(s) * e)
+        """
+        data = data_from_velocity(sample, velocity, self.sigmas[index])
+        new_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        noise = (1.0 - share) ** 0.5 * (data + velocity) + share**0.5 * new_noise
+        return interpolate(data, noise, self.sigmas[index + 1])
+
+    def _heun_step(self, velocity: torch.Tensor, sample: torch.Tensor, index: int) -> torch.Tensor:
+        """Predict by Euler's step, evaluate there, and correct with the mean of both velocities.
+
+        x' = x_i + h * v_i, then x_(i + 1) = x_i + h * (v_i + v') / 2. The last step has no corrector, which would
+        evaluate the model at sigma 0.
+        """
+        if self._previous_velocity is None or self._previous_sample is None:
+            if index + 1 < len(self.timesteps):
+                self._previous_velocity, self._previous_sample = velocity, sample
+            return self._euler_step(velocity, sample, index)
+        mean_velocity = 0.5 * (self._previous_velocity + velocity)
+        start = self._previous_sample
+        self._previous_velocity = self._previous_sample = None
+        return self._euler_step(mean_velocity, start, index - 1)
+
+    def _multistep_step(self, velocity: torch.Tensor, sample: torch.Tensor, index: int) -> torch.Tensor:
+        """Adams-Bashforth of second order, after a first step by Euler.
+
+        x_(i + 1) = x_i + h_i * (v_i + h_i / (2 * h_(i - 1)) * (v_i - v_(i - 1)))
+        """
         extrapolated = velocity
-        if self._previous is not None:
-            velocity_before, width_before = self._previous
-            extrapolated = velocity + (width / (2 * width_before)) * (velocity - velocity_before)
-        self._previous = velocity, width
-        return sample + width * extrapolated
+        if self._previous_velocity is not None:
+            ratio = self._width(index) / (2 * self._width(index - 1))
+            extrapolated = velocity + ratio * (velocity - self._previous_velocity)
+        self._previous_velocity = velocity
+        return self._euler_step(extrapolated, sample, index)
 
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
-        """The step that starts at `timestep`.
+        """The index of `timestep`. Of Heun's two evaluations at a timestep, it is the one that starts a step.
 
         Raises:
             `ValueError`: if `timestep` is not one of `timesteps`.
         """
-        found = (self.timesteps == torch.as_tensor(timestep, device=self.timesteps.device)).nonzero()
-        if len(found) == 0:
+        indices = (self.timesteps == torch.as_tensor(timestep, device=self.timesteps.device)).nonzero()
+        if len(indices) == 0:
             raise ValueError(f"timestep must be one of `scheduler.timesteps`, got {float(timestep)}.")
-        # Heun's sigmas come twice; a run starts where a step does.
-        return int(found[-1])
+        return int(indices[-1])
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """x_sigma = (1 - sigma) * data + sigma * noise with sigma = timestep / num_train_timesteps, (B,)."""
@@ -302,7 +331,7 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         return interpolate(original_samples, noise, sigma)
 
     def scale_noise(self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """`add_noise` under the name and in the order of diffusers' flow-matching schedulers."""
+        """Same as `add_noise`, with the name and the order of diffusers' flow-matching schedulers."""
         return self.add_noise(sample, noise, timestep)
 
     def __len__(self) -> int:
@@ -310,11 +339,10 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
 
 
 def check_num_inference_steps(num_inference_steps: int) -> None:
-    """Refuse anything but a positive whole number.
-
-    Raises:
-        `ValueError`: with the value.
     """
-    whole = isinstance(num_inference_steps, (int, np.integer)) and not isinstance(num_inference_steps, bool)
-    if not whole or num_inference_steps < 1:
+    Raises:
+        `ValueError`: if `num_inference_steps` is not a positive whole number.
+    """
+    is_whole = isinstance(num_inference_steps, (int, np.integer)) and not isinstance(num_inference_steps, bool)
+    if not is_whole or num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be a positive whole number, got {num_inference_steps!r}.")

@@ -1,0 +1,88 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""Where loading a pipeline differs from `DiffusionPipeline`: local folders are checked, and code in a checkpoint is
+not run if this package is installed."""
+
+import contextlib
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from transformers import GenerationConfig
+
+from ..files import check_files, read_json
+
+
+# The files of each component. Weights may be sharded, or of a variant such as fp16.
+_COMPONENT_FILES = {
+    "model": ("config.json", "model.safetensors|model.*.safetensors|model.safetensors.index*.json"),
+    "processor": ("processor_config.json|preprocessor_config.json", "tokenizer.json|vocab.json"),
+    "scheduler": ("scheduler_config.json",),
+    "vae": ("config.json", "diffusion_pytorch_model.safetensors|diffusion_pytorch_model*"),
+}
+
+
+class LatteFlowLoadingMixin(ConfigMixin):
+    """`from_pretrained`, `from_pipe` and `download` for the pipeline; it stands before `DiffusionPipeline`."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Same as `DiffusionPipeline.from_pretrained`, but a local folder is checked before anything is loaded.
+
+        Raises:
+            `OSError`: with the path of the file that is missing, truncated or damaged.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            check_pipeline_files(folder, given=kwargs)
+        return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """Same as `DiffusionPipeline.from_pipe`, but an autoencoder of any class is kept: diffusers keeps a component
+        only if its class is the annotated one."""
+        return super().from_pipe(pipeline, **{"vae": getattr(pipeline, "vae", None), **kwargs})
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """Same as `DiffusionPipeline.download`, and fetches the model's generation_config.json, which diffusers does
+        not."""
+        folder = Path(super().download(pretrained_model_name, **kwargs))
+        with contextlib.suppress(OSError):  # The file is optional.
+            GenerationConfig.from_pretrained(
+                pretrained_model_name,
+                subfolder="model",
+                revision=folder.name,  # the commit
+                **{name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if kwargs.get(name)},
+            )
+        return str(folder)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict:
+        """Same as `ConfigMixin._dict_from_json_file`, but classes that a checkpoint brings as code are replaced by the
+        classes of this package, if it is installed: the code in the checkpoint does not run."""
+        config = super()._dict_from_json_file(json_file)
+        if "latte_flow_hf" in LOADABLE_CLASSES and isinstance(config.get("_class_name"), list):
+            config["_class_name"] = config["_class_name"][1]
+            for name, entry in config.items():
+                if name in _COMPONENT_FILES and str(entry[1]).startswith("LatteFlow"):
+                    config[name] = ["latte_flow_hf", entry[1]]
+        return config
+
+
+def check_pipeline_files(folder: Path, given: Container[str] = ()) -> None:
+    """Check that a local pipeline is complete.
+
+    Args:
+        folder (`Path`): the folder of the pipeline.
+        given (container of `str`): names of components that are not loaded from the folder.
+
+    Raises:
+        `OSError`: with the path of the file that is missing, truncated or damaged.
+    """
+    check_files(folder, "model_index.json")
+    index = read_json(folder / "model_index.json")
+    for component, names in _COMPONENT_FILES.items():
+        if component not in given and index.get(component) != [None, None]:
+            check_files(folder / component, *names)

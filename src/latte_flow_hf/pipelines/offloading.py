@@ -1,0 +1,94 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""Off-loading that `DiffusionPipeline` does not have: one expert at a time. And what group off-loading needs."""
+
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import get_device
+from torch.distributed.tensor import DTensor
+
+from ..modeling.expert_offload import ExpertOffload
+
+
+class LatteFlowOffloadingMixin:
+    """Expert off-loading and group off-loading for the pipeline; it stands before `DiffusionPipeline`."""
+
+    model: Any
+    vae: Any
+    to: Any
+
+    @property
+    def expert_offload(self) -> ExpertOffload | None:
+        """The hooks on the model's tower, if expert off-loading is enabled."""
+        return getattr(self.model.tower, "expert_offload", None)
+
+    def enable_expert_offload(self, device: torch.device | str | None = None) -> None:
+        """Keep one expert of the tower on the accelerator and the others on the CPU.
+
+        During the last step of an expert the layers of the next one are fetched one by one: an image takes one
+        transfer of each expert, and at most 1 / K of the tower's weights are on the accelerator. Everything else is
+        moved to `device` and stays there.
+
+        Args:
+            device (`torch.device` or `str`, *optional*): where to run; defaults to the accelerator if there is one.
+
+        Raises:
+            `ValueError`: if another kind of off-loading is enabled.
+        """
+        if has_forward_hooks(self.model):
+            raise ValueError("another off-loading moves the same weights; load the pipeline again without it.")
+        device = torch.device(get_device() if device is None else device)
+        self.disable_expert_offload()
+        tower, layers = self.model.tower, self.model.tower.layers.to("cpu")
+        experts = [self.model.expert_layers(expert) for expert in range(self.model.config.num_experts)]
+        # `to` must move everything but the layers.
+        tower.layers = torch.nn.ModuleList()
+        self.to(device)
+        tower.layers = layers
+        tower.expert_offload = ExpertOffload(layers, experts, device)
+
+    def disable_expert_offload(self) -> None:
+        """Move all experts to the device of the rest of the model."""
+        if self.expert_offload is not None:
+            self.expert_offload.remove()
+            self.model.tower.expert_offload = None
+            self.model.tower.layers.to(self.model.device)
+
+    def enable_group_offload(
+        self,
+        onload_device: torch.device | str,
+        offload_device: torch.device | str = "cpu",
+        offload_type: str = "block_level",
+        **kwargs: Any,
+    ) -> None:
+        """Same as `DiffusionPipeline.enable_group_offload`, with the VAE's blocks set explicitly: group off-loading
+        hooks `forward`, but the pipeline calls `vae.decode`.
+
+        Raises:
+            `ValueError`: for `offload_to_disk_path` with `"leaf_level"` if the language head is tied to the
+                embedding: diffusers would release the weights of both before it writes the second one.
+        """
+        is_tied = self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
+        if offload_type == "leaf_level" and kwargs.get("offload_to_disk_path") is not None and is_tied:
+            raise ValueError(
+                "offload_type 'leaf_level' cannot go to disk: the language head is tied to the embedding, and its "
+                "weights would be lost. Use 'block_level', or no `offload_to_disk_path`, instead."
+            )
+        if self.vae is not None and getattr(self.vae, "_group_offload_block_modules", None) is None:
+            self.vae._group_offload_block_modules = ["encoder", "decoder", "quant_conv", "post_quant_conv"]
+        super().enable_group_offload(onload_device, offload_device, offload_type, **kwargs)  # type: ignore[misc]
+
+
+def has_forward_hooks(model: torch.nn.Module) -> bool:
+    """Whether accelerate or diffusers hooked the `forward` of any module, to move weights or inputs."""
+    return any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in model.modules())
+
+
+def runs_only_in_forward(tower: torch.nn.Module) -> bool:
+    """Whether the weights of the tower's layers may be used in the layers' `forward` only.
+
+    This is so with hooks on `forward`, which bring weights or inputs to the right device (group off-loading, sequential
+    off-loading, a device map over several devices), and with FSDP, which gathers a layer's sharded parameters when the
+    layer is called. Modulations of several steps then cannot be computed ahead.
+    """
+    return has_forward_hooks(tower) or any(isinstance(parameter, DTensor) for parameter in tower.parameters())
