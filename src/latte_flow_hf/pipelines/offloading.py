@@ -87,8 +87,8 @@ def has_forward_hooks(model: torch.nn.Module) -> bool:
 def runs_only_in_forward(tower: torch.nn.Module) -> bool:
     """Whether the weights of the tower's layers may be used in the layers' `forward` only.
 
-    This is so with hooks on `forward`, which bring weights or inputs to the right device (group off-loading, sequential
-    off-loading, a device map over several devices), and with FSDP, which gathers a layer's sharded parameters when the
-    layer is called. Modulations of several steps then cannot be computed ahead.
+    This is so with hooks on `forward`, which bring weights or inputs to the right device (group off-loading,
+    sequential off-loading, a device map over several devices), and with FSDP, which gathers the sharded parameters of
+    a layer when the layer is called. Nothing can then be computed ahead for all steps of an expert.
     """
     return has_forward_hooks(tower) or any(isinstance(parameter, DTensor) for parameter in tower.parameters())

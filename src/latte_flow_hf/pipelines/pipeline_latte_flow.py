@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -89,7 +88,7 @@ class LatteFlowPipeline(LatteFlowLoadingMixin, LatteFlowOffloadingMixin, LatteFl
     # Properties, because components may be exchanged after the pipeline is made.
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels per latent pixel along a side; without an autoencoder 32, as in DC-AE f32 (Paper: the autoencoder)."""
+        """Pixels per latent pixel along a side; 32 without an autoencoder (Paper: DC-AE f32)."""
         return 32 if self.vae is None else spatial_compression(self.vae)
 
     @property
@@ -436,7 +435,9 @@ class LatteFlowPipeline(LatteFlowLoadingMixin, LatteFlowOffloadingMixin, LatteFl
         if self.expert_offload is not None:
             self.expert_offload.release_all()
         if cond_velocity is not None and torch.equal(uncond_velocity, cond_velocity):
-            logger.warning("Prompt and negative prompt give the same velocity: they are equal, or the tower is untrained.")
+            logger.warning(
+                "Prompt and negative prompt give the same velocity: they are equal, or the tower is untrained."
+            )
 
         # 6. Decode
         if output_type == "latent":

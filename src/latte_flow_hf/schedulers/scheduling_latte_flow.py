@@ -68,6 +68,8 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
     """
 
     _compatibles = ["FlowMatchEulerDiscreteScheduler"]
+    _step_index: int | None
+    _begin_index: int | None
     init_noise_sigma = 1.0
 
     @register_to_config
@@ -201,8 +203,8 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
             sigmas = torch.cat([sigmas[:1], sigmas[1:].repeat_interleave(2)])
         self.timesteps = (sigmas * self.config.num_train_timesteps).to(device)
         self.sigmas = torch.cat([sigmas, torch.zeros(1)])
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
+        self._step_index = None
+        self._begin_index = None
         # What a solver of second order keeps of the evaluation before.
         self._previous_velocity: torch.Tensor | None = None
         self._previous_sample: torch.Tensor | None = None
