@@ -155,11 +155,19 @@ def vae(make_vae) -> AutoencoderDC:
 
 @pytest.fixture
 def pipe(model, processor, vae) -> LatteFlowPipeline:
-    """A new pipeline (its unconditional context is not yet there) around the session's components."""
+    """A new pipeline around the session's components, which must not be changed."""
     scheduler = LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries)
     pipe = LatteFlowPipeline(model=model, processor=processor, vae=vae, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def own_pipe(pipe) -> LatteFlowPipeline:
+    """A pipeline whose components are copies, which a test may change."""
+    own_pipe = LatteFlowPipeline(**{name: copy.deepcopy(component) for name, component in pipe.components.items()})
+    own_pipe.set_progress_bar_config(disable=True)
+    return own_pipe
 
 
 @pytest.fixture(scope="session")

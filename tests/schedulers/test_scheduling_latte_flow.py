@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""diffusers' `FlowMatchEulerDiscreteScheduler` is the oracle: every number must be the same to the bit."""
+"""diffusers' `FlowMatchEulerDiscreteScheduler` is the oracle: for equal sigmas every number is the same, bit for bit."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from latte_flow_hf import LatteFlowScheduler
+from latte_flow_hf import LatteFlowConfig, LatteFlowScheduler, tiny_checkpoint
 from latte_flow_hf.modeling.flow_matching import data_from_velocity, interpolate
 from latte_flow_hf.schedulers.scheduling_latte_flow import LatteFlowSchedulerOutput
 
@@ -19,6 +19,10 @@ CUSTOM = [[1.0], [1.0, 0.5], [0.93, 0.71, 0.4, 0.05], np.linspace(1.0, 1 / 40, 4
 
 def noise(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def even_sigmas(num_inference_steps: int) -> list[float]:
+    return np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
 
 
 def both(shift: float = 1.0, num_train_timesteps: int = 1000):
@@ -47,20 +51,27 @@ def trajectory(scheduler, dtype) -> list[torch.Tensor]:
 @pytest.mark.parametrize("num_train_timesteps", [1000, 250])
 def test_a_new_scheduler_equals_diffusers(shift, num_train_timesteps):
     ours, stock = both(shift, num_train_timesteps)
-    assert (ours.sigma_max, ours.sigma_min) == (stock.sigma_max, stock.sigma_min)
     assert torch.equal(ours.timesteps, stock.timesteps)
-    # Ours ends at zero already before `set_timesteps`.
+    # Ours ends at zero before `set_timesteps`, too.
     assert torch.equal(ours.sigmas[:-1], stock.sigmas) and ours.sigmas[-1] == 0
     assert len(ours) == len(stock) == num_train_timesteps
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("num_inference_steps", [1, 2, 7, 40, 1000])
-def test_steps_by_number_equal_diffusers(num_inference_steps, shift):
+def test_steps_by_number_are_evenly_spaced_from_1_to_1_over_n(num_inference_steps, shift):
+    """The sigmas that diffusers' flow-matching pipelines give to its scheduler."""
     ours, stock = both(shift)
     ours.set_timesteps(num_inference_steps)
-    stock.set_timesteps(num_inference_steps)
+    stock.set_timesteps(sigmas=even_sigmas(num_inference_steps))
     assert_same_steps(ours, stock)
+
+
+def test_ten_steps_of_the_embedded_checkpoint():
+    config = LatteFlowConfig.from_pretrained(tiny_checkpoint(), subfolder="model")
+    scheduler = LatteFlowScheduler.from_pretrained(tiny_checkpoint(), subfolder="scheduler")
+    scheduler.set_timesteps(10)
+    assert [scheduler.experts.count(k) for k in range(config.num_experts)] == [2, 1, 2, 5]
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
@@ -79,8 +90,8 @@ def test_steps_by_sigmas_equal_diffusers(sigmas, shift):
 @pytest.mark.parametrize("num_inference_steps", [1, 5, 40])
 def test_a_whole_run_equals_diffusers_bit_for_bit(num_inference_steps, shift, dtype):
     ours, stock = both(shift)
-    for scheduler in (ours, stock):
-        scheduler.set_timesteps(num_inference_steps)
+    ours.set_timesteps(num_inference_steps)
+    stock.set_timesteps(sigmas=even_sigmas(num_inference_steps))
     for found, expected in zip(trajectory(ours, dtype), trajectory(stock, dtype), strict=True):
         assert found.dtype == expected.dtype and torch.equal(found, expected)
     assert ours.step_index == stock.step_index == num_inference_steps
@@ -98,13 +109,13 @@ def test_a_run_over_given_sigmas_equals_diffusers_bit_for_bit(sigmas):
 def test_a_later_start_equals_diffusers():
     ours, stock = both()
     for scheduler in (ours, stock):
-        scheduler.set_timesteps(8)
+        scheduler.set_timesteps(sigmas=even_sigmas(8))
         scheduler.set_begin_index(5)
     assert ours.begin_index == 5
     sample, velocity = noise(1, 4, 2, 2), noise(1, 4, 2, 2, seed=1)
     found = ours.step(velocity, ours.timesteps[5], sample).prev_sample
     assert torch.equal(found, stock.step(velocity, stock.timesteps[5], sample).prev_sample)
-    # Without it the first step finds its place by the timestep.
+    # Without it, the first step finds its index by the timestep.
     other = LatteFlowScheduler()
     other.set_timesteps(8)
     assert torch.equal(other.step(velocity, other.timesteps[5], sample).prev_sample, found)
@@ -163,7 +174,7 @@ def test_experts_own_the_sigma_at_which_a_step_starts(boundaries, shift):
     assert scheduler.num_experts == len(boundaries) - 1
 
 
-def test_step_that_starts_on_a_boundary_belongs_below():
+def test_step_that_starts_on_a_boundary_belongs_to_the_expert_below():
     scheduler = LatteFlowScheduler(expert_boundaries=[1.0, 0.7, 0.3, 0.0])
     scheduler.set_timesteps(sigmas=[1.0, 0.7, 0.5, 0.3, 0.1])
     assert scheduler.experts == [0, 1, 1, 2, 2]
@@ -185,8 +196,8 @@ def test_uniform_intervals_get_even_steps():
         ([1.0, 0.9, 0.2, 0.0], (np.int64(1), 1, 1)),
     ],
 )
-def test_steps_per_expert_are_what_was_asked_for(boundaries, steps):
-    # The shift has no say here: it would move steps out of the intervals that they were asked for.
+def test_steps_per_expert(boundaries, steps):
+    # Not shifted: a shift would move steps out of the intervals of their experts.
     scheduler = LatteFlowScheduler(expert_boundaries=boundaries, shift=3.0)
     scheduler.set_timesteps(steps_per_expert=steps)
     assert [scheduler.experts.count(k) for k in range(len(steps))] == list(steps)
@@ -216,7 +227,7 @@ def test_add_noise_is_the_path(shift):
 def test_add_noise_equals_diffusers_scale_noise():
     ours, stock = both()
     for scheduler in (ours, stock):
-        scheduler.set_timesteps(10)
+        scheduler.set_timesteps(sigmas=even_sigmas(10))
     data, start, timesteps = noise(3, 4, 2, 2), noise(3, 4, 2, 2, seed=1), ours.timesteps[[0, 4, 9]]
     expected = stock.scale_noise(data, timesteps, start)
     torch.testing.assert_close(ours.add_noise(data, start, timesteps), expected, rtol=1e-6, atol=1e-6)
@@ -257,7 +268,7 @@ def test_config_round_trip(tmp_path, boundaries):
         ({"shift": 0.0}, "shift must be positive, got 0.0."),
         ({"shift": -1.5}, "shift must be positive, got -1.5."),
         ({"expert_boundaries": [1.0, 0.4, 0.6, 0.0]}, "got [1.0, 0.4, 0.6, 0.0]"),
-        ({"expert_boundaries": [0.0, 0.5, 1.0]}, "got [0.0, 0.5, 1.0]; [1.0, 0.5, 0.0] would do"),
+        ({"expert_boundaries": [0.0, 0.5, 1.0]}, "got [0.0, 0.5, 1.0]; use [1.0, 0.5, 0.0] instead"),
         ({"expert_boundaries": [1.0]}, "expert_boundaries must be"),
         ({"expert_boundaries": []}, "expert_boundaries must be"),
     ],
@@ -308,7 +319,7 @@ def test_set_timesteps_refuses_and_changes_nothing(arguments, message):
         (123.4, "timestep must be one of `scheduler.timesteps`, got 123.4"),
     ],
 )
-def test_step_refuses_what_is_no_timestep(timestep, message):
+def test_step_refuses_other_timesteps(timestep, message):
     scheduler = LatteFlowScheduler()
     scheduler.set_timesteps(5)
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -320,5 +331,5 @@ def test_step_after_the_last_is_refused():
     scheduler = LatteFlowScheduler()
     scheduler.set_timesteps(2)
     trajectory(scheduler, torch.float32)
-    with pytest.raises(ValueError, match="all 2 steps are taken; call set_timesteps first"):
+    with pytest.raises(ValueError, match="all 2 steps are done; call set_timesteps first"):
         scheduler.step(noise(1, 2), scheduler.timesteps[-1], noise(1, 2))

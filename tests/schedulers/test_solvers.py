@@ -23,10 +23,10 @@ def curved(sample, sigma):
 @pytest.mark.parametrize("num_inference_steps", [1, 2, 7, 20])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_heun_equals_diffusers(num_inference_steps, shift):
-    ours = LatteFlowScheduler(solver="heun", shift=shift)
-    stock = FlowMatchHeunDiscreteScheduler(shift=shift)
-    ours.set_timesteps(num_inference_steps)
+    ours, stock = LatteFlowScheduler(solver="heun"), FlowMatchHeunDiscreteScheduler(shift=shift)
     stock.set_timesteps(num_inference_steps)
+    # It takes no sigmas; its own, shifted and without the repeated ones, are given to ours.
+    ours.set_timesteps(sigmas=[stock.sigmas[0].item(), *stock.sigmas[1:-1:2].tolist()])
     assert torch.equal(ours.timesteps, stock.timesteps) and torch.equal(ours.sigmas, stock.sigmas)
     assert len(ours.timesteps) == 2 * num_inference_steps - 1 and ours.num_inference_steps == num_inference_steps
     start = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
@@ -97,7 +97,7 @@ def test_stochastic_sampling_equals_diffusers_bit_for_bit(num_inference_steps):
     found = []
     for kind in (LatteFlowScheduler, FlowMatchEulerDiscreteScheduler):
         scheduler = kind(stochastic_sampling=True)
-        scheduler.set_timesteps(num_inference_steps)
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist())
         torch.manual_seed(0)
         found.append(run(scheduler, lambda sample, sigma: torch.sin(3 * sample) + sigma, torch.ones(2, 3)))
     assert torch.equal(*found) and found[0].isfinite().all()

@@ -61,8 +61,9 @@ class LatteFlowOffloadingMixin:
         offload_type: str = "block_level",
         **kwargs: Any,
     ) -> None:
-        """Same as `DiffusionPipeline.enable_group_offload`, with the VAE's blocks set explicitly: group off-loading
-        hooks `forward`, but the pipeline calls `vae.decode`.
+        """Same as `DiffusionPipeline.enable_group_offload`, with two additions, because group off-loading hooks `forward`
+        only: the VAE's blocks are set explicitly, since the pipeline calls `vae.decode`, and the backbone is also
+        fetched for its image encoder, since `generate` encodes images before it calls the backbone's `forward`.
 
         Raises:
             `ValueError`: for `offload_to_disk_path` with `"leaf_level"` if the language head is tied to the
@@ -77,6 +78,14 @@ class LatteFlowOffloadingMixin:
         if self.vae is not None and getattr(self.vae, "_group_offload_block_modules", None) is None:
             self.vae._group_offload_block_modules = ["encoder", "decoder", "quant_conv", "post_quant_conv"]
         super().enable_group_offload(onload_device, offload_device, offload_type, **kwargs)  # type: ignore[misc]
+        vlm = self.model.vlm
+        hook = vlm._diffusers_hook.get_hook("group_offloading") if hasattr(vlm, "_diffusers_hook") else None
+        if hook is not None:
+
+            def fetch_backbone(*_: Any) -> None:
+                hook.pre_forward(vlm)
+
+            vlm.get_encoder(modality="image").register_forward_pre_hook(fetch_backbone)
 
 
 def has_forward_hooks(model: torch.nn.Module) -> bool:

@@ -1,0 +1,118 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""Expert off-loading in the pipeline: the same images and answers, with one expert on the device at a time."""
+
+import copy
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from torch.distributed.tensor import DTensor, init_device_mesh
+
+from latte_flow_hf.pipelines.offloading import runs_only_in_forward
+
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+DEVICES = [CPU, pytest.param(GPU, marks=CUDA)]
+
+
+def generate(pipe, **arguments):
+    # Two prompts of different lengths, both branches of guidance, both experts.
+    prompts = ["a red circle", "a small blue square above a handwritten seven"]
+    arguments = {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(0), **arguments}
+    return pipe(prompts, output_type="pt", **arguments).images.cpu()
+
+
+def assert_same(pipe, offloaded, picture, device):
+    close = {"rtol": 0, "atol": 0} if device == CPU else {"rtol": 1e-3, "atol": 1e-3}
+    # Twice, because the second call starts from what the first one leaves behind.
+    for _ in range(2):
+        torch.testing.assert_close(generate(offloaded), generate(pipe), **close)
+        answers = [p.chat("what is this?", images=picture, max_new_tokens=4) for p in (offloaded, pipe)]
+        assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_expert_is_on_the_device(pipe, own_pipe, picture, device):
+    own_pipe.enable_expert_offload(device)
+    offload, layers = own_pipe.expert_offload, own_pipe.model.tower.layers
+    size = sum(p.numel() for p in layers.parameters())
+    cpu_pointers = {p: p.data_ptr() for p in layers.parameters()}
+    shares, order = [], []
+    for index, layer in enumerate(layers):
+
+        def record(*_, index=index):
+            order.append(index)
+            moved = [p for p in layers.parameters() if p.data_ptr() != cpu_pointers[p]]
+            assert {id(p) for p in moved} == {id(p) for i in offload.loaded_layers for p in layers[i].parameters()}
+            shares.append(sum(p.numel() for p in moved) / size)
+
+        layer.register_forward_hook(record)
+    assert_same(pipe, own_pipe, picture, device)
+    # Two calls with two steps for each of two experts; each expert has two layers and is transferred once in a call.
+    assert order == [0, 1, 0, 1, 2, 3, 2, 3] * 2 and offload.num_transfers == 2 * len(layers)
+    assert max(shares) <= 1 / 2
+    # Between calls all weights are on the CPU.
+    assert not offload.loaded_layers and {p: p.data_ptr() for p in layers.parameters()} == cpu_pointers
+
+    own_pipe.disable_expert_offload()
+    assert own_pipe.expert_offload is None
+    assert {p.device.type for p in own_pipe.model.parameters()} == {device.type}
+    assert_same(pipe, own_pipe, picture, device)
+    assert offload.num_transfers == 2 * len(layers)
+
+
+@pytest.mark.parametrize("steps", [[1, 1], [3, 0], [1, 2]])
+def test_any_steps_per_expert(pipe, own_pipe, steps):
+    own_pipe.enable_expert_offload("cpu")
+    found, expected = (generate(p, steps_per_expert=steps) for p in (own_pipe, pipe))
+    assert torch.equal(found, expected)
+    assert own_pipe.expert_offload.num_transfers == 2 * sum(n > 0 for n in steps)
+
+
+def test_without_the_pipeline(pipe, own_pipe):
+    own_pipe.enable_expert_offload("cpu")
+    context = pipe.encode_prompt("a red circle")[0]
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    for timestep in (100.0, 900.0):
+        found, expected = (p.model.predict_velocity(latents, timestep, context) for p in (own_pipe, pipe))
+        assert torch.equal(found, expected)
+        assert len(own_pipe.expert_offload.loaded_layers) == 2
+
+
+def test_a_call_that_failed_leaves_nothing_behind(pipe, own_pipe):
+    own_pipe.enable_expert_offload("cpu")
+
+    def fail(pipe, step, timestep, tensors):
+        if step == 1:  # the last step of the first expert, after its layers made room
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        generate(own_pipe, callback_on_step_end=fail)
+    assert torch.equal(generate(own_pipe), generate(pipe))
+    assert not own_pipe.expert_offload.loaded_layers
+
+
+def test_another_off_loading_is_refused(own_pipe):
+    add_hook_to_module(own_pipe.model, ModelHook())
+    with pytest.raises(ValueError, match="another off-loading moves the same weights"):
+        own_pipe.enable_expert_offload("cpu")
+    assert own_pipe.expert_offload is None
+
+
+def test_group_offload_that_would_lose_weights_is_refused(own_pipe, tmp_path):
+    with pytest.raises(ValueError, match="'leaf_level' cannot go to disk: the language head is tied"):
+        own_pipe.enable_group_offload(CPU, offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+    assert not list(tmp_path.iterdir()) and not hasattr(own_pipe.model.vlm.lm_head, "_diffusers_hook")
+
+
+def test_sharded_layers_run_only_in_forward(model, tmp_path):
+    tower = copy.deepcopy(model.tower)
+    assert not runs_only_in_forward(tower)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        sharded = DTensor.from_local(tower.layers[0].modulation.weight.detach(), init_device_mesh("cpu", (1,)))
+        tower.layers[0].modulation.weight = torch.nn.Parameter(sharded)
+        assert runs_only_in_forward(tower)
+    finally:
+        torch.distributed.destroy_process_group()
