@@ -45,7 +45,7 @@ def test_generate_numbers_several_pictures_and_repeats_with_the_seed(folder, tmp
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("generate", "a", "-o", "out"), "output must name a picture file"),
+        (("generate", "a", "-o", "out"), "output must be an image file"),
         (("generate", "a", "-o", "{tmp}/o.png", "-m", "{folder}", "--steps", "0"), "num_inference_steps"),
         (
             ("generate", "a", "-o", "{tmp}/o.png", "-m", "{folder}", "--size", "30"),

@@ -1,7 +1,7 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""The command `latte-flow`. Thin: every verb calls functions that are importable by themselves.
+"""The command `latte-flow`. Every verb calls functions that can be imported on their own.
 
-The package is imported inside the verbs, so that `--help` answers at once.
+The package is imported inside the verbs, so that `--help` is fast.
 """
 
 import functools
@@ -13,7 +13,7 @@ import typer
 
 
 app = typer.Typer(
-    help="Paint and chat with LaTtE-Flow models.",
+    help="Generate images and chat with LaTtE-Flow models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -23,7 +23,7 @@ Model = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Folder or hub id of a pipeline; the embedded checkpoint if left out."),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the starting noise.")]
+Seed = Annotated[int, typer.Option(help="Seed of the initial noise.")]
 
 
 convert = typer.Typer(help="Convert checkpoints from and to other layouts.", no_args_is_help=True)
@@ -70,10 +70,10 @@ def _read_line() -> str:
 
 @_verb
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("outputs/demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the images.")] = Path("outputs/demo"),
     seed: Seed = 0,
 ) -> None:
-    """Paint a handful of prompts with the embedded checkpoint and ask it about its own pictures."""
+    """Generate images of a few prompts with the embedded checkpoint, and ask it about them."""
     start = time.perf_counter()
     pipe = _load(None)
     from latte_flow_hf.evaluation.demo import DEMO_PROMPTS, contact_sheet, generate_and_ask, peak_memory_gb
@@ -104,27 +104,27 @@ def demo(
 
 @_verb
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="What to paint.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Text file of prompts, one a line, in place of the prompt.")
+        Path | None, typer.Option(help="Text file with one prompt per line, instead of the prompt.")
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The picture's file, out.png if left out; with --prompts a folder, out."),
+        typer.Option("--output", "-o", help="Image file, out.png if left out; with --prompts a folder, out."),
     ] = None,
     model: Model = None,
     seed: Seed = 0,
     steps: Annotated[int, typer.Option(help="Number of sampling steps.")] = 40,
     guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 is none.")] = 4.0,
-    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="Picture that goes before the prompt; may repeat.")] = None,
-    num_images: Annotated[int, typer.Option(help="How many pictures of a prompt; numbered if several.")] = 1,
-    size: Annotated[int | None, typer.Option(help="Side of the picture in pixels.")] = None,
-    batch_size: Annotated[int, typer.Option(help="With --prompts: how many pictures are painted at once.")] = 1,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to guide away from.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Image shown before the prompt; may be repeated.")] = None,
+    num_images: Annotated[int, typer.Option(help="Images per prompt; their files are numbered if several.")] = 1,
+    size: Annotated[int | None, typer.Option(help="Height and width in pixels.")] = None,
+    batch_size: Annotated[int, typer.Option(help="With --prompts: images per batch.")] = 1,
 ) -> None:
-    """Paint a prompt, or a file of prompts: then what is already there is not painted again."""
+    """Generate images of a prompt, or of a file of prompts; of a file, existing images are not generated again."""
     if (prompt is None) == (prompts is None):
-        raise ValueError("give either a prompt or --prompts, a file of them.")
+        raise ValueError("give either a prompt or --prompts.")
     call: dict[str, Any] = {
         "negative_prompt": negative_prompt,
         "height": size,
@@ -137,7 +137,7 @@ def generate(
         return
     output = output or Path("out.png")
     if not output.suffix:
-        raise ValueError(f"output must name a picture file such as out.png, got {str(output)!r}.")
+        raise ValueError(f"output must be an image file such as out.png, got {str(output)!r}.")
     pipe = _load(model)
     import torch
 
@@ -151,10 +151,10 @@ def generate(
         **call,
     ).images
     output.parent.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(images):
+    for number, generated in enumerate(images):
         path = output if len(images) == 1 else output.with_stem(f"{output.stem}-{number}")
-        save_image(picture, path)
-        typer.echo(f"wrote {path} ({picture.width}x{picture.height})")
+        save_image(generated, path)
+        typer.echo(f"wrote {path} ({generated.width}x{generated.height})")
 
 
 def _generate_many(
@@ -174,22 +174,22 @@ def _generate_many(
     if image:
         raise ValueError("--image goes with one prompt, not with --prompts.")
     check_image_folder(folder)
-    words = read_prompts(prompts)
+    texts = read_prompts(prompts)
     pipe = _load(model)
     pipe.set_progress_bar_config(disable=True)
-    painted, there = generate_images(pipe, words, folder, seed, num_images, batch_size, **call)
+    num_new, num_existing = generate_images(pipe, texts, folder, seed, num_images, batch_size, **call)
     if PartialState().is_main_process:
-        typer.echo(f"wrote {folder}: {painted} pictures painted, {there} were there")
+        typer.echo(f"wrote {folder}: {num_new} new images, {num_existing} existed")
 
 
 @_verb
 def chat(
-    question: Annotated[str | None, typer.Argument(help="One question; without it, a conversation.")] = None,
-    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="Picture to show; may repeat.")] = None,
+    question: Annotated[str | None, typer.Argument(help="One question; starts a conversation if left out.")] = None,
+    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="Image to show; may be repeated.")] = None,
     model: Model = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = 256,
 ) -> None:
-    """Ask about pictures; the answer streams. In a conversation, `/image PATH` shows another one."""
+    """Ask about images; answers are streamed. In a conversation, `/image PATH` shows another image."""
     pipe = _load(model)
     from transformers import TextStreamer
 
@@ -197,8 +197,8 @@ def chat(
     shown = [str(path) for path in image or []]
     messages: list[dict] = []
 
-    def ask(words: str) -> None:
-        (turn,) = pipe.processor.conversation(words, shown)
+    def ask(text: str) -> None:
+        (turn,) = pipe.processor.conversation(text, shown)
         answer = pipe.chat([*messages, turn], streamer=streamer, max_new_tokens=max_new_tokens)
         messages.extend([turn, {"role": "assistant", "content": [{"type": "text", "text": answer}]}])
         shown.clear()
@@ -206,22 +206,22 @@ def chat(
     if question is not None:
         ask(question)
         return
-    typer.echo("Ask away. `/image PATH` shows a picture, an empty line ends.")
-    while words := _read_line():
-        if words.startswith("/image "):
-            path = words.removeprefix("/image ").strip()
+    typer.echo("Type a question. `/image PATH` shows an image, an empty line ends the conversation.")
+    while text := _read_line():
+        if text.startswith("/image "):
+            path = text.removeprefix("/image ").strip()
             try:
                 pipe.processor.conversation("", path)
                 shown.append(path)
             except ValueError as error:
                 typer.secho(f"Error: {error}", fg="red", err=True)
         else:
-            ask(words)
+            ask(text)
 
 
 @_verb
 def info(model: Model = None) -> None:
-    """Show a checkpoint's experts, their intervals, layers and sizes."""
+    """Show the experts of a checkpoint: their intervals, layers and sizes."""
     from latte_flow_hf import tiny_checkpoint
     from latte_flow_hf.checkpoints import describe
 

@@ -1,7 +1,7 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""`torch.compile`: the same velocity from one graph an expert, whole, whatever the timestep.
+"""`torch.compile`: the same velocity from one full graph for each expert, at any timestep.
 
-`backend="eager"` traces and guards as every backend does, and then runs the graph as it is: no compiler is needed.
+`backend="eager"` traces and guards as every backend does, but runs the graph as it is, without a compiler.
 """
 
 import pytest
@@ -31,7 +31,7 @@ def assert_same(model, compiled, context: LatteFlowContext, **close):
 
 
 @pytest.mark.parametrize("mode", ["scores", "probabilities", None])
-def test_one_whole_graph_an_expert(make_model, encode, dynamo, mode):
+def test_one_full_graph_for_each_expert(make_model, encode, dynamo, mode):
     model = make_model(residual_attention=mode).requires_grad_(False)
     compiled = torch.compile(model.predict_velocity, backend="eager", fullgraph=True)
     assert_same(model, compiled, model.encode_context(**encode("a red circle")), rtol=0, atol=0)
@@ -45,19 +45,19 @@ def test_shapes_become_dynamic(make_model, encode, dynamo):
     for prompts in (["a", "a red circle"], ["a cross", "a", "a green square"], ["", "a", "a cross", "a blue square"]):
         assert_same(model, compiled, model.encode_context(**encode(*prompts)), rtol=0, atol=0)
         found.append(counters["stats"]["unique_graphs"])
-    # A second graph an expert when lengths or batches change for the first time, and none after it.
+    # Another graph for each expert when lengths or batches change for the first time, and none after that.
     assert found == [2, 4, 4] and not counters["graph_break"]
 
 
-def test_pipeline_paints_the_same_compiled(pipe, monkeypatch, dynamo):
-    def paint():
+def test_pipeline_with_a_compiled_model(pipe, monkeypatch, dynamo):
+    def generate():
         generator = torch.Generator().manual_seed(0)
         return pipe("a red circle", num_inference_steps=6, generator=generator, output_type="pt").images
 
-    expected = paint()
+    expected = generate()
     compiled = torch.compile(pipe.model.predict_velocity, backend="eager", fullgraph=True)
     monkeypatch.setattr(pipe.model, "predict_velocity", compiled, raising=False)
-    assert torch.equal(paint(), expected)
+    assert torch.equal(generate(), expected)
     assert counters["stats"]["unique_graphs"] == 2
 
 

@@ -1,4 +1,5 @@
-"""Many prompts into a folder: what is painted, by whom, and what a second run leaves alone."""
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""Images of many prompts in a folder: which are generated, by which process, and which a second run keeps."""
 
 import os
 import shutil
@@ -29,14 +30,14 @@ def prompts(tmp_path) -> Path:
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
 
 
-def test_each_line_gives_the_picture_of_its_own_seed(pipeline, prompts, tmp_path):
+def test_each_line_gives_the_image_of_its_own_seed(pipeline, prompts, tmp_path):
     arguments = ["generate", "--prompts", str(prompts), "-o", str(tmp_path / "out"), "-m", pipeline, "--seed", "7"]
     result = CliRunner().invoke(app, [*arguments, *OPTIONS])
     assert result.exit_code == 0, result.output
-    assert result.stdout.splitlines()[-1] == f"wrote {tmp_path / 'out'}: 5 pictures painted, 0 were there"
+    assert result.stdout.splitlines()[-1] == f"wrote {tmp_path / 'out'}: 5 new images, 0 existed"
     paths = sorted((tmp_path / "out").iterdir())
     assert [path.name[:6] for path in paths] == [f"{i:05d}-" for i in range(5)]
     pipe = LatteFlowPipeline.from_pretrained(pipeline)
@@ -44,54 +45,55 @@ def test_each_line_gives_the_picture_of_its_own_seed(pipeline, prompts, tmp_path
     assert Image.open(paths[2]).tobytes() == alone.tobytes() != Image.open(paths[0]).tobytes()
 
 
-def test_what_is_there_stays_and_what_is_missing_comes_back(pipe, tmp_path):
+def test_existing_images_stay_and_missing_ones_are_generated(pipe, tmp_path):
     assert generate_images(pipe, PROMPTS, tmp_path / "out", **CALL) == (5, 0)
     before = bytes_of(tmp_path / "out")
     paths = sorted((tmp_path / "out").iterdir())
-    # What a kill leaves: pictures that are not there, and half of one under its temporary name.
+    # What a killed run leaves: images are missing, and half of one is in a hidden folder.
     paths[1].unlink()
-    (tmp_path / "out" / f".{paths[3].stem}.partial.png").write_bytes(paths[3].read_bytes()[:50])
+    (tmp_path / "out" / f".{paths[3].name}.0").mkdir()
+    (tmp_path / "out" / f".{paths[3].name}.0" / paths[3].name).write_bytes(paths[3].read_bytes()[:50])
     paths[3].unlink()
     kept = paths[0].stat().st_mtime_ns
     assert generate_images(pipe, PROMPTS, tmp_path / "out", **CALL) == (2, 3)
     assert bytes_of(tmp_path / "out") == before and paths[0].stat().st_mtime_ns == kept
-    # More lines leave the first ones alone; several pictures at once are the same up to rounding.
+    # More lines leave the first ones unchanged; larger batches are equal up to rounding.
     assert generate_images(pipe, [*PROMPTS, "a cross"], tmp_path / "out", batch_size=3, **CALL) == (1, 5)
-    # Anything else is another picture, under a name of its own.
+    # With any other argument it is another image, with another name.
     assert generate_images(pipe, PROMPTS[:1], tmp_path / "out", seed=1, **CALL) == (1, 0)
     assert generate_images(pipe, PROMPTS[1:2], tmp_path / "out", **CALL) == (1, 0)
     assert generate_images(pipe, PROMPTS[:1], tmp_path / "out", **{**CALL, "guidance_scale": 2.0}) == (1, 0)
     assert generate_images(pipe, PROMPTS[:1], tmp_path / "out", num_images_per_prompt=2, **CALL) == (1, 1)
 
 
-def test_two_processes_paint_the_bytes_of_one(pipeline, prompts, tmp_path):
+def test_two_processes_generate_the_bytes_of_one(pipeline, prompts, tmp_path):
     arguments = ["generate", "--prompts", str(prompts), "-m", pipeline, *OPTIONS]
     assert CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "one")]).exit_code == 0
     whole = bytes_of(tmp_path / "one")
-    # The second process has its share even where pictures are there already.
+    # What is missing is shared out, so that the second process has work, too.
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     for name in sorted(whole)[1:]:
         (tmp_path / "two" / name).unlink()
-    config = Path(__file__).parents[1] / "recipes" / "accelerate" / "cpu.yaml"
+    config = Path(__file__).parents[2] / "recipes" / "accelerate" / "cpu.yaml"
     launch = ["accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
     run = [sys.executable, "-m", *launch, "-m", "latte_flow_hf.cli", *arguments, "-o", str(tmp_path / "two")]
     done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("4 pictures painted, 1 were there") == 1
+    assert done.stdout.count("4 new images, 1 existed") == 1
     assert bytes_of(tmp_path / "two") == whole
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "holds no prompt"), (b"\n \n", "no prompt"), (b"a\n\nb\n", "line 2 is blank"), (b"\xff\xfea", "UTF-8")],
+    [(b"", "contains no prompt"), (b"\n \n", "no prompt"), (b"a\n\nb\n", "line 2 is blank"), (b"\xff\xfea", "UTF-8")],
 )
-def test_a_file_that_is_no_list_of_prompts_is_refused(content, words, tmp_path):
+def test_an_invalid_file_of_prompts_is_refused(content, words, tmp_path):
     (tmp_path / "prompts.txt").write_bytes(content)
     with pytest.raises(ValueError, match=words):
         read_prompts(tmp_path / "prompts.txt")
 
 
-def test_line_ends_of_other_systems_and_space_around_prompts_do_not_count(tmp_path):
+def test_line_ends_and_space_around_prompts_are_ignored(tmp_path):
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red circle \r\n a cross\r\n")
     assert read_prompts(tmp_path / "prompts.txt") == ["a red circle", "a cross"]
 
@@ -114,14 +116,14 @@ def test_bad_input_is_refused_before_a_model_is_loaded(arguments, words, prompts
     assert result.exit_code == 1 and words in result.stderr and "nowhere" not in result.stderr
 
 
-def test_what_the_pipeline_refuses_writes_nothing(pipe, tmp_path):
+def test_nothing_is_written_for_invalid_arguments(pipe, tmp_path):
     for change in ({"num_inference_steps": 0}, {"height": 30}, {"batch_size": 0}, {"num_images_per_prompt": 0}):
         with pytest.raises(ValueError, match=next(iter(change))):
             generate_images(pipe, PROMPTS, tmp_path / "out", **{**CALL, **change})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_names_are_short_safe_and_never_the_same():
+def test_names_are_short_safe_and_unique():
     hostile = ["../../etc/passwd", "a" * 500, "été — 赤い丸", "???", ""]
     names = [image_name(i, prompt, i, "model", CALL) for i, prompt in enumerate([*PROMPTS, *hostile])]
     assert len(set(names)) == len(names)

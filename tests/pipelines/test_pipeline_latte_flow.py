@@ -1,18 +1,16 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""The pipeline around random weights: what it paints is noise, but every promise about *how* it paints can be checked.
+"""The pipeline with random weights: its images are noise, but everything about how they are generated can be checked.
 
 The oracle of the sampling loop is the loop written out here with diffusers' own scheduler. One test starts a fresh
-process, which is what a user of a saved pipeline does.
+process, as a user of a saved pipeline does.
 """
 
 import inspect
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,7 +31,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def paint(pipe, prompt=PROMPT, **arguments) -> torch.Tensor:
+def generate(pipe, prompt=PROMPT, **arguments) -> torch.Tensor:
     """Latents after a few steps: what differs anywhere differs here."""
     arguments = {"num_inference_steps": 4, "generator": seeded(), "output_type": "latent", **arguments}
     return pipe(prompt, **arguments).images
@@ -55,20 +53,6 @@ def saved(model, processor, vae, tmp_path_factory):
     scheduler = LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries, shift=1.5)
     LatteFlowPipeline(model=model, processor=processor, vae=vae, scheduler=scheduler).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def damaged(saved, tmp_path):
-    """A copy to break, with 4 GB to load it in: a model built from defaults has 72 billion parameters.
-
-    Without the limit the failure of such a test would be the machine's out-of-memory killer, which may hit others.
-    """
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 4 * 2**30, hard))
-    yield shutil.copytree(saved, tmp_path / "damaged")
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 # What goes in and comes out.
@@ -97,21 +81,21 @@ def test_call_takes_what_the_design_says():
     assert LatteFlowPipeline.generate is LatteFlowPipeline.__call__
 
 
-def test_output_types_show_the_same_picture(pipe):
-    pictures = {kind: paint(pipe, PROMPTS[:2], output_type=kind) for kind in ("pil", "np", "pt", "latent")}
-    assert [type(p) for p in pictures["pil"]] == [Image.Image] * 2
-    assert [(p.size, p.mode) for p in pictures["pil"]] == [((64, 64), "RGB")] * 2
-    assert isinstance(pictures["np"], np.ndarray) and pictures["np"].shape == (2, 64, 64, 3)
-    assert pictures["pt"].shape == (2, 3, 64, 64)
-    assert pictures["latent"].shape == (2, 4, 8, 8)
-    assert pictures["pt"].min() >= 0 and pictures["pt"].max() <= 1 and pictures["pt"].std() > 0.01
-    assert np.array_equal(pictures["pt"].permute(0, 2, 3, 1).numpy(), pictures["np"])
-    for row, picture in enumerate(pictures["pil"]):
-        assert np.array_equal(np.asarray(picture), (pictures["np"][row] * 255).round().astype(np.uint8))
+def test_output_types_show_the_same_image(pipe):
+    images = {kind: generate(pipe, PROMPTS[:2], output_type=kind) for kind in ("pil", "np", "pt", "latent")}
+    assert [type(p) for p in images["pil"]] == [Image.Image] * 2
+    assert [(p.size, p.mode) for p in images["pil"]] == [((64, 64), "RGB")] * 2
+    assert isinstance(images["np"], np.ndarray) and images["np"].shape == (2, 64, 64, 3)
+    assert images["pt"].shape == (2, 3, 64, 64)
+    assert images["latent"].shape == (2, 4, 8, 8)
+    assert images["pt"].min() >= 0 and images["pt"].max() <= 1 and images["pt"].std() > 0.01
+    assert np.array_equal(images["pt"].permute(0, 2, 3, 1).numpy(), images["np"])
+    for row, image in enumerate(images["pil"]):
+        assert np.array_equal(np.asarray(image), (images["np"][row] * 255).round().astype(np.uint8))
 
 
 def test_latents_decode_by_the_vae_s_own_scale(pipe, vae):
-    latents, pixels = paint(pipe), paint(pipe, output_type="pt")
+    latents, pixels = generate(pipe), generate(pipe, output_type="pt")
     with torch.no_grad():
         expected = vae.decode(latents / 0.7).sample
     torch.testing.assert_close(pixels, (expected / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-6)
@@ -136,8 +120,8 @@ def test_return_dict_or_tuple(pipe):
 
 @pytest.mark.parametrize(("height", "width"), [(32, 96), (8, 8)])
 def test_size_may_be_chosen(pipe, height, width):
-    (picture,) = paint(pipe, height=height, width=width, output_type="pil")
-    assert picture.size == (width, height)
+    (image,) = generate(pipe, height=height, width=width, output_type="pil")
+    assert image.size == (width, height)
 
 
 def test_size_by_default_is_the_configuration_s(make_model, processor, vae, pipe):
@@ -147,7 +131,7 @@ def test_size_by_default_is_the_configuration_s(make_model, processor, vae, pipe
     larger = LatteFlowPipeline(model=model, processor=processor, vae=vae, scheduler=scheduler)
     larger.set_progress_bar_config(disable=True)
     assert larger.default_size == 96
-    assert paint(larger).shape == (1, 4, 12, 12)
+    assert generate(larger).shape == (1, 4, 12, 12)
 
 
 # The loop itself.
@@ -169,7 +153,7 @@ def test_a_run_equals_the_loop_written_out(pipe, model, encode, guidance_scale, 
             unconditional = model.predict_velocity(sample, timestep, empty)
             velocity = unconditional + guidance_scale * (velocity - unconditional)
         sample = stock.step(velocity, timestep, sample).prev_sample
-    found = paint(pipe, num_inference_steps=steps, guidance_scale=guidance_scale)
+    found = generate(pipe, num_inference_steps=steps, guidance_scale=guidance_scale)
     torch.testing.assert_close(found, sample, **CLOSE)
 
 
@@ -183,7 +167,7 @@ def test_only_the_owner_s_layers_run_at_each_step(pipe, model, count_layers, num
         return {}
 
     with count_layers(model) as calls:
-        paint(pipe, num_inference_steps=num_inference_steps, callback_on_step_end=note)
+        generate(pipe, num_inference_steps=num_inference_steps, callback_on_step_end=note)
     assert len(steps) == num_inference_steps
     for timestep, ran in steps:
         # K = 2 over 4 layers: the boundary is 500, and belongs below.
@@ -193,31 +177,31 @@ def test_only_the_owner_s_layers_run_at_each_step(pipe, model, count_layers, num
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_layers_run_steps_times_layers_per_expert(pipe, model, count_layers, guidance_scale):
     with count_layers(model) as calls:
-        paint(pipe, PROMPTS, num_inference_steps=7, num_images_per_prompt=2, guidance_scale=guidance_scale)
+        generate(pipe, PROMPTS, num_inference_steps=7, num_images_per_prompt=2, guidance_scale=guidance_scale)
     assert sum(calls.values()) == 7 * model.config.layers_per_expert
 
 
 def test_steps_per_expert(pipe, model, count_layers):
     with count_layers(model) as calls:
-        found = paint(pipe, steps_per_expert=[5, 2])
+        found = generate(pipe, steps_per_expert=[5, 2])
     assert calls == {0: 5, 1: 5, 2: 2, 3: 2}
     assert pipe.num_timesteps == 7
     assert pipe.scheduler.experts == [0] * 5 + [1] * 2
-    even = paint(pipe, steps_per_expert=[2, 2])
+    even = generate(pipe, steps_per_expert=[2, 2])
     assert not torch.allclose(found, even, **CLOSE)
     # Uniform intervals, evenly spent: the four usual steps.
-    assert torch.equal(even, paint(pipe, num_inference_steps=4))
+    assert torch.equal(even, generate(pipe, num_inference_steps=4))
 
 
 def test_skipped_expert_never_runs(pipe, model, count_layers):
     with count_layers(model) as calls:
-        paint(pipe, steps_per_expert=[3, 0])
+        generate(pipe, steps_per_expert=[3, 0])
     assert calls == {0: 3, 1: 3}
 
 
 def test_progress_bar_names_the_expert(pipe, capsys):
     pipe.set_progress_bar_config(disable=False, mininterval=0)
-    paint(pipe)
+    generate(pipe)
     shown = capsys.readouterr().err
     assert "expert 0 of 2" in shown and "expert 1 of 2" in shown and "4/4" in shown
 
@@ -225,20 +209,20 @@ def test_progress_bar_names_the_expert(pipe, capsys):
 # Prefills.
 
 
-def test_each_prompt_is_prefilled_once_a_call_and_the_unconditional_once_a_pipeline(pipe, prefills):
-    paint(pipe, PROMPTS, num_images_per_prompt=3, generator=None)
-    assert sorted(prefills) == [1, 3]
+def test_a_call_is_one_prefill_of_prompts_and_negative_prompts(pipe, prefills):
+    generate(pipe, PROMPTS, num_images_per_prompt=3, generator=None)
+    # Three prompts and the empty one.
+    assert prefills == [4]
     prefills.clear()
-    paint(pipe, PROMPTS[:2], num_images_per_prompt=2, generator=None)
-    paint(pipe, PROMPT)
-    assert prefills == [2, 1]
+    generate(pipe, PROMPTS[:2], negative_prompt=["a cross", "a blue square"], num_images_per_prompt=2, generator=None)
+    assert prefills == [4]
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 0.0])
 def test_without_guidance_there_is_no_unconditional_branch(pipe, model, prefills, guidance_scale):
     batches = []
     handle = model.tower.layers[0].register_forward_hook(lambda _, args, output: batches.append(len(args[0])))
-    paint(pipe, PROMPTS[:2], guidance_scale=guidance_scale)
+    generate(pipe, PROMPTS[:2], guidance_scale=guidance_scale)
     handle.remove()
     assert prefills == [2] and set(batches) == {2}
     assert not pipe.do_classifier_free_guidance and pipe.guidance_scale == guidance_scale
@@ -247,137 +231,130 @@ def test_without_guidance_there_is_no_unconditional_branch(pipe, model, prefills
 def test_guidance_runs_both_branches_in_one_batch(pipe, model):
     batches = []
     handle = model.tower.layers[0].register_forward_hook(lambda _, args, output: batches.append(len(args[0])))
-    paint(pipe, PROMPTS[:2], guidance_scale=2.0)
+    generate(pipe, PROMPTS[:2], guidance_scale=2.0)
     handle.remove()
     assert set(batches) == {4} and len(batches) == 2
 
 
-def test_kept_unconditional_context_changes_nothing(pipe):
-    first = paint(pipe)
-    paint(pipe, PROMPTS)
-    assert torch.equal(paint(pipe), first)
-
-
-def test_other_model_gets_its_own_unconditional_context(pipe, make_model, processor, vae):
-    paint(pipe)
-    other = make_model()
-    for parameter in other.vlm.parameters():
-        parameter.data.mul_(0.5)
-    new = LatteFlowPipeline(model=other, processor=processor, vae=vae, scheduler=pipe.scheduler)
-    new.set_progress_bar_config(disable=True)
-    expected = paint(new)
-    pipe.register_modules(model=other)
-    assert torch.equal(paint(pipe), expected)
+def test_a_call_changes_nothing_for_the_next(pipe):
+    first = generate(pipe)
+    generate(pipe, PROMPTS)
+    assert torch.equal(generate(pipe), first)
 
 
 def test_encode_prompt_is_public(pipe, model, encode):
     context, negative = pipe.encode_prompt(PROMPTS[:2])
     assert isinstance(context, LatteFlowContext) and len(context) == len(negative) == 2
-    lengths = context.attention_mask.sum(1).tolist()
-    assert lengths[0] < lengths[1]
-    assert torch.equal(negative.keys[0][:1], model.encode_context(**encode("")).keys[0])
+    for encoded, prompts in ((context, PROMPTS[:2]), (negative, ["", ""])):
+        for found, prompt in zip(encoded.split(), prompts, strict=True):
+            expected = model.encode_context(**encode(prompt))
+            for one, other in zip((*found.keys, *found.values), (*expected.keys, *expected.values), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+            assert torch.equal(found.next_position, expected.next_position)
     assert pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)[1] is None
 
 
 # Seeds and batches.
 
 
-def test_same_seed_same_picture_and_another_seed_another(pipe):
-    found = [paint(pipe, generator=seeded(seed), output_type="np") for seed in (0, 0, 1)]
+def test_same_seed_same_image_and_another_seed_another(pipe):
+    found = [generate(pipe, generator=seeded(seed), output_type="np") for seed in (0, 0, 1)]
     assert np.array_equal(found[0], found[1])
     assert not np.allclose(found[0], found[2], atol=1e-2)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_batch_equals_its_items_one_by_one(pipe, guidance_scale):
-    batch = paint(pipe, PROMPTS, generator=[seeded(s) for s in range(3)], guidance_scale=guidance_scale)
+    batch = generate(pipe, PROMPTS, generator=[seeded(s) for s in range(3)], guidance_scale=guidance_scale)
     for row, prompt in enumerate(PROMPTS):
-        alone = paint(pipe, prompt, generator=seeded(row), guidance_scale=guidance_scale)
+        alone = generate(pipe, prompt, generator=seeded(row), guidance_scale=guidance_scale)
         torch.testing.assert_close(batch[row : row + 1], alone, **CLOSE)
     # Neither seeds nor prompts are shared.
-    swapped = paint(pipe, PROMPTS[::-1], generator=[seeded(s) for s in range(3)], guidance_scale=guidance_scale)
+    swapped = generate(pipe, PROMPTS[::-1], generator=[seeded(s) for s in range(3)], guidance_scale=guidance_scale)
     assert (swapped[0] - batch[0]).abs().max() > 1e-2
 
 
 def test_several_images_of_a_prompt_stand_together(pipe):
     generators = [seeded(s) for s in range(4)]
-    found = paint(pipe, PROMPTS[:2], num_images_per_prompt=2, generator=generators)
+    found = generate(pipe, PROMPTS[:2], num_images_per_prompt=2, generator=generators)
     assert found.shape[0] == 4
     for row in range(4):
-        alone = paint(pipe, PROMPTS[row // 2], generator=seeded(row))
+        alone = generate(pipe, PROMPTS[row // 2], generator=seeded(row))
         torch.testing.assert_close(found[row : row + 1], alone, **CLOSE)
 
 
 def test_given_latents_are_the_start(pipe):
     start = torch.randn(1, 4, 8, 8, generator=seeded(3))
     before = start.clone()
-    found = paint(pipe, latents=start, generator=None)
-    assert torch.equal(found, paint(pipe, generator=seeded(3)))
+    found = generate(pipe, latents=start, generator=None)
+    assert torch.equal(found, generate(pipe, generator=seeded(3)))
     assert torch.equal(start, before)
 
 
-# Prompts, pictures, conversations.
+# Prompts, images, conversations.
 
 
 def test_negative_prompt_takes_the_place_of_the_empty_one(pipe):
-    empty, negative = paint(pipe), paint(pipe, negative_prompt="a blue square")
+    empty, negative = generate(pipe), generate(pipe, negative_prompt="a blue square")
     assert (empty - negative).abs().max() > 1e-2
-    torch.testing.assert_close(paint(pipe, negative_prompt=""), empty, **CLOSE)
-    assert torch.equal(paint(pipe, negative_prompt="a cross", guidance_scale=1.0), paint(pipe, guidance_scale=1.0))
+    torch.testing.assert_close(generate(pipe, negative_prompt=""), empty, **CLOSE)
+    assert torch.equal(
+        generate(pipe, negative_prompt="a cross", guidance_scale=1.0), generate(pipe, guidance_scale=1.0)
+    )
 
 
 def test_negative_prompts_go_with_their_prompts(pipe):
     negatives = ["a blue square", "a cross"]
     generators = [seeded(s) for s in range(4)]
-    found = paint(pipe, PROMPTS[:2], negative_prompt=negatives, num_images_per_prompt=2, generator=generators)
+    found = generate(pipe, PROMPTS[:2], negative_prompt=negatives, num_images_per_prompt=2, generator=generators)
     for row in range(4):
-        alone = paint(pipe, PROMPTS[row // 2], negative_prompt=negatives[row // 2], generator=seeded(row))
+        alone = generate(pipe, PROMPTS[row // 2], negative_prompt=negatives[row // 2], generator=seeded(row))
         torch.testing.assert_close(found[row : row + 1], alone, **CLOSE)
-    one = paint(pipe, PROMPTS[:2], negative_prompt="a cross", generator=[seeded(0), seeded(1)])
+    one = generate(pipe, PROMPTS[:2], negative_prompt="a cross", generator=[seeded(0), seeded(1)])
     for negative in (["a cross"], ["a cross", "a cross"]):
-        again = paint(pipe, PROMPTS[:2], negative_prompt=negative, generator=[seeded(0), seeded(1)])
+        again = generate(pipe, PROMPTS[:2], negative_prompt=negative, generator=[seeded(0), seeded(1)])
         torch.testing.assert_close(again, one, **CLOSE)
 
 
-def test_prompt_with_a_picture(pipe, picture):
-    seen = paint(pipe, image=picture)
-    other = paint(pipe, image=picture.transpose(Image.Transpose.ROTATE_180))
-    assert (seen - paint(pipe)).abs().max() > 1e-2 and (seen - other).abs().max() > 1e-2
-    assert torch.equal(paint(pipe, image=[picture]), seen)
-    assert torch.equal(paint(pipe, image=np.asarray(picture)), seen)
+def test_prompt_with_a_image(pipe, picture):
+    seen = generate(pipe, image=picture)
+    other = generate(pipe, image=picture.transpose(Image.Transpose.ROTATE_180))
+    assert (seen - generate(pipe)).abs().max() > 1e-2 and (seen - other).abs().max() > 1e-2
+    assert torch.equal(generate(pipe, image=[picture]), seen)
+    assert torch.equal(generate(pipe, image=np.asarray(picture)), seen)
 
 
-def test_pictures_go_with_their_prompts(pipe, picture):
+def test_images_go_with_their_prompts(pipe, picture):
     other = picture.transpose(Image.Transpose.ROTATE_180)
     generators = [seeded(0), seeded(1)]
-    found = paint(pipe, PROMPTS[:2], image=[picture, other], generator=generators)
+    found = generate(pipe, PROMPTS[:2], image=[picture, other], generator=generators)
     for row, image in enumerate((picture, other)):
-        alone = paint(pipe, PROMPTS[row], image=image, generator=seeded(row))
+        alone = generate(pipe, PROMPTS[row], image=image, generator=seeded(row))
         torch.testing.assert_close(found[row : row + 1], alone, **CLOSE)
-    shared = paint(pipe, PROMPTS[:2], image=picture, generator=[seeded(0), seeded(1)])
+    shared = generate(pipe, PROMPTS[:2], image=picture, generator=[seeded(0), seeded(1)])
     torch.testing.assert_close(shared[:1], found[:1], **CLOSE)
     assert (shared[1] - found[1]).abs().max() > 1e-2
 
 
 def test_messages_in_place_of_a_prompt(pipe, picture):
     said = {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": PROMPT}]}
-    assert torch.equal(paint(pipe, None, messages=[said]), paint(pipe, image=picture))
+    assert torch.equal(generate(pipe, None, messages=[said]), generate(pipe, image=picture))
     conversation = [said, {"role": "assistant", "content": "a circle"}, {"role": "user", "content": "now in blue"}]
-    longer = paint(pipe, None, messages=conversation)
-    assert (longer - paint(pipe, None, messages=[said])).abs().max() > 1e-2
-    both = paint(pipe, None, messages=[[said], conversation], generator=[seeded(0), seeded(0)])
-    torch.testing.assert_close(both, torch.cat([paint(pipe, image=picture), longer]), **CLOSE)
+    longer = generate(pipe, None, messages=conversation)
+    assert (longer - generate(pipe, None, messages=[said])).abs().max() > 1e-2
+    both = generate(pipe, None, messages=[[said], conversation], generator=[seeded(0), seeded(0)])
+    torch.testing.assert_close(both, torch.cat([generate(pipe, image=picture), longer]), **CLOSE)
 
 
 def test_generate_is_another_name(pipe):
     assert torch.equal(
-        pipe.generate(PROMPT, num_inference_steps=4, generator=seeded(), output_type="latent").images, paint(pipe)
+        pipe.generate(PROMPT, num_inference_steps=4, generator=seeded(), output_type="latent").images, generate(pipe)
     )
 
 
 def test_chat_asks_the_same_model(pipe, model, processor):
-    (painted,) = paint(pipe, output_type="pil")
-    for images in (None, painted):
+    (generated,) = generate(pipe, output_type="pil")
+    for images in (None, generated):
         answer = pipe.chat("what is this?", images, max_new_tokens=6)
         assert answer == model.chat(processor, "what is this?", images=images, max_new_tokens=6) and answer
 
@@ -393,26 +370,26 @@ def test_callback_sees_every_step_and_changes_latents(pipe):
         seen.append((step, float(timestep), tensors["latents"].clone()))
         return {}
 
-    found = paint(pipe, callback_on_step_end=look)
+    found = generate(pipe, callback_on_step_end=look)
     assert [step for step, _, _ in seen] == [0, 1, 2, 3]
     assert [t for _, t, _ in seen] == [1000.0, 750.0, 500.0, 250.0]
     assert torch.equal(seen[-1][2], found)
-    zeros = paint(
+    zeros = generate(
         pipe, callback_on_step_end=lambda _, step, t, tensors: {"latents": torch.zeros_like(tensors["latents"])}
     )
     assert (zeros == 0).all()
     # Changed after the first step, the rest runs from there.
-    moved = paint(pipe, callback_on_step_end=lambda _, s, t, tensors: {"latents": tensors["latents"] + (s == 0)})
+    moved = generate(pipe, callback_on_step_end=lambda _, s, t, tensors: {"latents": tensors["latents"] + (s == 0)})
     assert (moved - found).abs().max() > 1e-2
 
 
 def test_callback_may_return_nothing(pipe):
-    assert torch.equal(paint(pipe, callback_on_step_end=lambda *_: None), paint(pipe))
+    assert torch.equal(generate(pipe, callback_on_step_end=lambda *_: None), generate(pipe))
 
 
 def test_callback_may_ask_for_no_tensors(pipe):
     seen = []
-    paint(pipe, callback_on_step_end=lambda *given: seen.append(given[3]), callback_on_step_end_tensor_inputs=[])
+    generate(pipe, callback_on_step_end=lambda *given: seen.append(given[3]), callback_on_step_end_tensor_inputs=[])
     assert seen == [{}] * 4
 
 
@@ -425,12 +402,12 @@ def test_callback_may_interrupt(pipe, model, count_layers):
         return {}
 
     with count_layers(model) as calls:
-        found = paint(pipe, callback_on_step_end=stop)
+        found = generate(pipe, callback_on_step_end=stop)
     assert len(kept) == 2 and torch.equal(found, kept[-1])
     assert calls == {0: 2, 1: 2}
     assert pipe.interrupt
     # The next call starts afresh.
-    assert torch.equal(paint(pipe), paint(pipe, callback_on_step_end=lambda *_: None)) and not pipe.interrupt
+    assert torch.equal(generate(pipe), generate(pipe, callback_on_step_end=lambda *_: None)) and not pipe.interrupt
 
 
 # Saving and loading.
@@ -452,15 +429,15 @@ def assert_same_components(found, expected):
     assert found.processor.chat_template == expected.processor.chat_template
 
 
-@pytest.mark.parametrize("door", [LatteFlowPipeline, DiffusionPipeline])
-def test_save_and_load_give_the_same_bytes_and_the_same_picture(pipe, saved, door):
-    loaded = door.from_pretrained(saved)
+@pytest.mark.parametrize("load_with", [LatteFlowPipeline, DiffusionPipeline])
+def test_save_and_load_give_the_same_bytes_and_the_same_image(pipe, saved, load_with):
+    loaded = load_with.from_pretrained(saved)
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded) is LatteFlowPipeline
     pipe.scheduler = LatteFlowScheduler(expert_boundaries=[1.0, 0.5, 0.0], shift=1.5)
     assert_same_components(loaded, pipe)
     assert not loaded.model.training and not any(p.requires_grad for p in loaded.model.vlm.parameters())
-    assert np.array_equal(paint(loaded, output_type="np"), paint(pipe, output_type="np"))
+    assert np.array_equal(generate(loaded, output_type="np"), generate(pipe, output_type="np"))
 
 
 def test_folder_names_modules_and_holds_safetensors_only(saved):
@@ -485,16 +462,16 @@ torch.set_num_threads(int(sys.argv[3]))
 import latte_flow_hf
 from diffusers import DiffusionPipeline
 assert latte_flow_hf.LatteFlowPipeline
-for number, door in enumerate((latte_flow_hf.LatteFlowPipeline, DiffusionPipeline)):
-    pipe = door.from_pretrained(sys.argv[1])
-    picture = pipe("a red circle", num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="np")
-    np.save(f"{sys.argv[2]}/{number}.npy", picture.images)
+for number, load_with in enumerate((latte_flow_hf.LatteFlowPipeline, DiffusionPipeline)):
+    pipe = load_with.from_pretrained(sys.argv[1])
+    output = pipe("a red circle", num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="np")
+    np.save(f"{sys.argv[2]}/{number}.npy", output.images)
 """
 
 
-def test_same_picture_in_a_fresh_process(pipe, saved, tmp_path):
+def test_same_image_in_a_fresh_process(pipe, saved, tmp_path):
     pipe.scheduler = LatteFlowScheduler(expert_boundaries=[1.0, 0.5, 0.0], shift=1.5)
-    expected = paint(pipe, output_type="np")
+    expected = generate(pipe, output_type="np")
     command = [sys.executable, "-c", FRESH_PROCESS, str(saved), str(tmp_path), str(torch.get_num_threads())]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
@@ -511,15 +488,15 @@ def test_pipeline_takes_another_dtype(saved):
     loaded = LatteFlowPipeline.from_pretrained(saved, dtype=torch.bfloat16)
     loaded.set_progress_bar_config(disable=True)
     assert loaded.model.dtype == loaded.vae.dtype == torch.bfloat16
-    assert torch.isfinite(paint(loaded)).all() and paint(loaded).dtype == torch.bfloat16
-    assert paint(loaded, output_type="pil")[0].size == (64, 64)
+    assert torch.isfinite(generate(loaded)).all() and generate(loaded).dtype == torch.bfloat16
+    assert generate(loaded, output_type="pil")[0].size == (64, 64)
 
 
 # What does not fit together.
 
 
 def test_vae_with_other_channels_is_refused(pipe, model, processor, make_vae, saved):
-    message = "vae has 8 latent channels, the model paints with 4"
+    message = "vae has 8 latent channels, the model has 4"
     with pytest.raises(ValueError, match=message):
         LatteFlowPipeline(model=model, processor=processor, vae=make_vae(8), scheduler=pipe.scheduler)
     with pytest.raises(ValueError, match=message):
@@ -537,7 +514,7 @@ def test_scheduler_with_other_boundaries_is_refused(pipe, model, processor, vae,
     pipe.scheduler = other
     with pytest.raises(ValueError, match=message) as caught:
         pipe(PROMPT)
-    assert "LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries) would do" in str(caught.value)
+    assert "use LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries)" in str(caught.value)
     assert prefills == []
 
 
@@ -562,7 +539,10 @@ BAD_CALLS = [
         {"prompt": PROMPT, "negative_prompt": 1},
         "negative_prompt must be a string or a non-empty list of strings, got 1.",
     ),
-    ({"prompt": PROMPT, "negative_prompt": ["a", "b"]}, "negative_prompt must be one, or one for each of 1, got 2."),
+    (
+        {"prompt": PROMPT, "negative_prompt": ["a", "b"]},
+        "negative_prompt must be one, or one for each of 1 prompts, got 2.",
+    ),
     ({"messages": []}, "messages must be a non-empty list of messages or of conversations, got []."),
     (
         {"messages": "a red circle"},
@@ -603,14 +583,14 @@ BAD_CALLS = [
         "output_type must be one of ['pil', 'np', 'pt', 'latent'], got 'jpeg'.",
     ),
     ({"prompt": PROMPT, "output_type": None}, "output_type must be one of ['pil', 'np', 'pt', 'latent'], got None."),
-    ({"prompt": PROMPTS, "generator": [seeded()] * 2}, "generator must be one, or one for each of 3 pictures, got 2."),
+    ({"prompt": PROMPTS, "generator": [seeded()] * 2}, "generator must be one, or one for each of 3 images, got 2."),
     (
         {"prompt": PROMPTS, "generator": (seeded(),) * 2},
-        "generator must be one, or one for each of 3 pictures, got 2.",
+        "generator must be one, or one for each of 3 images, got 2.",
     ),
-    ({"prompt": PROMPTS, "generator": []}, "generator must be one, or one for each of 3 pictures, got 0."),
-    ({"messages": [text("a"), text("b")], "generator": [seeded()]}, "one for each of 2 pictures, got 1."),
-    ({"prompt": PROMPT, "num_images_per_prompt": 2, "generator": [seeded()]}, "one for each of 2 pictures, got 1."),
+    ({"prompt": PROMPTS, "generator": []}, "generator must be one, or one for each of 3 images, got 0."),
+    ({"messages": [text("a"), text("b")], "generator": [seeded()]}, "one for each of 2 images, got 1."),
+    ({"prompt": PROMPT, "num_images_per_prompt": 2, "generator": [seeded()]}, "one for each of 2 images, got 1."),
     ({"prompt": PROMPT, "generator": 7}, "generator must be"),
     (
         {"prompt": PROMPT, "latents": torch.zeros(1, 4, 8, 9)},
@@ -633,7 +613,7 @@ def test_bad_calls_are_named_before_any_heavy_work(pipe, prefills, arguments, me
     assert prefills == []
 
 
-def test_image_file_that_is_no_picture_is_named(pipe, prefills, text_file):
+def test_file_that_is_no_image_is_named(pipe, prefills, text_file):
     message = re.escape(f"image {str(text_file)!r} cannot be read")
     part = {"type": "image", "image": str(text_file)}
     for arguments in (
@@ -644,56 +624,3 @@ def test_image_file_that_is_no_picture_is_named(pipe, prefills, text_file):
         with pytest.raises(ValueError, match=message):
             pipe(**arguments)
     assert prefills == []
-
-
-# Damaged checkpoints.
-
-
-@pytest.mark.parametrize("component", ["model", "vae"])
-def test_truncated_weights_are_named(damaged, component):
-    (weights,) = (damaged / component).glob("*.safetensors")
-    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    with pytest.raises((OSError, ValueError), match=re.escape(weights.name)):
-        LatteFlowPipeline.from_pretrained(damaged)
-
-
-@pytest.mark.parametrize(
-    ("file", "named"),
-    [
-        ("model/model.safetensors", "model.safetensors"),
-        ("model/config.json", "config.json"),
-        ("vae/diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors"),
-        ("vae/config.json", "config.json"),
-        ("scheduler/scheduler_config.json", "scheduler_config.json"),
-        ("processor/processor_config.json", "processor"),
-        ("processor/tokenizer.json", "tokenizer"),
-        ("model_index.json", "model_index.json"),
-    ],
-)
-def test_missing_file_is_named(damaged, file, named):
-    (damaged / file).unlink()
-    with pytest.raises((OSError, ValueError), match=re.escape(named)) as caught:
-        LatteFlowPipeline.from_pretrained(damaged)
-    assert str(damaged) in str(caught.value)
-
-
-@pytest.mark.parametrize("file", ["model_index.json", "model/config.json", "scheduler/scheduler_config.json"])
-def test_truncated_configuration_is_named(damaged, file):
-    path = damaged / file
-    path.write_text(path.read_text()[: path.stat().st_size // 2])
-    with pytest.raises((OSError, ValueError), match=re.escape(path.name)):
-        LatteFlowPipeline.from_pretrained(damaged)
-
-
-@pytest.mark.parametrize("as_type", [str, Path])
-def test_missing_folder_is_named(tmp_path, as_type):
-    with pytest.raises((OSError, ValueError), match=re.escape(str(tmp_path / "nowhere"))):
-        LatteFlowPipeline.from_pretrained(as_type(tmp_path / "nowhere"))
-
-
-def test_checkpoint_whose_scheduler_disagrees_is_refused(damaged):
-    path = damaged / "scheduler" / "scheduler_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "expert_boundaries": [1.0, 0.25, 0.0]}))
-    with pytest.raises(ValueError, match=re.escape("[1.0, 0.25, 0.0] are not the model's [1.0, 0.5, 0.0]")):
-        LatteFlowPipeline.from_pretrained(damaged)

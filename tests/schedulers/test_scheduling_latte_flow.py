@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""diffusers' `FlowMatchEulerDiscreteScheduler` is the oracle: for equal sigmas every number is the same, bit for bit."""
+"""diffusers' `FlowMatchEulerDiscreteScheduler` is the oracle: for equal sigmas all numbers are equal, bit for bit."""
 
 import json
 import re

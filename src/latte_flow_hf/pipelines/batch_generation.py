@@ -1,8 +1,8 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Many prompts -> a folder of pictures, by all processes, going on where it was stopped.
+"""A folder of images from many prompts, by all processes, resumed by running it again.
 
-What is unusual here: there is no list of what is done. A picture's file name holds a digest of all that it depends on,
-and the file appears whole or not at all: it is there, or it is still to be painted.
+There is no list of finished images. The name of an image's file contains a digest of everything the image depends on,
+and files are written atomically, so an image is finished if its file exists.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ from ..files import save_image
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file, one a line; blank lines at its end do not count.
+    """Read a text file with one prompt per line; blank lines at its end are ignored.
 
     Raises:
-        `ValueError`: if it is not UTF-8, holds no prompt, or a line between prompts is blank: it would shift the
-            numbers, and with them the seeds, of those that follow as soon as someone removes it.
+        `ValueError`: if it is not UTF-8, contains no prompt, or a line between prompts is blank. (Removing a blank
+            line would change the numbers, and so the seeds, of all prompts after it.)
         `OSError`: if it cannot be read.
     """
     try:
@@ -34,7 +34,7 @@ def read_prompts(path: Path) -> list[str]:
         raise ValueError(f"prompts {path} is not a text file in UTF-8: {error}") from error
     prompts = [line.strip() for line in text.rstrip().split("\n")]
     if prompts == [""]:
-        raise ValueError(f"prompts {path} holds no prompt; write one a line.")
+        raise ValueError(f"prompts {path} contains no prompt; write one per line.")
     if "" in prompts:
         raise ValueError(f"prompts {path}: line {prompts.index('') + 1} is blank; remove it.")
     return prompts
@@ -43,7 +43,7 @@ def read_prompts(path: Path) -> list[str]:
 def check_image_folder(folder: Path) -> None:
     """
     Raises:
-        `ValueError`: if `folder` is a file, or is called like a picture.
+        `ValueError`: if `folder` is a file, or has the extension of an image.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output must be a folder for many prompts, and {folder} is a file.")
@@ -52,10 +52,10 @@ def check_image_folder(folder: Path) -> None:
 
 
 def image_name(number: int, prompt: str, seed: int, model: str, call: dict[str, Any]) -> str:
-    """`00003-a-red-circle-5d41402abc4b.png`: the number, the prompt's first words, a digest of all arguments."""
+    """`00003-a-red-circle-5d41402abc4b.png`: the number, the prompt's first words, and a digest of all arguments."""
     words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40].strip("-") or "prompt"
-    depends_on = json.dumps([prompt, seed, model, call], sort_keys=True)
-    return f"{number:05d}-{words}-{hashlib.sha256(depends_on.encode()).hexdigest()[:12]}.png"
+    arguments = json.dumps([prompt, seed, model, call], sort_keys=True)
+    return f"{number:05d}-{words}-{hashlib.sha256(arguments.encode()).hexdigest()[:12]}.png"
 
 
 def generate_images(
@@ -67,47 +67,48 @@ def generate_images(
     batch_size: int = 1,
     **call: Any,
 ) -> tuple[int, int]:
-    """Paint what is not there yet. Under `accelerate launch` each process paints its share.
+    """Generate the images that do not exist yet. With `accelerate launch`, each process generates its share.
 
-    Picture i, of prompt i // num_images_per_prompt, starts from the noise of seed + i, whatever paints it. It is known
-    by its number, prompt, seed, `call`, and the name by which the pipeline was loaded: another model that is loaded by
-    the same name needs another folder.
+    Image i belongs to prompt i // num_images_per_prompt and starts from the noise of seed + i, on any device. It is
+    identified by its number, prompt, seed, `call`, and the name from which the pipeline was loaded: use another folder
+    for another model with the same name.
 
     Args:
-        pipe ([`LatteFlowPipeline`]): the pipeline; it goes to the process's own device.
+        pipe ([`LatteFlowPipeline`]): the pipeline; it is moved to the device of the process.
         prompts (`list[str]`): see [`read_prompts`].
-        folder (`Path`): made if it is not there; on a disk that all processes share.
-        seed (`int`, defaults to 0): of the first picture.
-        num_images_per_prompt (`int`, defaults to 1): pictures of each prompt.
-        batch_size (`int`, defaults to 1): how many go through at once. With 1 a picture has the same bits in whatever
-            company it comes; more is faster on an accelerator and equal up to rounding.
-        call: further arguments of the pipeline, numbers and words alone, e.g. `num_inference_steps=20`.
+        folder (`Path`): made if it does not exist; it must be shared by all processes.
+        seed (`int`, defaults to 0): the seed of the first image.
+        num_images_per_prompt (`int`, defaults to 1): the number of images of each prompt.
+        batch_size (`int`, defaults to 1): the number of images in a batch. 1 makes each image independent of the
+            others, bit for bit; larger batches are faster on an accelerator and equal up to rounding.
+        call: further arguments of the pipeline, numbers and strings only, e.g. `num_inference_steps=20`.
 
     Returns:
-        `tuple[int, int]`: how many pictures all processes painted, and how many were there.
+        `tuple[int, int]`: the number of images that all processes generated, and of those that existed.
 
     Raises:
-        `ValueError`: if `folder` is a file, or an argument is not the pipeline's, before anything is written.
+        `ValueError`: if `folder` is a file or an argument is invalid, before anything is written.
     """
     check_image_folder(folder)
     for name, number in (("num_images_per_prompt", num_images_per_prompt), ("batch_size", batch_size)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}.")
-    # Without an accelerator, processes find each other only if told that there is none.
+    # Without an accelerator, processes form a group only if `cpu` is set.
     state = PartialState(cpu=get_device() == "cpu")
     pipe.to(state.device)
-    asked = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
+    prompt_of_image = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
     model = str(pipe.config.get("_name_or_path", ""))
-    paths = [folder / image_name(i, prompt, seed + i, model, call) for i, prompt in enumerate(asked)]
+    paths = [folder / image_name(i, prompt, seed + i, model, call) for i, prompt in enumerate(prompt_of_image)]
     missing = [i for i, path in enumerate(paths) if not path.exists()]
-    # Before any process paints, all of them have looked: their lists, which are shared out, are the same.
+    # No process may write before all of them have listed what is missing, or their lists would differ.
     state.wait_for_everyone()
     with state.split_between_processes(missing) as share:
-        for start in tqdm(range(0, len(share), batch_size), desc="painting", disable=not state.is_local_main_process):
+        starts = range(0, len(share), batch_size)
+        for start in tqdm(starts, desc="generating", disable=not state.is_local_main_process):
             batch = share[start : start + batch_size]
-            # On the CPU, so that every device starts from the same noise.
+            # On the CPU, so that the noise is the same for every device.
             generators = [torch.Generator().manual_seed(seed + i) for i in batch]
-            images = pipe([asked[i] for i in batch], generator=generators, **call).images
+            images = pipe([prompt_of_image[i] for i in batch], generator=generators, **call).images
             folder.mkdir(parents=True, exist_ok=True)
             for i, image in zip(batch, images):
                 save_image(image, paths[i])

@@ -61,9 +61,9 @@ class LatteFlowOffloadingMixin:
         offload_type: str = "block_level",
         **kwargs: Any,
     ) -> None:
-        """Same as `DiffusionPipeline.enable_group_offload`, with two additions, because group off-loading hooks `forward`
-        only: the VAE's blocks are set explicitly, since the pipeline calls `vae.decode`, and the backbone is also
-        fetched for its image encoder, since `generate` encodes images before it calls the backbone's `forward`.
+        """Same as `DiffusionPipeline.enable_group_offload`, with two additions because only `forward` is hooked: the
+        VAE's blocks are set explicitly, since the pipeline calls `vae.decode`, and the backbone is also fetched for
+        its image encoder, since `generate` encodes images before it calls the backbone's `forward`.
 
         Raises:
             `ValueError`: for `offload_to_disk_path` with `"leaf_level"` if the language head is tied to the

@@ -12,8 +12,8 @@ class LatteFlowPipelineOutput(BaseOutput):
     """
     Args:
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
-            The pictures, in the order of the prompts, those of one prompt together. As arrays
-            (batch, height, width, 3) in [0, 1]; as tensors (batch, 3, height, width) in [0, 1]; as latents
+            The images in the order of the prompts; the images of a prompt follow each other. Arrays are
+            (batch, height, width, 3) in [0, 1], tensors (batch, 3, height, width) in [0, 1], latents
             (batch, channels, height, width).
     """
 

@@ -11,13 +11,13 @@ import torch
 from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler
 
 
-PAINT = """
+GENERATE = """
 import sys
 import numpy as np
 import torch
 torch.set_num_threads(int(sys.argv[1]))
 
-def paint(pipe, **arguments):
+def generate(pipe, **arguments):
     pipe.set_progress_bar_config(disable=True)
     arguments = {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(0), **arguments}
     return pipe("a red circle", output_type="np", **arguments).images
@@ -55,30 +55,30 @@ def pipe(model, processor, vae):
 @pytest.fixture(scope="package")
 def saved(pipe, tmp_path_factory) -> Path:
     """The whole pipeline in a folder; not to be changed."""
-    folder = tmp_path_factory.mktemp("doors") / "pipeline"
+    folder = tmp_path_factory.mktemp("loading") / "pipeline"
     pipe.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="package")
-def paint():
+def generate():
     """The same call in every process."""
-    scope: dict = {"__name__": "paint"}
-    exec(PAINT.replace("torch.set_num_threads(int(sys.argv[1]))", ""), scope)
-    return scope["paint"]
+    scope: dict = {"__name__": "generate"}
+    exec(GENERATE.replace("torch.set_num_threads(int(sys.argv[1]))", ""), scope)
+    return scope["generate"]
 
 
 @pytest.fixture(scope="package")
-def expected(pipe, paint) -> np.ndarray:
-    return paint(pipe)
+def expected(pipe, generate) -> np.ndarray:
+    return generate(pipe)
 
 
 @pytest.fixture(scope="package")
 def run_child():
-    """Run a script in a fresh process; `paint` is there, and what follows is in `sys.argv[2:]`."""
+    """Run a script in a fresh process; `generate` is defined, and the arguments are in `sys.argv[2:]`."""
 
     def run(script: str, *arguments, package: bool = True, **environment) -> str:
-        script = PAINT + ("" if package else WITHOUT_PACKAGE) + script
+        script = GENERATE + ("" if package else WITHOUT_PACKAGE) + script
         done = subprocess.run(
             [sys.executable, "-c", script, str(torch.get_num_threads()), *map(str, arguments)],
             capture_output=True,

@@ -72,12 +72,12 @@ def test_existing_folder_and_failed_saving_leave_everything_as_it_was(pipe, carr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_where_the_package_is_installed_carried_code_does_not_run(carried, tmp_path, paint, expected):
+def test_where_the_package_is_installed_carried_code_does_not_run(carried, tmp_path, generate, expected):
     folder = shutil.copytree(carried, tmp_path / "pipeline")
     for path in folder.rglob("*.py"):
         path.write_text("raise SystemExit('ran')\n")
     loaded = LatteFlowPipeline.from_pretrained(folder)
-    assert type(loaded) is LatteFlowPipeline and np.array_equal(paint(loaded), expected)
+    assert type(loaded) is LatteFlowPipeline and np.array_equal(generate(loaded), expected)
     loaded.save_pretrained(tmp_path / "again")
     index = json.loads((tmp_path / "again" / "model_index.json").read_text())
     assert index["_class_name"] == "LatteFlowPipeline" and index["model"][0] == "latte_flow_hf"
@@ -90,13 +90,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 def check(name, number):
     pipe = DiffusionPipeline.from_pretrained(name, trust_remote_code=True)
-    np.save(f"{out}/{number}.npy", paint(pipe))
+    np.save(f"{out}/{number}.npy", generate(pipe))
     print(pipe.chat("what is it?", max_new_tokens=8))
     processor = AutoProcessor.from_pretrained(name, subfolder="processor", trust_remote_code=True)
     assert type(processor).__name__ == "LatteFlowProcessor"
     assert AutoConfig.from_pretrained(name, subfolder="model", trust_remote_code=True).model_type == "latte_flow"
-    for door in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        model = door.from_pretrained(name, subfolder="model", trust_remote_code=True)
+    for load_with in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        model = load_with.from_pretrained(name, subfolder="model", trust_remote_code=True)
         assert type(model).__name__ == "LatteFlowForConditionalGeneration"
         assert type(model).__module__.startswith("transformers_modules.")
         pairs = zip(model.state_dict().items(), pipe.model.state_dict().items())
@@ -120,7 +120,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
 folder = snapshot_download("user/carried")
-np.save(f"{sys.argv[2]}/offline.npy", paint(DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)))
+np.save(f"{sys.argv[2]}/offline.npy", generate(DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)))
 """
 
 PUSH = """
@@ -162,7 +162,7 @@ for name, loaded in found.items():
     assert type(loaded) is LatteFlowPipeline, name
     assert loaded.chat("what is it?", max_new_tokens=8) == answer, name
     assert loaded.model.generation_config.eos_token_id == pipe.model.generation_config.eos_token_id, name
-    np.save(f"{out}/{name}.npy", paint(loaded))
+    np.save(f"{out}/{name}.npy", generate(loaded))
 # What diffusers leaves out is there as well.
 assert found["published"].model.generation_config.to_dict() == pipe.model.generation_config.to_dict()
 """
@@ -172,9 +172,9 @@ from latte_flow_hf import LatteFlowPipeline
 from diffusers import DiffusionPipeline
 
 out = sys.argv[2]
-np.save(f"{out}/offline.npy", paint(LatteFlowPipeline.from_pretrained("user/pipe")))
-np.save(f"{out}/offline-diffusers.npy", paint(DiffusionPipeline.from_pretrained("user/pipe")))
-np.save(f"{out}/offline-carried.npy", paint(LatteFlowPipeline.from_pretrained("user/carried")))
+np.save(f"{out}/offline.npy", generate(LatteFlowPipeline.from_pretrained("user/pipe")))
+np.save(f"{out}/offline-diffusers.npy", generate(DiffusionPipeline.from_pretrained("user/pipe")))
+np.save(f"{out}/offline-carried.npy", generate(LatteFlowPipeline.from_pretrained("user/carried")))
 try:
     LatteFlowPipeline.from_pretrained("user/unknown")
     raise SystemExit("from where?")
@@ -185,20 +185,20 @@ except OSError as error:
 
 @pytest.fixture(scope="module")
 def pushed(hub, saved, run_child, tmp_path_factory) -> Path:
-    """The pictures of what went to the hub and came back: by each object's own `push_to_hub`, and by the command."""
+    """Images by what went to the hub and came back: by `push_to_hub` of each object, and by the command."""
     out = tmp_path_factory.mktemp("pushed")
     assert run_child(PUSH, out, saved, **hub.environment).count("published http://127.0.0.1") == 2
     return out
 
 
-def assert_pictures(folder: Path, count: int, expected: np.ndarray) -> None:
+def assert_images(folder: Path, count: int, expected: np.ndarray) -> None:
     assert len(list(folder.glob("*.npy"))) == count
     for path in folder.glob("*.npy"):
         assert np.array_equal(np.load(path), expected), path.stem
 
 
 def test_to_the_hub_and_back(pushed, hub, saved, expected):
-    assert_pictures(pushed, 6, expected)
+    assert_images(pushed, 6, expected)
     assert hub.private == {
         **dict.fromkeys(["user/pipe", "user/published"], True),
         **dict.fromkeys(["user/model", "user/processor", "user/scheduler", "user/carried"], False),
@@ -214,7 +214,7 @@ def test_to_the_hub_and_back(pushed, hub, saved, expected):
 def test_what_was_fetched_is_there_offline(pushed, hub, run_child, tmp_path, expected):
     before = len(hub.requests)
     run_child(OFFLINE, tmp_path, **{**hub.environment, "HF_HUB_OFFLINE": "1"})
-    assert_pictures(tmp_path, 3, expected)
+    assert_images(tmp_path, 3, expected)
     assert len(hub.requests) == before
 
 
@@ -223,7 +223,7 @@ def test_code_that_goes_along_needs_no_package(pushed, hub, carried, run_child, 
     assert said.count("checked") == 2
     assert "Expected types" not in said  # diffusers' warning of a component of another class
     run_child(WITHOUT_OFFLINE, tmp_path, package=False, **{**hub.environment, "HF_HUB_OFFLINE": "1"})
-    assert_pictures(tmp_path, 3, expected)
+    assert_images(tmp_path, 3, expected)
 
 
 REPUBLISH = """

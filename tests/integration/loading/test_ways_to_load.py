@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Every usual way to load, over one saved pipeline of small random weights: behind each door the same picture."""
+"""All usual ways to load one saved pipeline of small random weights: each gives the same image."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ from latte_flow_hf import (
 )
 
 
-MODEL_DOORS = [LatteFlowForConditionalGeneration, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM]
+MODEL_CLASSES = [LatteFlowForConditionalGeneration, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM]
 
 
 def with_model(pipe, model) -> LatteFlowPipeline:
@@ -39,12 +39,16 @@ def with_model(pipe, model) -> LatteFlowPipeline:
 
 
 @pytest.mark.parametrize("as_subfolder", [True, False])
-@pytest.mark.parametrize("door", MODEL_DOORS)
-def test_model(saved, pipe, paint, expected, door, as_subfolder):
-    model = door.from_pretrained(saved, subfolder="model") if as_subfolder else door.from_pretrained(saved / "model")
+@pytest.mark.parametrize("load_with", MODEL_CLASSES)
+def test_model(saved, pipe, generate, expected, load_with, as_subfolder):
+    model = (
+        load_with.from_pretrained(saved, subfolder="model")
+        if as_subfolder
+        else load_with.from_pretrained(saved / "model")
+    )
     assert type(model) is LatteFlowForConditionalGeneration and not model.training
     assert not any(parameter.requires_grad for parameter in model.vlm.parameters())
-    assert np.array_equal(paint(with_model(pipe, model)), expected)
+    assert np.array_equal(generate(with_model(pipe, model)), expected)
 
 
 def test_config_processor_and_scheduler(saved, pipe):
@@ -79,7 +83,7 @@ def test_task_pipeline_of_transformers(saved, pipe, picture):
 # The pipeline.
 
 
-@pytest.mark.parametrize("door", [LatteFlowPipeline, DiffusionPipeline])
+@pytest.mark.parametrize("load_with", [LatteFlowPipeline, DiffusionPipeline])
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -94,10 +98,10 @@ def test_task_pipeline_of_transformers(saved, pipe, picture):
     ],
     ids=str,
 )
-def test_pipeline(saved, paint, expected, door, arguments):
-    loaded = door.from_pretrained(saved, **arguments)
+def test_pipeline(saved, generate, expected, load_with, arguments):
+    loaded = load_with.from_pretrained(saved, **arguments)
     assert type(loaded) is LatteFlowPipeline
-    assert np.array_equal(paint(loaded), expected)
+    assert np.array_equal(generate(loaded), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -108,31 +112,31 @@ def test_dtype_of_the_pipeline_and_of_its_model(saved, dtype):
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
-def test_dtype_by_component(saved, paint, expected):
+def test_dtype_by_component(saved, generate, expected):
     loaded = DiffusionPipeline.from_pretrained(saved, dtype={"model": torch.bfloat16, "default": torch.float32})
     assert loaded.model.dtype == torch.bfloat16 and loaded.vae.dtype == torch.float32
-    assert paint(loaded).shape == expected.shape and np.isfinite(paint(loaded)).all()
+    assert generate(loaded).shape == expected.shape and np.isfinite(generate(loaded)).all()
 
 
 PLACED = [{"": "cpu"}, {"vlm": "cpu", "tower": "cpu"}, {"vlm": "cpu", "tower": "disk"}]
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", "balanced", "sequential", *PLACED], ids=str)
-def test_device_map_of_the_model(saved, pipe, paint, expected, tmp_path, device_map):
+def test_device_map_of_the_model(saved, pipe, generate, expected, tmp_path, device_map):
     model = AutoModel.from_pretrained(saved, subfolder="model", device_map=device_map, offload_folder=tmp_path)
     on_disk = any(parameter.is_meta for parameter in model.tower.parameters())
     assert on_disk == (isinstance(device_map, dict) and "disk" in device_map.values())
-    assert np.array_equal(paint(with_model(pipe, model)), expected)
+    assert np.array_equal(generate(with_model(pipe, model)), expected)
 
 
-def test_variant(saved, pipe, paint, tmp_path):
+def test_variant(saved, pipe, generate, tmp_path):
     half = LatteFlowPipeline.from_pretrained(saved, dtype=torch.float16)
     half.save_pretrained(tmp_path, variant="fp16")
     names = {path.name for path in tmp_path.rglob("*.safetensors")}
     assert names == {"model.fp16.safetensors", "diffusion_pytorch_model.fp16.safetensors"}
-    for door in (LatteFlowPipeline, DiffusionPipeline):
-        loaded = door.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
-        assert np.array_equal(paint(loaded), paint(half))
+    for load_with in (LatteFlowPipeline, DiffusionPipeline):
+        loaded = load_with.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
+        assert np.array_equal(generate(loaded), generate(half))
     model = AutoModel.from_pretrained(tmp_path, subfolder="model", variant="fp16")
     assert model.dtype == torch.float16
     with pytest.raises((OSError, ValueError), match="bf16"):
@@ -148,12 +152,12 @@ def sharded(pipe, tmp_path_factory):
     return folder
 
 
-def test_shards(sharded, paint, expected):
+def test_shards(sharded, generate, expected):
     for component, least in (("model", 3), ("vae", 2)):
         assert len(list((sharded / component).glob("*.safetensors"))) >= least
         assert len(list((sharded / component).glob("*.safetensors.index.json"))) == 1
-    for door in (LatteFlowPipeline, DiffusionPipeline):
-        assert np.array_equal(paint(door.from_pretrained(sharded)), expected)
+    for load_with in (LatteFlowPipeline, DiffusionPipeline):
+        assert np.array_equal(generate(load_with.from_pretrained(sharded)), expected)
 
 
 @pytest.mark.parametrize("component", ["model", "vae"])
@@ -170,21 +174,21 @@ def test_broken_shards_are_named(sharded, tmp_path, component, how):
         LatteFlowPipeline.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("door", MODEL_DOORS)
-def test_weights_of_another_architecture_are_refused(saved, tmp_path, door):
+@pytest.mark.parametrize("load_with", MODEL_CLASSES)
+def test_weights_of_another_architecture_are_refused(saved, tmp_path, load_with):
     """Transformers would fill what is missing with random numbers and pass over the rest."""
     folder = shutil.copytree(saved / "model", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "residual_attention": None}))
     with pytest.raises(ValueError, match=r"hold, but the model does not.*residual_gate"):
-        door.from_pretrained(folder)
+        load_with.from_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({**config, "num_experts": 1, "expert_boundaries": None}))
     with pytest.raises(ValueError, match=r"lack .*layers\.2\.self_attn\.residual_gate"):
-        door.from_pretrained(folder)
+        load_with.from_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({**config, "latent_channels": 8}))
     with pytest.raises(ValueError, match=r"hold in another shape .*tower\.head\.proj.*4.*8"):
-        door.from_pretrained(folder)
-    resized = door.from_pretrained(folder, ignore_mismatched_sizes=True)
+        load_with.from_pretrained(folder)
+    resized = load_with.from_pretrained(folder, ignore_mismatched_sizes=True)
     assert resized.tower.head.proj.out_features == 8
 
 
@@ -201,10 +205,10 @@ def test_answers_end_without_a_generation_config(saved, tmp_path):
     assert model.generation_config.eos_token_id == model.config.text_config.eos_token_id is not None
 
 
-def test_components_go_from_pipeline_to_pipeline(pipe, saved, paint, expected):
+def test_components_go_from_pipeline_to_pipeline(pipe, saved, generate, expected):
     vae = AutoencoderDC.from_pretrained(saved, subfolder="vae")
     loaded = DiffusionPipeline.from_pretrained(saved, vae=vae, model=pipe.model)
     assert loaded.vae is vae and loaded.model is pipe.model
     again = LatteFlowPipeline(**loaded.components)
-    assert np.array_equal(paint(again), expected)
-    assert np.array_equal(paint(LatteFlowPipeline.from_pipe(loaded)), expected)
+    assert np.array_equal(generate(again), expected)
+    assert np.array_equal(generate(LatteFlowPipeline.from_pipe(loaded)), expected)

@@ -14,7 +14,7 @@ DEVICES = ["cpu"] + [name for name in ("cuda", "mps", "xpu") if getattr(torch, n
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def picture(pipe, prompt="a red circle", **arguments) -> np.ndarray:
+def generate(pipe, prompt="a red circle", **arguments) -> np.ndarray:
     """(height, width, 3) in [0, 1]; the noise is drawn on the CPU, so that every device starts from the same."""
     arguments = {"num_inference_steps": 20, "generator": torch.Generator().manual_seed(0), **arguments}
     return pipe(prompt, output_type="np", **arguments).images[0]
@@ -24,7 +24,7 @@ def picture(pipe, prompt="a red circle", **arguments) -> np.ndarray:
 def reference():
     pipe = LatteFlowPipeline.from_pretrained(tiny_checkpoint())
     pipe.set_progress_bar_config(disable=True)
-    return picture(pipe)
+    return generate(pipe)
 
 
 @pytest.fixture(scope="module", params=DEVICES)
@@ -39,18 +39,18 @@ def tiny(request, device):
     return pipe
 
 
-def test_it_paints_as_in_single_precision(tiny, reference):
-    found = picture(tiny)
+def test_images_are_close_to_single_precision(tiny, reference):
+    found = generate(tiny)
     assert np.isfinite(found).all() and found.std() > 0.05
     assert np.abs(found - reference).mean() < 0.01
 
 
-def test_the_prompt_and_guidance_change_the_picture(tiny):
-    red = picture(tiny)
+def test_the_prompt_and_guidance_change_the_image(tiny):
+    red = generate(tiny)
     for other in (
-        picture(tiny, "a blue square"),
-        picture(tiny, guidance_scale=1.0),
-        picture(tiny, negative_prompt="a white cross"),
+        generate(tiny, "a blue square"),
+        generate(tiny, guidance_scale=1.0),
+        generate(tiny, negative_prompt="a white cross"),
     ):
         assert np.abs(red - other).mean() > 0.01
 
@@ -93,7 +93,7 @@ def test_an_untrained_tower_is_told(broken, make_model, caplog):
     assert ["untrained" in message for message in caplog.messages] == [True]
 
 
-def test_an_even_picture_is_told(broken, caplog):
+def test_an_even_image_is_told(broken, caplog):
     with torch.no_grad():
         for parameter in broken.vae.decoder.parameters():
             parameter.zero_()
