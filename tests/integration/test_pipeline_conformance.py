@@ -229,9 +229,9 @@ def test_encoding_apart_gives_the_same_image(pipe, prefills, guidance_scale):
     prefills.clear()
     found = generate(pipe, None, context=context, negative_context=negative, **{**arguments, "generator": seeded()})
     assert torch.equal(found, expected) and prefills == []
-    # The negative one may be left to the pipeline, and one can serve all prompts.
+    # The negative one may be left to the pipeline (which then encodes it in another batch), and one can serve all.
     alone = generate(pipe, None, context=context, **{**arguments, "generator": seeded()})
-    assert torch.equal(alone, expected)
+    torch.testing.assert_close(alone, expected, rtol=1e-5, atol=1e-5)
     if guided:
         one = negative.select(torch.tensor([0]))
         alone = generate(pipe, None, context=context, negative_context=one, **{**arguments, "generator": seeded()})

@@ -17,8 +17,7 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def base(make_model):
-    # Without gradients, as after an adapter is loaded: torch chooses another kernel for a convolution with them.
-    return make_model(num_experts=4).requires_grad_(False)
+    return make_model(num_experts=4)
 
 
 @pytest.fixture(scope="module")

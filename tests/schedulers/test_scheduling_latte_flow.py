@@ -268,7 +268,7 @@ def test_config_round_trip(tmp_path, boundaries):
         ({"shift": 0.0}, "shift must be positive, got 0.0."),
         ({"shift": -1.5}, "shift must be positive, got -1.5."),
         ({"expert_boundaries": [1.0, 0.4, 0.6, 0.0]}, "got [1.0, 0.4, 0.6, 0.0]"),
-        ({"expert_boundaries": [0.0, 0.5, 1.0]}, "got [0.0, 0.5, 1.0]; use [1.0, 0.5, 0.0] instead"),
+        ({"expert_boundaries": [0.0, 0.5, 1.0]}, "got [0.0, 0.5, 1.0]; for example [1.0, 0.5, 0.0]"),
         ({"expert_boundaries": [1.0]}, "expert_boundaries must be"),
         ({"expert_boundaries": []}, "expert_boundaries must be"),
     ],

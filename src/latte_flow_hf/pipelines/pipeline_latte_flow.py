@@ -202,11 +202,11 @@ class LatteFlowPipeline(LatteFlowLoadingMixin, LatteFlowOffloadingMixin, LatteFl
             conversations = self._conversations(prompt, image, messages)
         if do_classifier_free_guidance and negative_context is None:
             negatives = self._conversations("" if negative_prompt is None else negative_prompt)
+        device = self._execution_device
         if conversations or negatives:
-            self._require("processor")
-            inputs = self.processor.encode_conversations([*negatives, *conversations]).to(self._execution_device)
+            inputs = self.processor.encode_conversations([*negatives, *conversations]).to(device)
             encoded = self.model.encode_context(**inputs)
-            index = torch.arange(len(encoded), device=self._execution_device)
+            index = torch.arange(len(encoded), device=device)
             if negatives:
                 negative_context = encoded.select(index[: len(negatives)])
             if conversations:
@@ -216,7 +216,7 @@ class LatteFlowPipeline(LatteFlowLoadingMixin, LatteFlowOffloadingMixin, LatteFl
             return context, None
         assert negative_context is not None
         if len(negative_context) < len(context):
-            negative_context = negative_context.select(index.new_zeros(len(context)))
+            negative_context = negative_context.select(torch.zeros(len(context), dtype=torch.long, device=device))
         return context, negative_context
 
     def _conversations(
