@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..files import save_image
 from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
-from .sharding import gathered_modulation, is_sharded, local_tensor
+from .sharding import is_sharded, local_tensor
 
 
 EMA_FOLDER = "ema"
@@ -348,8 +348,7 @@ class SampleCallback(TrainerCallback):
         was_training = self.pipe.model.training
         self.pipe.model.eval()
         generators = [torch.Generator().manual_seed(self.seed + number) for number in range(len(self.prompts))]
-        with gathered_modulation(self.pipe.model):
-            images = self.pipe(self.prompts, generator=generators, **self.call).images
+        images = self.pipe(self.prompts, generator=generators, **self.call).images
         self.pipe.model.train(was_training)
         if not save:
             return

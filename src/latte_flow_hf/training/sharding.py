@@ -5,8 +5,6 @@ A frozen backbone is not sharded: each process encodes its own prompts with it, 
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
@@ -78,24 +76,6 @@ class UnshardedBackboneCallback(TrainerCallback):
         # first, when it encodes the prompts of the first batch.
         if isinstance(model, FSDPModule):
             model._get_fsdp_state()._lazy_init()
-
-
-@contextmanager
-def gathered_modulation(model: Any) -> Iterator[None]:
-    """Context manager in which a sharded model can generate images, which without FSDP2 it does anyway.
-
-    FSDP2 gathers weights for `forward`, but the pipeline also calls `modulate`. It is only registered while images are
-    generated: in training a layer calls it inside its `forward`, and its weights would be released too early.
-    """
-    modules = [module for module in (model.tower, *model.tower.layers) if isinstance(module, FSDPModule)]
-    for module in modules:
-        register_fsdp_forward_method(module, "modulate")
-    try:
-        yield
-    finally:
-        for module in modules:
-            # The registered method is an attribute of the instance, which hides that of the class.
-            del module.modulate
 
 
 def save_sharded_pipeline(pipe: Any, folder: Path, max_shard_size: int | str = "5GB") -> None:
