@@ -596,11 +596,11 @@ def test_mismatched_sizes_are_refused_or_begun_anew(model, tmp_path):
         tmp_path, latent_channels=8, ignore_mismatched_sizes=True, output_loading_info=True
     )
     assert {name for name, *_ in report["mismatched_keys"]} == {
-        "tower.latent_embedding.weight",
+        "tower.latent_embedding.proj.weight",
         "tower.head.proj.weight",
         "tower.head.proj.bias",
     }
-    assert (loaded.tower.head.proj.weight == 0).all() and loaded.tower.latent_embedding.weight.std() > 0.01
+    assert (loaded.tower.head.proj.weight == 0).all() and loaded.tower.latent_embedding.proj.weight.std() > 0.01
     assert same_bytes(loaded.vlm, model.vlm) and same_bytes(loaded.tower.layers, model.tower.layers)
 
 
@@ -629,14 +629,14 @@ def test_nothing_to_learn_from_is_refused(model, inputs):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"input_ids": None}, r"input_ids must be the prompts' tokens, \(batch, length\), got None"),
+        ({"input_ids": None}, r"input_ids must be the tokens of the prompts, \(batch, length\), got None"),
         ({"input_ids": torch.tensor([1, 2])}, r"input_ids must be .*got \(2,\)"),
         ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, r"input_ids must be .*got \(0, 4\)"),
-        ({"attention_mask": torch.ones(2, 3)}, r"attention_mask must be of shape .*got \(2, 3\)"),
-        ({"mm_token_type_ids": None}, "mm_token_type_ids must be given with pictures"),
-        ({"position_ids": torch.zeros(3, 2, 1)}, "position_ids must be left out"),
-        ({"past_key_values": DynamicCache()}, "past_key_values must be left out"),
-        ({"inputs_embeds": torch.zeros(2, 1, 32)}, "inputs_embeds must be left out"),
+        ({"attention_mask": torch.ones(2, 3)}, r"attention_mask must have the shape of input_ids.*got \(2, 3\)"),
+        ({"mm_token_type_ids": None}, "mm_token_type_ids must be given with images"),
+        ({"position_ids": torch.zeros(3, 2, 1)}, "position_ids must not be given"),
+        ({"past_key_values": DynamicCache()}, "past_key_values must not be given"),
+        ({"inputs_embeds": torch.zeros(2, 1, 32)}, "inputs_embeds must not be given"),
     ],
 )
 def test_prompt_that_cannot_be_encoded_is_refused(model, seen, changed, message):
@@ -658,5 +658,5 @@ def test_training_loop_may_want_no_cache(model, seen):
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 4), (4, 4, 4), (3, 4, 4, 4)])
 def test_noise_of_another_shape_is_refused(model, inputs, shape):
-    with pytest.raises(ValueError, match="noise must be"):
+    with pytest.raises(ValueError, match="noise must have the shape"):
         model(**inputs, latents=noise(2, 4, 4, 4), noise=noise(*shape))

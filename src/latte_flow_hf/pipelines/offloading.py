@@ -100,4 +100,10 @@ def runs_only_in_forward(tower: torch.nn.Module) -> bool:
     sequential off-loading, a device map over several devices), and with FSDP, which gathers the sharded parameters of
     a layer when the layer is called. Nothing can then be computed ahead for all steps of an expert.
     """
-    return has_forward_hooks(tower) or any(isinstance(parameter, DTensor) for parameter in tower.parameters())
+    modulations = [layer.modulation for layer in tower.layers]
+    # Only the modules that `modulate` uses: to walk over all of them takes longer than a step of a small model.
+    hooked = any(
+        hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
+        for module in (tower, *tower.layers, *modulations)
+    )
+    return hooked or any(isinstance(modulation.weight, DTensor) for modulation in modulations)

@@ -202,11 +202,10 @@ class LatteFlowPipeline(LatteFlowLoadingMixin, LatteFlowOffloadingMixin, LatteFl
             conversations = self._conversations(prompt, image, messages)
         if do_classifier_free_guidance and negative_context is None:
             negatives = self._conversations("" if negative_prompt is None else negative_prompt)
-        device = self._execution_device
         if conversations or negatives:
-            inputs = self.processor.encode_conversations([*negatives, *conversations]).to(device)
+            inputs = self.processor.encode_conversations([*negatives, *conversations]).to(self._execution_device)
             encoded = self.model.encode_context(**inputs)
-            index = torch.arange(len(encoded), device=device)
+            index = torch.arange(len(encoded), device=encoded.next_position.device)
             if negatives:
                 negative_context = encoded.select(index[: len(negatives)])
             if conversations:
@@ -216,7 +215,7 @@ class LatteFlowPipeline(LatteFlowLoadingMixin, LatteFlowOffloadingMixin, LatteFl
             return context, None
         assert negative_context is not None
         if len(negative_context) < len(context):
-            negative_context = negative_context.select(torch.zeros(len(context), dtype=torch.long, device=device))
+            negative_context = negative_context.select(negative_context.next_position.new_zeros(len(context)))
         return context, negative_context
 
     def _conversations(

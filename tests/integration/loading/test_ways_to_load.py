@@ -161,14 +161,14 @@ def test_shards(sharded, generate, expected):
 
 
 @pytest.mark.parametrize("component", ["model", "vae"])
-@pytest.mark.parametrize("how", ["missing", "cut off", "index cut off"])
+@pytest.mark.parametrize("how", ["missing", "truncated", "index truncated"])
 def test_broken_shards_are_named(sharded, tmp_path, component, how):
     folder = shutil.copytree(sharded, tmp_path / "broken")
     broken = sorted((folder / component).glob("*.safetensors"))[1]
     if how == "missing":
         broken.unlink()
     else:
-        broken = broken if how == "cut off" else next((folder / component).glob("*.index.json"))
+        broken = broken if how == "truncated" else next((folder / component).glob("*.index.json"))
         broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
     with pytest.raises(OSError, match=broken.name):
         LatteFlowPipeline.from_pretrained(folder)
@@ -180,13 +180,13 @@ def test_weights_of_another_architecture_are_refused(saved, tmp_path, load_with)
     folder = shutil.copytree(saved / "model", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "residual_attention": None}))
-    with pytest.raises(ValueError, match=r"hold, but the model does not.*residual_gate"):
+    with pytest.raises(ValueError, match=r"4 weights are not of this model, .*residual_gate"):
         load_with.from_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({**config, "num_experts": 1, "expert_boundaries": None}))
-    with pytest.raises(ValueError, match=r"lack .*layers\.2\.self_attn\.residual_gate"):
+    with pytest.raises(ValueError, match=r"weights are missing, .*layers\.2\.self_attn\.residual_gate"):
         load_with.from_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({**config, "latent_channels": 8}))
-    with pytest.raises(ValueError, match=r"hold in another shape .*tower\.head\.proj.*4.*8"):
+    with pytest.raises(ValueError, match=r"weights have another shape .*tower\.head\.proj.*4.*8"):
         load_with.from_pretrained(folder)
     resized = load_with.from_pretrained(folder, ignore_mismatched_sizes=True)
     assert resized.tower.head.proj.out_features == 8
