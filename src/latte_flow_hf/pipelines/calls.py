@@ -53,7 +53,11 @@ class _OfCall:
 
     def __set__(self, pipe: Any, value: Any) -> None:
         call = pipe._running_call
-        calls = [call] if call is not None else [other for other in list(pipe._calls.values()) if other.scheduler is not None]
+        calls = (
+            [call]
+            if call is not None
+            else [other for other in list(pipe._calls.values()) if other.scheduler is not None]
+        )
         for call in calls:
             call.values[self.name] = value
 

@@ -434,7 +434,9 @@ class LatteFlowPipeline(
                 else:
                     velocity = self.model.predict_velocity(latents, t, context, layout=layout, **shared)
 
-                latents = self.scheduler.step(velocity, scheduler_t, latents, **extra_step_kwargs, return_dict=False)[0]
+                latents = self.scheduler.step(velocity, scheduler_t, latents, **extra_step_kwargs, return_dict=False)[
+                    0
+                ]
                 latents = finish_step(self.scheduler, i, velocity, latents)
 
                 if callback_on_step_end is not None:

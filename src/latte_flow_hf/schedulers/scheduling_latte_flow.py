@@ -2,7 +2,7 @@
 """Flow-matching steps along falling sigmas, and the expert that owns each evaluation of the model.
 
 For equal sigmas, Euler gives the numbers of `FlowMatchEulerDiscreteScheduler` bit for bit. What is added: the experts'
-boundaries, the expert of each step, a number of steps for each expert, and two solvers of second order.
+boundaries, the expert of each step, a number of steps for each expert, shares of new noise, and Heun's solver.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from ..modeling.flow_matching import (
 )
 
 
-SOLVERS = ("euler", "heun", "multistep")
+SOLVERS = ("euler", "heun")
 
 
 @dataclass
@@ -54,13 +54,13 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
             The model's `expert_boundaries`: K + 1 falling sigmas from 1 to 0. Defaults to four uniform intervals. The
             pipeline refuses a model and a scheduler with different boundaries.
         solver (`str`, defaults to `"euler"`):
-            `"euler"` (Paper: the sampler); `"heun"`, which evaluates the model a second time at the end of each step
-            but the last (2n - 1 evaluations for n steps, same as diffusers); or `"multistep"` (second-order
-            Adams-Bashforth), which extrapolates from the velocity of the previous step without a second evaluation.
+            `"euler"` (Paper: the sampler) or `"heun"`, which evaluates the model a second time at the end of each step
+            but the last (2n - 1 evaluations for n steps, same as diffusers). The pipeline also takes multistep solvers
+            of diffusers.
         new_noise (`float` or `list[float]`, defaults to 0.0):
             Share of the noise (of its variance, 0 to 1) that each Euler step draws anew: one value, or one for each
             expert. Fresh noise keeps one expert's errors from reaching the next. (Chosen: 0, because the paper's
-            sampler is deterministic.) The other solvers draw no noise.
+            sampler is deterministic.) Heun's solver draws no noise.
         stochastic_sampling (`bool`, *optional*):
             The argument of `FlowMatchEulerDiscreteScheduler`: `True` is `new_noise=1.0`. In the configuration it is
             `True` with that value only, because diffusers' scheduler takes a share for `True`. Shares, which earlier
@@ -87,7 +87,10 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         stochastic_sampling: bool | None = None,
     ):
         if solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {list(SOLVERS)}, got {solver!r}.")
+            raise ValueError(
+                f"solver must be one of {list(SOLVERS)}, got {solver!r}. For others, give the pipeline a scheduler of "
+                "diffusers, e.g. UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type='flow_prediction')."
+            )
         if num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps must be positive, got {num_train_timesteps}.")
         if shift <= 0:
@@ -233,7 +236,7 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         self.sigmas = torch.cat([sigmas, torch.zeros(1)])
         self._step_index = None
         self._begin_index = None
-        # What a solver of second order keeps of the evaluation before.
+        # What Heun's solver keeps of the first evaluation of a step.
         self._previous_velocity: torch.Tensor | None = None
         self._previous_sample: torch.Tensor | None = None
 
@@ -284,8 +287,6 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         sample = sample.to(torch.float32)
         if self.config.solver == "heun":
             prev_sample = self._heun_step(model_output, sample, index)
-        elif self.config.solver == "multistep":
-            prev_sample = self._multistep_step(model_output, sample, index)
         elif share := self._noise_shares[self.experts[index]]:
             prev_sample = self._stochastic_euler_step(model_output, sample, index, share, generator)
         else:
@@ -334,18 +335,6 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         start = self._previous_sample
         self._previous_velocity = self._previous_sample = None
         return self._euler_step(mean_velocity, start, index - 1)
-
-    def _multistep_step(self, velocity: torch.Tensor, sample: torch.Tensor, index: int) -> torch.Tensor:
-        """Adams-Bashforth of second order, after a first step by Euler.
-
-        x_(i + 1) = x_i + h_i * (v_i + h_i / (2 * h_(i - 1)) * (v_i - v_(i - 1)))
-        """
-        extrapolated = velocity
-        if self._previous_velocity is not None:
-            ratio = self._width(index) / (2 * self._width(index - 1))
-            extrapolated = velocity + ratio * (velocity - self._previous_velocity)
-        self._previous_velocity = velocity
-        return self._euler_step(extrapolated, sample, index)
 
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
         """The index of `timestep`. Of Heun's two evaluations at a timestep, it is the one that starts a step.

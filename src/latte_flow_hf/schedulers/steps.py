@@ -58,27 +58,29 @@ def set_timesteps(
     for argument in arguments:
         if argument not in taken:
             raise ValueError(f"scheduler {name} takes no {argument}; use a LatteFlowScheduler.")
-    if not arguments and "sigmas" in taken and not scheduler.config.get("use_flow_sigmas"):
-        arguments = {"sigmas": np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)}
-    elif not arguments:
+    has_own_spacing = "sigmas" not in taken or bool(scheduler.config.get("use_flow_sigmas"))
+    if not arguments and has_own_spacing:
         arguments = {"num_inference_steps": num_inference_steps}
-    elif "sigmas" in arguments:
-        # UniPC multiplies them.
-        arguments["sigmas"] = np.array(sigmas, dtype=np.float64)
+    elif not arguments:
+        arguments = {"sigmas": np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()}
+    elif "sigmas" in arguments and has_own_spacing:
+        arguments["sigmas"] = np.array(sigmas, dtype=np.float64)  # UniPC multiplies them.
 
     if not isinstance(scheduler, LatteFlowScheduler):
         _check_flow_matching(scheduler, arguments)
     scheduler.set_timesteps(**arguments, device=device)
+    # Truncated timesteps can be equal: a scheduler that looks up the first one would start at the second.
+    scheduler.set_begin_index(0)
     first_sigma = float(scheduler.sigmas[0])
     if starts_from_noise and first_sigma < MIN_FIRST_SIGMA:
         raise ValueError(
-            f"the steps of scheduler {name} start at sigma {first_sigma:g}, but latents that are drawn are pure noise, "
-            "of sigma 1; give `latents` with that much noise, or steps from sigma 1."
+            f"the steps of scheduler {name} start at sigma {first_sigma:g}, but latents that are drawn are pure "
+            "noise, of sigma 1; give `latents` with that much noise, or steps from sigma 1."
         )
 
 
 def model_timesteps(scheduler: Any) -> torch.Tensor:
-    """`1000 * sigma` of each evaluation, (n,), float32, where `scheduler.timesteps` are: the time that the model takes."""
+    """The time that the model takes: `1000 * sigma` of each evaluation, (n,), float32, beside `timesteps`."""
     return (scheduler.sigmas[:-1] * 1000).to(scheduler.timesteps.device)
 
 
@@ -117,6 +119,7 @@ def _check_flow_matching(scheduler: Any, arguments: dict[str, Any]) -> None:
     scheduler = copy.deepcopy(scheduler)
     try:
         scheduler.set_timesteps(**arguments)
+        scheduler.set_begin_index(0)
         sigmas, timesteps = scheduler.sigmas[:-1].double(), scheduler.timesteps.double()
         num_train_timesteps = scheduler.config.num_train_timesteps
         are_flow_sigmas = bool(
@@ -129,7 +132,7 @@ def _check_flow_matching(scheduler: Any, arguments: dict[str, Any]) -> None:
         are_timesteps = are_flow_sigmas and bool(((num_train_timesteps * sigmas - timesteps).abs() < 1.01).all())
         end = _end_of_straight_path(scheduler) if are_timesteps else None
     except Exception as error:
-        raise ValueError(f"scheduler {name} cannot be used: {error} {advice}") from error
+        raise ValueError(f"scheduler {name} cannot be used: {str(error) or type(error).__name__} {advice}") from error
     if not are_flow_sigmas:
         raise ValueError(f"scheduler {name} has no flow-matching sigmas, which fall from 1 to 0. {advice}")
     if end is None:
@@ -137,24 +140,24 @@ def _check_flow_matching(scheduler: Any, arguments: dict[str, Any]) -> None:
             f"timesteps of scheduler {name} do not belong to its sigmas: {timesteps[:3].tolist()} to "
             f"{sigmas[:3].tolist()}. If timesteps are given, it must not shift sigmas. {advice}"
         )
-    if end.shape != _TARGET.shape or not torch.allclose(end.float(), _TARGET, rtol=0, atol=1e-2):
+    if end.shape != _SHAPE or not ((end - _TARGET).abs() < 1e-2).all():
         raise ValueError(
             f"scheduler {name} does not lead to the image at which the velocity points, with prediction_type "
             f"{scheduler.config.get('prediction_type')!r} and the rest of its configuration. {advice}"
         )
 
 
-_TARGET = torch.full((1, 1, 2, 2), 2.0)
+_SHAPE, _TARGET = (1, 1, 2, 2), 2.0
 
 
 def _end_of_straight_path(scheduler: Any) -> torch.Tensor:
-    """Where the steps end if the velocity at x always points from `_TARGET`: (x - target) / sigma.
+    """Where the steps end if all data are `_TARGET`, so that the velocity at x is (x - target) / sigma.
 
-    Every solver of flow matching, with or without new noise, ends there up to rounding.
+    Every solver of flow matching, with or without new noise, ends at the target up to rounding.
     """
     generator = torch.Generator().manual_seed(0)
     step_kwargs = generator_kwargs(scheduler, generator)
-    sample = torch.randn(_TARGET.shape, generator=generator)
+    sample = torch.randn(_SHAPE, generator=generator)
     for index, timestep in enumerate(scheduler.timesteps):
         velocity = (sample - _TARGET) / scheduler.sigmas[index]
         sample = scheduler.step(velocity, timestep, sample, **step_kwargs, return_dict=False)[0]
