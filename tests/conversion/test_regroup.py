@@ -72,17 +72,18 @@ def test_an_added_gate_changes_no_attention(pipeline_folder, model, tmp_path, en
 
 
 @pytest.mark.parametrize(
-    ("num_experts", "shares", "expected"), [(2, [0.5, 0.0], [0.5, 0.0]), (4, [0.5, 0.0], False), (4, 0.3, 0.3)]
+    ("num_experts", "shares", "expected"), [(2, [0.5, 0.0], [0.5, 0.0]), (4, [0.5, 0.0], 0.0), (4, 0.3, 0.3)]
 )
+@pytest.mark.parametrize("key", ["new_noise", "stochastic_sampling"])
 def test_shares_of_new_noise_by_expert_stay_with_their_experts(
-    pipeline_folder, tmp_path, num_experts, shares, expected
+    pipeline_folder, tmp_path, num_experts, shares, expected, key
 ):
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(pipeline_folder, source)
     config = source / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "stochastic_sampling": shares}))
+    config.write_text(json.dumps({**json.loads(config.read_text()), key: shares}))
     regroup(source, num_experts).write(out)
-    assert LatteFlowPipeline.from_pretrained(out).scheduler.config.stochastic_sampling == expected
+    assert LatteFlowPipeline.from_pretrained(out).scheduler.config.new_noise == expected
 
 
 def test_other_boundaries(pipeline_folder, tmp_path):

@@ -93,7 +93,7 @@ def test_several_images_of_a_prompt_equal_single_images(pipe):
 
 def test_stochastic_steps_draw_from_the_generator_of_each_image(pipe):
     plain = generate(pipe, PROMPTS[:2], generator=[torch.Generator().manual_seed(seed) for seed in range(2)])
-    pipe.scheduler = LatteFlowScheduler.from_config(pipe.scheduler.config, stochastic_sampling=True)
+    pipe.scheduler = LatteFlowScheduler.from_config(pipe.scheduler.config, new_noise=1.0)
     together = generate(pipe, PROMPTS[:2], generator=tuple(torch.Generator().manual_seed(seed) for seed in range(2)))
     for index, image in enumerate(together):
         alone = generate(pipe, PROMPTS[index], generator=torch.Generator().manual_seed(index))[0]

@@ -66,7 +66,7 @@ def test_all_stages_end_in_a_pipeline_that_loads(build, stages, recipe, tmp_path
     assert {path.name for path in work_dir.iterdir()} == stage_folders
     pipe = LatteFlowPipeline.from_pretrained(output)
     assert pipe.model.dtype == torch.float32
-    assert pipe.scheduler.config.stochastic_sampling == [0.3, 0.6, 0.6, 0.0]
+    assert pipe.scheduler.config.new_noise == [0.3, 0.6, 0.6, 0.0]
     assert pipe("a red circle", num_inference_steps=4).images[0].size == (64, 64)
     assert not [path for path in output.rglob("*.json") if str(tmp_path) in path.read_text()]
     with pytest.raises(ValueError, match="exists; remove it"):

@@ -85,6 +85,15 @@ def test_steps_by_sigmas_equal_diffusers(sigmas, shift):
     assert_same_steps(ours, stock)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_steps_by_timesteps_are_not_shifted(shift):
+    scheduler, timesteps = LatteFlowScheduler(shift=shift), [1000, 640.5, 250, 3]
+    for arguments in ({"timesteps": timesteps}, {"num_inference_steps": 4, "timesteps": np.array(timesteps)}):
+        scheduler.set_timesteps(**arguments)
+        assert scheduler.timesteps.tolist() == timesteps and scheduler.experts == [0, 1, 3, 3]
+        np.testing.assert_allclose(scheduler.sigmas.numpy(), [1.0, 0.6405, 0.25, 0.003, 0.0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("num_inference_steps", [1, 5, 40])
@@ -281,9 +290,16 @@ def test_a_scheduler_refuses(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "give one of num_inference_steps, sigmas and steps_per_expert"),
+        ({}, "give one of num_inference_steps, sigmas, timesteps and steps_per_expert"),
         ({"num_inference_steps": 4, "steps_per_expert": [1, 1, 1, 1]}, "give one of num_inference_steps"),
         ({"sigmas": [1.0], "steps_per_expert": [1, 1, 1, 1]}, "give one of num_inference_steps"),
+        ({"sigmas": [1.0], "timesteps": [1000.0]}, "give one of num_inference_steps"),
+        ({"timesteps": [1000.0], "steps_per_expert": [1, 1, 1, 1]}, "give one of num_inference_steps"),
+        ({"timesteps": [1001.0, 500.0]}, "timesteps must fall strictly inside (0, 1000], got [1001.0, 500.0]."),
+        ({"timesteps": [500, 1000]}, "timesteps must fall strictly inside (0, 1000], got [500, 1000]."),
+        ({"timesteps": []}, "timesteps must fall strictly inside (0, 1000], got []."),
+        ({"num_inference_steps": 1, "timesteps": [900, 1]}, "timesteps must be 1 (num_inference_steps), got 2."),
+        ({"sigmas": 0.5}, "sigmas must fall strictly inside (0, 1], got 0.5."),
         ({"num_inference_steps": 0}, "num_inference_steps must be a positive whole number, got 0."),
         ({"num_inference_steps": -3}, "num_inference_steps must be a positive whole number, got -3."),
         ({"num_inference_steps": 2.5}, "num_inference_steps must be a positive whole number, got 2.5."),
@@ -325,6 +341,12 @@ def test_step_refuses_other_timesteps(timestep, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         scheduler.step(noise(1, 2), timestep, noise(1, 2))
     assert scheduler.step_index is None
+
+
+def test_step_before_set_timesteps_is_refused():
+    scheduler = LatteFlowScheduler()
+    with pytest.raises(ValueError, match="call set_timesteps before the first step"):
+        scheduler.step(noise(1, 2), scheduler.timesteps[0], noise(1, 2))
 
 
 def test_step_after_the_last_is_refused():

@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Second-order solvers against diffusers' Heun, a closed form, and the order of their error."""
+"""Heun's solver against diffusers' one and a closed form, the order of errors, and new noise."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_heun_equals_diffusers(num_inference_steps, shift):
     torch.testing.assert_close(run(ours, velocity, start), run(stock, velocity, start), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("multistep", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
 def test_the_error_falls_with_the_solver_s_order(solver, order):
     start, errors = torch.ones(1, dtype=torch.float64), []
     for steps in (20, 40):
@@ -49,29 +49,15 @@ def test_the_error_falls_with_the_solver_s_order(solver, order):
     assert 2 ** (order - 0.3) < errors[0] / errors[1] < 2 ** (order + 0.6)
 
 
-def test_multistep_is_exact_where_the_velocity_is_linear_in_sigma():
-    scheduler = LatteFlowScheduler(solver="multistep", expert_boundaries=[1.0, 0.0])
-    scheduler.set_timesteps(sigmas=[1.0, 0.7, 0.6, 0.2])
-    sample, seen = torch.zeros(1), []
-    for timestep in scheduler.timesteps:
-        sample = scheduler.step(2 * timestep / 1000 * torch.ones(1), timestep, sample, return_dict=False)[0]
-        seen.append(sample.item())
-    # The integral of 2 sigma is sigma^2; the first step is Euler's and leaves its error behind.
-    first = 2 * 1.0 * (0.7 - 1.0)
-    expected = [first, first + 0.36 - 0.49, first + 0.04 - 0.49, first - 0.49]
-    np.testing.assert_allclose(seen, expected, atol=1e-6)
-
-
 def test_a_run_starts_anew_after_set_timesteps():
-    for solver in ("heun", "multistep"):
-        scheduler = LatteFlowScheduler(solver=solver)
-        start, found = torch.ones(1), []
-        for _ in range(2):
-            scheduler.set_timesteps(6)
-            scheduler.step(start, scheduler.timesteps[0], start)
-            scheduler.set_timesteps(6)
-            found.append(run(scheduler, curved, start))
-        assert torch.equal(*found)
+    scheduler = LatteFlowScheduler(solver="heun")
+    start, found = torch.ones(1), []
+    for _ in range(2):
+        scheduler.set_timesteps(6)
+        scheduler.step(start, scheduler.timesteps[0], start)
+        scheduler.set_timesteps(6)
+        found.append(run(scheduler, curved, start))
+    assert torch.equal(*found)
 
 
 def test_a_corrector_belongs_to_the_interval_of_its_own_step():
@@ -105,7 +91,7 @@ def test_stochastic_sampling_equals_diffusers_bit_for_bit(num_inference_steps):
 
 def test_stochastic_noise_comes_from_the_generator_of_each_sample():
     def step(*seeds):
-        scheduler = LatteFlowScheduler(stochastic_sampling=True)
+        scheduler = LatteFlowScheduler(new_noise=1.0)
         scheduler.set_timesteps(4)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         start = torch.zeros(len(seeds), 2, 3, 3)
@@ -116,21 +102,72 @@ def test_stochastic_noise_comes_from_the_generator_of_each_sample():
 
 
 def test_solvers_are_kept_and_checked(tmp_path):
-    LatteFlowScheduler(solver="multistep").save_pretrained(tmp_path)
-    assert LatteFlowScheduler.from_pretrained(tmp_path).config.solver == "multistep"
-    with pytest.raises(ValueError, match=r"solver must be one of .*'rk4'"):
-        LatteFlowScheduler(solver="rk4")
+    LatteFlowScheduler(solver="heun").save_pretrained(tmp_path)
+    assert LatteFlowScheduler.from_pretrained(tmp_path).config.solver == "heun"
+    with pytest.raises(
+        ValueError, match=r"solver must be one of \['euler', 'heun'\], got 'multistep'. For others, .*UniPC"
+    ):
+        LatteFlowScheduler(solver="multistep")
 
 
-@pytest.mark.parametrize("shares", [-0.1, 1.5, [0.5], [0.5, 0.5], [0.5, 0.5, 0.5, 2.0], []])
-def test_a_share_of_new_noise_that_cannot_be(shares):
-    with pytest.raises(ValueError, match=r"stochastic_sampling must be from 0 to 1, or .* each of 4 experts, got"):
-        LatteFlowScheduler(stochastic_sampling=shares)
+@pytest.mark.parametrize("shares", [-0.1, 1.5, [0.5], [0.5, 0.5], [0.5, 0.5, 0.5, 2.0], [], "0.5", [True, 0, 0, 0]])
+@pytest.mark.parametrize("key", ["new_noise", "stochastic_sampling"])
+def test_a_share_of_new_noise_that_cannot_be(key, shares):
+    with pytest.raises(ValueError, match=r"new_noise must be from 0 to 1, or .* each of 4 experts, got"):
+        LatteFlowScheduler(**{key: shares})
+
+
+SHARES = [0.3, 0.6, 0.6, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "new_noise", "stochastic_sampling"),
+    [
+        ({}, 0.0, None),
+        ({"new_noise": SHARES}, SHARES, None),
+        ({"new_noise": 0.25}, 0.25, None),
+        ({"new_noise": 1}, 1.0, True),
+        ({"new_noise": [1.0] * 4}, [1.0] * 4, True),
+        # diffusers' scheduler.
+        ({"stochastic_sampling": True}, 1.0, True),
+        ({"stochastic_sampling": False}, 0.0, None),
+        ({"stochastic_sampling": True, "new_noise": 1.0}, 1.0, True),
+        # Configurations of earlier versions.
+        ({"stochastic_sampling": SHARES}, SHARES, None),
+        ({"stochastic_sampling": 0.25}, 0.25, None),
+    ],
+)
+def test_diffusers_scheduler_never_takes_a_share_for_true(tmp_path, arguments, new_noise, stochastic_sampling):
+    LatteFlowScheduler(**arguments).save_pretrained(tmp_path)
+    ours = LatteFlowScheduler.from_pretrained(tmp_path)
+    assert (ours.config.new_noise, ours.config.stochastic_sampling) == (new_noise, stochastic_sampling)
+    theirs = FlowMatchEulerDiscreteScheduler.from_config(ours.config)
+    assert theirs.config.stochastic_sampling is stochastic_sampling
+    back = LatteFlowScheduler.from_config(theirs.config)
+    assert (back.config.new_noise, back.config.stochastic_sampling) == (new_noise, stochastic_sampling)
+    # One evaluation: with the same new noise, and with none.
+    other = LatteFlowScheduler(new_noise=1.0 if stochastic_sampling else 0.0)
+    found = []
+    for scheduler in (theirs, other):
+        scheduler.set_timesteps(sigmas=[1.0, 0.5])
+        torch.manual_seed(0)
+        found.append(run(scheduler, curved, torch.ones(2, 3)))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("arguments", [{"stochastic_sampling": True}, {"stochastic_sampling": False}])
+def test_new_noise_and_stochastic_sampling_must_agree(arguments):
+    with pytest.raises(ValueError, match=r"stochastic_sampling=\w+ is new_noise=.*, but new_noise is \[0.3"):
+        LatteFlowScheduler.from_config(LatteFlowScheduler(new_noise=SHARES).config, **arguments)
+    assert (
+        LatteFlowScheduler.from_config(LatteFlowScheduler(new_noise=SHARES).config, new_noise=0.0).config.new_noise
+        == 0
+    )
 
 
 def test_shares_of_new_noise_go_by_expert_and_keep_the_noise_s_variance(tmp_path):
     shares = [0.5, 0.0, 0.1, 1.0]
-    LatteFlowScheduler(stochastic_sampling=shares).save_pretrained(tmp_path)
+    LatteFlowScheduler(new_noise=shares).save_pretrained(tmp_path)
     scheduler, plain = LatteFlowScheduler.from_pretrained(tmp_path), LatteFlowScheduler()
     # With the true velocity every step stays on the path, its noise standard normal.
     data, start = torch.full((1, 200, 200), 3.0), torch.randn(1, 200, 200, generator=torch.Generator().manual_seed(0))
@@ -154,10 +191,10 @@ def test_shares_of_new_noise_go_by_expert_and_keep_the_noise_s_variance(tmp_path
         noise = after
 
 
-def test_other_solvers_draw_nothing():
+def test_heun_draws_nothing():
     found = []
     for share in (0.0, 0.5):
-        scheduler = LatteFlowScheduler(solver="multistep", stochastic_sampling=share)
+        scheduler = LatteFlowScheduler(solver="heun", new_noise=share)
         scheduler.set_timesteps(5)
         found.append(run(scheduler, curved, torch.ones(1)))
     assert torch.equal(*found)

@@ -145,13 +145,13 @@ def test_a_new_pipeline_has_the_settings_of_the_recipe(pipeline, processor, tmp_
         backbone=str(tmp_path / "backbone"),
         autoencoder=str(parts / "vae"),
         experts={"num_experts": 4, "timestep_frequency_dim": 16, "copy_layers": False},
-        scheduler={"stochastic_sampling": [0.5, 0.5, 0.0, 0.0]},
+        scheduler={"new_noise": [0.5, 0.5, 0.0, 0.0]},
         timestep_sampling="logit_normal",
     )
     pipe = load_pipeline(settings)
     assert pipe.model.config.num_experts == 4 and pipe.model.config.timestep_sampling == "logit_normal"
     assert pipe.model.config.latent_channels == pipe.vae.config.latent_channels
-    assert pipe.scheduler.config.stochastic_sampling == [0.5, 0.5, 0.0, 0.0]
+    assert pipe.scheduler.config.new_noise == [0.5, 0.5, 0.0, 0.0]
     assert pipe.scheduler.config.expert_boundaries == pipe.model.config.expert_boundaries
     layers = zip(pipe.model.tower.layers, pipe.model.vlm.get_decoder().layers)
     assert not any(torch.equal(own.mlp.up_proj.weight, other.mlp.up_proj.weight) for own, other in layers)

@@ -18,7 +18,7 @@ def regroup(source: str | Path, num_experts: int, expert_boundaries: list[float]
 
     All weights are kept, except the gates of the residual attention: the first layer of an expert has none, because no
     earlier layer of that expert passes scores to it; a layer that is no longer the first gets a gate of zeros. The
-    scheduler's `stochastic_sampling` by expert belongs to the old experts, and is switched off if K changes.
+    scheduler's `new_noise` by expert belongs to the old experts, and is switched off if K changes.
 
     Args:
         source (`str` or `Path`): a pipeline's folder or hub id.
@@ -38,8 +38,9 @@ def regroup(source: str | Path, num_experts: int, expert_boundaries: list[float]
     assert all(".residual_gate." in name for name in gates.keys() | (old.keys() - names.keys()))
     scheduler = json.loads(pipeline.small_files["scheduler/scheduler_config.json"])
     scheduler_changes: dict[str, Any] = {"expert_boundaries": config.expert_boundaries}
-    if isinstance(scheduler.get("stochastic_sampling"), list) and num_experts != pipeline.config.num_experts:
-        scheduler_changes["stochastic_sampling"] = False
+    for key in ("new_noise", "stochastic_sampling"):  # the second one in configurations of earlier versions
+        if isinstance(scheduler.get(key), list) and num_experts != pipeline.config.num_experts:
+            scheduler_changes[key] = None
     changes = {"num_experts": config.num_experts, "expert_boundaries": config.expert_boundaries}
     origin = f"`{pipeline.name}`, regrouped from {pipeline.config.num_experts} experts to {config.num_experts}."
     small_files = {

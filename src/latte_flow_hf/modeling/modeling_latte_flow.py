@@ -634,6 +634,17 @@ class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrain
         for layer in self.tower.layers:
             layer.self_attn.xformers_op = attention_op
 
+    def enable_cache(self, config: Any) -> None:
+        """Refuse the caches of diffusers' `CacheMixin`, which skip layers at some steps.
+
+        Raises:
+            `ValueError`: always. They know the layers of diffusers' own models only.
+        """
+        raise ValueError(
+            f"{type(config).__name__} is not supported: diffusers' caches find no layer of this model, or cannot "
+            "store its attention maps. Use fewer steps, `steps_per_expert` or `guidance_interval` instead."
+        )
+
     @property
     def training_experts(self) -> list[int]:
         """The experts that a training step is split over: those with a trainable weight, adapters included.

@@ -4,6 +4,7 @@
 What is unusual here: there is no video processor. `Qwen2VLProcessor` has one, and so fails without torchvision.
 """
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from transformers.image_utils import load_image
 
 # `ProcessorMixin` must be visible here: diffusers looks for the known base class in the module of a component.
 from transformers.processing_utils import ProcessorMixin
+
+
+# A call sets the padding of the tokenizer, which no other thread may then be using ("Already borrowed").
+_TOKENIZER_LOCK = threading.Lock()
 
 
 class LatteFlowProcessor(ProcessorMixin):
@@ -89,14 +94,15 @@ class LatteFlowProcessor(ProcessorMixin):
 
         Each ends with the start of the assistant's turn, after which an answer or an image is generated.
         """
-        return self.apply_chat_template(
-            conversations,
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        )
+        with _TOKENIZER_LOCK:
+            return self.apply_chat_template(
+                conversations,
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "padding_side": "left"},
+            )
 
 
 def load_rgb_image(source: Any) -> Image.Image:

@@ -107,3 +107,33 @@ def runs_only_in_forward(tower: torch.nn.Module) -> bool:
         for module in (tower, *tower.layers, *modulations)
     )
     return hooked or any(isinstance(modulation.weight, DTensor) for modulation in modulations)
+
+
+def uses_shared_state(module: torch.nn.Module) -> bool:
+    """Whether a call of `module` moves or changes its weights, so that two threads cannot call it at once.
+
+    This is so with expert off-loading, with hooks on `forward` (off-loading, layerwise casting), and with FSDP.
+    """
+    tower = getattr(module, "tower", module)
+    is_sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    return getattr(tower, "expert_offload", None) is not None or has_forward_hooks(module) or is_sharded
+
+
+def check_hooks(model: torch.nn.Module) -> None:
+    """
+    Raises:
+        `ValueError`: if the model has a hook of diffusers that keeps outputs between steps, such as those of
+            TaylorSeer and FasterCache. They cannot store the outputs of the tower's layers, or are never called.
+    """
+    hooks = {
+        name
+        for module in model.modules()
+        if hasattr(module, "_diffusers_hook")
+        for name, hook in module._diffusers_hook.hooks.items()
+        if hook._is_stateful
+    }
+    if hooks:
+        raise ValueError(
+            f"model has the hooks {sorted(hooks)}, but caches of diffusers are not supported; remove them by "
+            "`HookRegistry.remove_hook`, and use fewer steps or `guidance_interval` instead."
+        )

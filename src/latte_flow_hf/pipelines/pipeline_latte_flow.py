@@ -5,7 +5,6 @@ Unlike other diffusers pipelines there is no text encoder beside the model. The 
 prompts, their encoding is the backbone's key-value cache, and the same backbone answers in `chat`.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,9 +20,11 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..modeling.context import LatteFlowContext
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
+from ..schedulers.steps import experts_of_steps, finish_step, generator_kwargs, model_timesteps, set_timesteps
+from .calls import LatteFlowCallsMixin, one_thread_at_a_time, own_call
 from .loading import LatteFlowLoadingMixin
 from .lora import LatteFlowLoraMixin
-from .offloading import LatteFlowOffloadingMixin, runs_only_in_forward
+from .offloading import LatteFlowOffloadingMixin, check_hooks, runs_only_in_forward
 from .pipeline_output import LatteFlowPipelineOutput
 
 
@@ -32,8 +33,12 @@ logger = logging.get_logger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class LatteFlowPipeline(LatteFlowLoadingMixin, LatteFlowOffloadingMixin, LatteFlowLoraMixin, DiffusionPipeline):
+class LatteFlowPipeline(
+    LatteFlowCallsMixin, LatteFlowLoadingMixin, LatteFlowOffloadingMixin, LatteFlowLoraMixin, DiffusionPipeline
+):
     """Generates images from prompts or conversations, and chats, with one LaTtE-Flow model.
+
+    Several threads may use one pipeline at the same time: a call changes neither the pipeline nor its components.
 
     Args:
         model ([`LatteFlowForConditionalGeneration`]): the frozen backbone and the generation tower.
@@ -42,7 +47,8 @@ class LatteFlowPipeline(LatteFlowLoadingMixin, LatteFlowOffloadingMixin, LatteFl
             only (`context`).
         vae (`AutoencoderDC`, *optional*):
             The autoencoder, or another one with the same methods. Without it, the pipeline returns latents only.
-        scheduler ([`LatteFlowScheduler`]): the sigmas, and the expert of each step.
+        scheduler ([`LatteFlowScheduler`]):
+            The sigmas, and one solver step; or a flow-matching scheduler of diffusers. A call uses a copy of it.
 
     Raises:
         `ValueError`: if the latent channels of the autoencoder or the boundaries of the scheduler are not the model's.
@@ -115,12 +121,13 @@ class LatteFlowPipeline(LatteFlowLoadingMixin, LatteFlowOffloadingMixin, LatteFl
 
     @property
     def num_timesteps(self) -> int:
-        """The number of evaluations of the model in the current call."""
+        """The number of evaluations of the model in the current call of this thread, or in its last one."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """A callback may skip the remaining steps by `pipe._interrupt = True`."""
+        """Whether the call is interrupted. A callback may skip the remaining steps of its call by
+        `pipe._interrupt = True`; a thread without a running call interrupts all calls."""
         return self._interrupt
 
     def check_inputs(
@@ -257,6 +264,7 @@ class LatteFlowPipeline(LatteFlowLoadingMixin, LatteFlowOffloadingMixin, LatteFl
             raise ValueError(f"latents must be of shape {shape}, got {tuple(latents.shape)}.")
         return latents.to(device=device, dtype=dtype)
 
+    @own_call
     @torch.no_grad()
     def __call__(
         self,
@@ -268,6 +276,8 @@ class LatteFlowPipeline(LatteFlowLoadingMixin, LatteFlowOffloadingMixin, LatteFl
         width: int | None = None,
         num_inference_steps: int = 40,
         steps_per_expert: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        timesteps: list[float] | None = None,
         guidance_scale: float | list[float] = 4.0,
         guidance_interval: tuple[float, float] | None = None,
         num_images_per_prompt: int = 1,
@@ -295,6 +305,11 @@ class LatteFlowPipeline(LatteFlowLoadingMixin, LatteFlowOffloadingMixin, LatteFl
             num_inference_steps (`int`, defaults to 40): the number of denoising steps (Paper: 40).
             steps_per_expert (`list[int]`, *optional*): the number of steps of each expert. Instead of
                 `num_inference_steps`.
+            sigmas (`list[float]`, *optional*):
+                Falling sigmas in (0, 1], which the scheduler shifts. Instead of `num_inference_steps`. They may start
+                below 1 only with `latents`.
+            timesteps (`list[float]`, *optional*):
+                Falling timesteps in (0, 1000], used as they are. Instead of `num_inference_steps`.
             guidance_scale (`float` or `list[float]`, defaults to 4.0):
                 w in v_negative + w * (v_prompt - v_negative), one value or one for each expert. Up to 1, the negative
                 prompt is not evaluated. (Paper: its FID is flat from about 4 up.)
@@ -341,6 +356,7 @@ class LatteFlowPipeline(LatteFlowLoadingMixin, LatteFlowOffloadingMixin, LatteFl
             negative_context,
         )
         self._check_components()
+        check_hooks(self.model)
         self._guidance_scale: float | list[float]
         if isinstance(guidance_scale, (list, tuple)):
             self._guidance_scale = [float(scale) for scale in guidance_scale]
@@ -351,20 +367,18 @@ class LatteFlowPipeline(LatteFlowLoadingMixin, LatteFlowOffloadingMixin, LatteFl
         device = self._execution_device
 
         # 2. Prepare timesteps, the expert of each, and whether it is guided
-        if steps_per_expert is None:
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
-        elif "steps_per_expert" in inspect.signature(self.scheduler.set_timesteps).parameters:
-            self.scheduler.set_timesteps(steps_per_expert=steps_per_expert, device=device)
-        else:
-            raise ValueError(
-                f"scheduler {type(self.scheduler).__name__} takes no steps_per_expert; use a LatteFlowScheduler."
-            )
-        timesteps = self.scheduler.timesteps
+        set_timesteps(
+            self.scheduler,
+            num_inference_steps,
+            device,
+            sigmas,
+            timesteps,
+            steps_per_expert,
+            starts_from_noise=latents is None,
+        )
+        scheduler_timesteps, timesteps = self.scheduler.timesteps, model_timesteps(self.scheduler)
         self._num_timesteps = len(timesteps)
-        # A LatteFlowScheduler knows the expert of Heun's second evaluation, which the timestep alone does not tell.
-        experts = getattr(self.scheduler, "experts", None)
-        if experts is None:
-            experts = [self.model.expert_of(timestep) for timestep in timesteps.tolist()]
+        experts = experts_of_steps(self.scheduler, self.model.config.expert_boundaries)
         scales = self._guidance_scale
         if not isinstance(scales, list):
             scales = [scales] * self.model.config.num_experts
@@ -392,12 +406,10 @@ class LatteFlowPipeline(LatteFlowLoadingMixin, LatteFlowOffloadingMixin, LatteFl
             layout = self.model.latent_layout(latents, context)
             if guided_context is not None:
                 guided_layout = self.model.latent_layout(torch.cat([latents, latents]), guided_context)
-        # Schedulers with stochastic steps draw from the same generator.
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra_step_kwargs = {"generator": generator} if takes_generator else {}
+        extra_step_kwargs = generator_kwargs(self.scheduler, generator)
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, (t, expert) in enumerate(zip(timesteps, experts)):
+            for i, (t, scheduler_t, expert) in enumerate(zip(timesteps, scheduler_timesteps, experts)):
                 if self.interrupt:
                     continue
                 progress_bar.set_description(f"expert {expert} of {self.model.config.num_experts}")
@@ -421,13 +433,16 @@ class LatteFlowPipeline(LatteFlowLoadingMixin, LatteFlowOffloadingMixin, LatteFl
                 else:
                     velocity = self.model.predict_velocity(latents, t, context, layout=layout, **shared)
 
-                latents = self.scheduler.step(velocity, t, latents, **extra_step_kwargs, return_dict=False)[0]
+                latents = self.scheduler.step(velocity, scheduler_t, latents, **extra_step_kwargs, return_dict=False)[
+                    0
+                ]
+                latents = finish_step(self.scheduler, i, velocity, latents)
 
                 if callback_on_step_end is not None:
                     callback_kwargs = {}
                     for k in callback_on_step_end_tensor_inputs:
                         callback_kwargs[k] = locals()[k]
-                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
+                    callback_outputs = callback_on_step_end(self, i, scheduler_t, callback_kwargs) or {}
                     latents = callback_outputs.pop("latents", latents)
                 progress_bar.update()
 
@@ -472,28 +487,35 @@ class LatteFlowPipeline(LatteFlowLoadingMixin, LatteFlowOffloadingMixin, LatteFl
         """Images -> clean latents (batch, channels, height, width), scaled as for training."""
         self._require("vae")
         pixels = self.image_processor.preprocess(images).to(self._execution_device, self.vae.dtype)
-        return encode_pixels(self.vae, pixels)
+        with one_thread_at_a_time(self.vae):
+            return encode_pixels(self.vae, pixels)
 
     def chat(self, messages: str | list[dict], images: Any = None, **kwargs: Any) -> str:
         """Ask the model about images or anything else. Same as [`LatteFlowForConditionalGeneration.chat`], with the
         pipeline's processor and device."""
         self._require("processor")
-        answer = self.model.chat(self.processor, messages, images=images, device=self._execution_device, **kwargs)
-        self.maybe_free_model_hooks()
+        with one_thread_at_a_time(self.model, self.vae):
+            answer = self.model.chat(self.processor, messages, images=images, device=self._execution_device, **kwargs)
+            self.maybe_free_model_hooks()
         return answer
 
     def compile(self, **kwargs: Any) -> None:
         """Compile the `forward` of the tower's layers; layers with equal shapes share a graph. Call it before any
         off-loading is enabled.
 
-        Shapes are static: another size, batch or prompt length is compiled at its first step. (Chosen: layers rather
-        than the whole model, which would take K times as long to compile and share nothing.)
+        Shapes are dynamic: another prompt length, image size, batch size or number of steps compiles nothing anew.
+        There are two graphs, one for the first layer of an expert and one for all others, at the first call; and two
+        more at the first call of each other kind: one image or several, several images of a prompt or of each of
+        several prompts, with or without padded prompts (with guidance, prompts are padded), with other active
+        adapters. After 64 graphs torch runs new kinds without compilation. (Chosen: layers rather than the whole
+        model, which would take K times as long to compile and share nothing.)
 
         Args:
-            kwargs: arguments of `torch.compile`, such as `mode="max-autotune"`.
+            kwargs: arguments of `torch.compile`, such as `mode="max-autotune"`, or `dynamic=False` for calls that all
+                have the same shapes.
         """
         for layer in self.model.tower.layers:
-            layer.forward = torch.compile(layer.forward, **{"dynamic": False, "fullgraph": True, **kwargs})
+            layer.forward = torch.compile(layer.forward, **{"dynamic": True, "recompile_limit": 64, **kwargs})
 
 
 def _check_prompts(

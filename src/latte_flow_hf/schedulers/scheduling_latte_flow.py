@@ -2,11 +2,12 @@
 """Flow-matching steps along falling sigmas, and the expert that owns each evaluation of the model.
 
 For equal sigmas, Euler gives the numbers of `FlowMatchEulerDiscreteScheduler` bit for bit. What is added: the experts'
-boundaries, the expert of each step, a number of steps for each expert, and two solvers of second order.
+boundaries, the expert of each step, a number of steps for each expert, shares of new noise, and Heun's solver.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from ..modeling.flow_matching import (
 )
 
 
-SOLVERS = ("euler", "heun", "multistep")
+SOLVERS = ("euler", "heun")
 
 
 @dataclass
@@ -53,18 +54,21 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
             The model's `expert_boundaries`: K + 1 falling sigmas from 1 to 0. Defaults to four uniform intervals. The
             pipeline refuses a model and a scheduler with different boundaries.
         solver (`str`, defaults to `"euler"`):
-            `"euler"` (Paper: the sampler); `"heun"`, which evaluates the model a second time at the end of each step
-            but the last (2n - 1 evaluations for n steps, same as diffusers); or `"multistep"` (second-order
-            Adams-Bashforth), which extrapolates from the velocity of the previous step without a second evaluation.
-        stochastic_sampling (`bool`, `float` or `list[float]`, defaults to `False`):
+            `"euler"` (Paper: the sampler) or `"heun"`, which evaluates the model a second time at the end of each step
+            but the last (2n - 1 evaluations for n steps, same as diffusers). The pipeline also takes multistep solvers
+            of diffusers.
+        new_noise (`float` or `list[float]`, defaults to 0.0):
             Share of the noise (of its variance, 0 to 1) that each Euler step draws anew: one value, or one for each
-            expert. Fresh noise keeps one expert's errors from reaching the next. `True` is 1, same as
-            `FlowMatchEulerDiscreteScheduler` (Chosen: `False`, because the paper's sampler is deterministic). The
-            other solvers draw no noise.
+            expert. Fresh noise keeps one expert's errors from reaching the next. (Chosen: 0, because the paper's
+            sampler is deterministic.) Heun's solver draws no noise.
+        stochastic_sampling (`bool`, *optional*):
+            The argument of `FlowMatchEulerDiscreteScheduler`: `True` is `new_noise=1.0`. In the configuration it is
+            `True` with that value only, because diffusers' scheduler takes a share for `True`. Shares, which earlier
+            checkpoints have here, become `new_noise`.
 
     Raises:
-        `ValueError`: if the boundaries do not fall from 1 to 0, a number is out of range, the solver is unknown, or
-            `stochastic_sampling` does not have one value for each expert.
+        `ValueError`: if the boundaries do not fall from 1 to 0, a number is out of range, the solver is unknown,
+            `new_noise` does not have one value for each expert, or `stochastic_sampling` contradicts it.
     """
 
     _compatibles = ["FlowMatchEulerDiscreteScheduler"]
@@ -79,34 +83,50 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         shift: float = 1.0,
         expert_boundaries: list[float] | None = None,
         solver: str = "euler",
-        stochastic_sampling: bool | float | list[float] = False,
+        new_noise: float | list[float] | None = None,
+        stochastic_sampling: bool | None = None,
     ):
         if solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {list(SOLVERS)}, got {solver!r}.")
+            raise ValueError(
+                f"solver must be one of {list(SOLVERS)}, got {solver!r}. For others, give the pipeline a scheduler of "
+                "diffusers, e.g. UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type='flow_prediction')."
+            )
         if num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps must be positive, got {num_train_timesteps}.")
         if shift <= 0:
             raise ValueError(f"shift must be positive, got {shift}.")
         boundaries = uniform_boundaries(4) if expert_boundaries is None else list(expert_boundaries)
         self.register_to_config(expert_boundaries=check_boundaries(boundaries, len(boundaries) - 1))
-        self._noise_shares = self._check_stochastic_sampling(stochastic_sampling)
+        self._noise_shares = self._check_new_noise(new_noise, stochastic_sampling)
         self.num_inference_steps: int | None = None
         # Before `set_timesteps`: the timesteps of training, same as diffusers.
         timesteps = np.linspace(1, num_train_timesteps, num_train_timesteps, dtype=np.float32)[::-1].copy()
         self._set_sigmas(self._shift(torch.from_numpy(timesteps) / num_train_timesteps))
 
-    def _check_stochastic_sampling(self, stochastic_sampling: bool | float | Sequence[float]) -> list[float]:
-        """The share of new noise of each expert."""
-        if isinstance(stochastic_sampling, (list, tuple)):
-            shares = list(stochastic_sampling)
-        else:
-            shares = [stochastic_sampling] * self.num_experts
-        if len(shares) != self.num_experts or not all(0 <= share <= 1 for share in shares):
+    def _check_new_noise(self, new_noise: Any, stochastic_sampling: Any) -> list[float]:
+        """The share of new noise of each expert; the configuration gets both arguments in one form."""
+        if stochastic_sampling is not None and not isinstance(stochastic_sampling, bool):
+            new_noise, stochastic_sampling = stochastic_sampling, None  # a configuration of an earlier version
+        if new_noise is None:
+            new_noise = float(stochastic_sampling or 0.0)
+        is_list = isinstance(new_noise, (list, tuple))
+        shares = list(new_noise) if is_list else [new_noise] * self.num_experts
+        if len(shares) != self.num_experts or not all(_is_number(share) and 0 <= share <= 1 for share in shares):
             raise ValueError(
-                f"stochastic_sampling must be from 0 to 1, or one such value for each of {self.num_experts} experts, "
-                f"got {stochastic_sampling!r}."
+                f"new_noise must be from 0 to 1, or one such value for each of {self.num_experts} experts, got "
+                f"{new_noise!r}."
             )
-        return [float(share) for share in shares]
+        if stochastic_sampling is not None and any(share != stochastic_sampling for share in shares):
+            raise ValueError(
+                f"stochastic_sampling={stochastic_sampling} is new_noise={float(stochastic_sampling)}, but new_noise "
+                f"is {new_noise!r}; give new_noise and stochastic_sampling=None."
+            )
+        shares = [float(share) for share in shares]
+        self.register_to_config(
+            new_noise=shares if is_list else shares[0],
+            stochastic_sampling=True if all(share == 1 for share in shares) else None,
+        )
+        return shares
 
     @property
     def num_experts(self) -> int:
@@ -137,9 +157,10 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
         sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
         steps_per_expert: Sequence[int] | None = None,
     ) -> None:
-        """Set the steps by their number, by their sigmas, or by a number for each expert.
+        """Set the steps by their number, by their sigmas or timesteps, or by a number for each expert.
 
         This sets `timesteps` (n,), `sigmas` (n + 1,) with a last sigma of 0, and `experts` (a list of n). With Heun,
         all sigmas but the first and the last appear twice: where a step ends, and where the next one starts.
@@ -150,34 +171,44 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
                 pipelines, so that no step is spent between sigma 1/n and 1/1000.)
             device (`str` or `torch.device`, *optional*): the device of `timesteps`. `sigmas` stay on the CPU.
             sigmas (`list[float]`, *optional*): falling sigmas in (0, 1], before the shift.
+            timesteps (`list[float]`, *optional*):
+                Falling timesteps in (0, `num_train_timesteps`], not shifted (same as diffusers: used as they are).
             steps_per_expert (`list[int]`, *optional*):
                 The number of steps of each expert, evenly spaced in its interval and not shifted. 0 skips an expert:
                 the step before it then crosses its interval.
 
         Raises:
-            `ValueError`: if not exactly one of the three is given (`num_inference_steps` may go with `sigmas` of that
-                length), or a value is out of range.
+            `ValueError`: if not exactly one of the four is given (`num_inference_steps` may go with `sigmas` or
+                `timesteps` of that length), or a value is out of range.
         """
-        if (sigmas is None and num_inference_steps is None) == (steps_per_expert is None):
-            raise ValueError("give one of num_inference_steps, sigmas and steps_per_expert.")
+        num_given = sum(given is not None for given in (sigmas, timesteps, steps_per_expert))
+        by_number = num_inference_steps is not None
+        if num_given > 1 or (not num_given and not by_number) or (steps_per_expert is not None and by_number):
+            raise ValueError("give one of num_inference_steps, sigmas, timesteps and steps_per_expert.")
         if steps_per_expert is not None:
             new_sigmas = self._sigmas_per_expert(steps_per_expert)
+        elif timesteps is not None:
+            new_sigmas = self._falling("timesteps", timesteps, self.config.num_train_timesteps, num_inference_steps)
+        elif sigmas is not None:
+            new_sigmas = self._shift(self._falling("sigmas", sigmas, 1, num_inference_steps))
         else:
-            if sigmas is None:
-                assert num_inference_steps is not None
-                check_num_inference_steps(num_inference_steps)
-                sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps).tolist()
-            elif num_inference_steps is not None and len(sigmas) != num_inference_steps:
-                raise ValueError(f"sigmas must be {num_inference_steps} (num_inference_steps), got {len(sigmas)}.")
-            new_sigmas = self._shift(self._check_sigmas(sigmas))
+            assert num_inference_steps is not None
+            check_num_inference_steps(num_inference_steps)
+            even_sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
+            new_sigmas = self._shift(torch.from_numpy(even_sigmas).float())
         self.num_inference_steps = len(new_sigmas)
         self._set_sigmas(new_sigmas, device)
 
-    def _check_sigmas(self, sigmas: Sequence[float]) -> torch.Tensor:
-        found = np.array(sigmas).astype(np.float32)
-        if len(found) == 0 or not (found[0] <= 1 and found[-1] > 0 and (np.diff(found) < 0).all()):
-            raise ValueError(f"sigmas must fall strictly inside (0, 1], got {list(sigmas)}.")
-        return torch.from_numpy(found)
+    @staticmethod
+    def _falling(name: str, values: Sequence[float], highest: int, num_values: int | None) -> torch.Tensor:
+        """Values that fall strictly inside (0, `highest`], as sigmas (n,)."""
+        found = np.array(values).astype(np.float32)
+        is_list = found.ndim == 1 and len(found) > 0
+        if not is_list or not (found[0] <= highest and found[-1] > 0 and (np.diff(found) < 0).all()):
+            raise ValueError(f"{name} must fall strictly inside (0, {highest}], got {np.array(values).tolist()}.")
+        if num_values not in (None, len(found)):
+            raise ValueError(f"{name} must be {num_values} (num_inference_steps), got {len(found)}.")
+        return torch.from_numpy(found) / highest
 
     def _sigmas_per_expert(self, steps_per_expert: Sequence[int]) -> torch.Tensor:
         """Expert k with n steps from sigma `high` to `low`: high - j * (high - low) / n for j = 0, ..., n - 1."""
@@ -205,7 +236,7 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         self.sigmas = torch.cat([sigmas, torch.zeros(1)])
         self._step_index = None
         self._begin_index = None
-        # What a solver of second order keeps of the evaluation before.
+        # What Heun's solver keeps of the first evaluation of a step.
         self._previous_velocity: torch.Tensor | None = None
         self._previous_sample: torch.Tensor | None = None
 
@@ -241,8 +272,11 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
             return_dict (`bool`, defaults to `True`): a [`LatteFlowSchedulerOutput`] or a tuple.
 
         Raises:
-            `ValueError`: if `timestep` is an index or not one of `timesteps`, or there is no step left.
+            `ValueError`: if `set_timesteps` was not called, `timestep` is an index or not one of `timesteps`, or there
+                is no step left.
         """
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before the first step.")
         if isinstance(timestep, int) or (isinstance(timestep, torch.Tensor) and not timestep.is_floating_point()):
             raise ValueError(f"timestep must be one of `scheduler.timesteps`, not an index, got {timestep}.")
         if self._step_index is None:
@@ -253,8 +287,6 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         sample = sample.to(torch.float32)
         if self.config.solver == "heun":
             prev_sample = self._heun_step(model_output, sample, index)
-        elif self.config.solver == "multistep":
-            prev_sample = self._multistep_step(model_output, sample, index)
         elif share := self._noise_shares[self.experts[index]]:
             prev_sample = self._stochastic_euler_step(model_output, sample, index, share, generator)
         else:
@@ -304,18 +336,6 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         self._previous_velocity = self._previous_sample = None
         return self._euler_step(mean_velocity, start, index - 1)
 
-    def _multistep_step(self, velocity: torch.Tensor, sample: torch.Tensor, index: int) -> torch.Tensor:
-        """Adams-Bashforth of second order, after a first step by Euler.
-
-        x_(i + 1) = x_i + h_i * (v_i + h_i / (2 * h_(i - 1)) * (v_i - v_(i - 1)))
-        """
-        extrapolated = velocity
-        if self._previous_velocity is not None:
-            ratio = self._width(index) / (2 * self._width(index - 1))
-            extrapolated = velocity + ratio * (velocity - self._previous_velocity)
-        self._previous_velocity = velocity
-        return self._euler_step(extrapolated, sample, index)
-
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
         """The index of `timestep`. Of Heun's two evaluations at a timestep, it is the one that starts a step.
 
@@ -338,6 +358,10 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_num_inference_steps(num_inference_steps: int) -> None:
