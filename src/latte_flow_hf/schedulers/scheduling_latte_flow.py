@@ -23,8 +23,10 @@ from ..modeling.flow_matching import (
     data_from_velocity,
     expert_of_sigma,
     interpolate,
+    sigmas_per_expert,
     uniform_boundaries,
 )
+from ..modeling.sampling import check_steps_per_expert
 
 
 SOLVERS = ("euler", "heun")
@@ -211,19 +213,8 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         return torch.from_numpy(found) / highest
 
     def _sigmas_per_expert(self, steps_per_expert: Sequence[int]) -> torch.Tensor:
-        """Expert k with n steps from sigma `high` to `low`: high - j * (high - low) / n for j = 0, ..., n - 1."""
-        num_steps = list(steps_per_expert) if isinstance(steps_per_expert, (list, tuple)) else []
-        are_counts = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 0 for n in num_steps)
-        if len(num_steps) != self.num_experts or not are_counts or not num_steps[0]:
-            raise ValueError(
-                f"steps_per_expert must be {self.num_experts} whole numbers, one for each expert, the first at least "
-                f"1, got {steps_per_expert}."
-            )
-        boundaries = self.config.expert_boundaries
-        sigmas = [
-            np.linspace(high, low, n, endpoint=False) for high, low, n in zip(boundaries, boundaries[1:], num_steps)
-        ]
-        return torch.from_numpy(np.concatenate(sigmas)).to(torch.float32)
+        num_steps = check_steps_per_expert(steps_per_expert, self.num_experts)
+        return sigmas_per_expert(self.config.expert_boundaries, num_steps)
 
     def _shift(self, sigmas: torch.Tensor) -> torch.Tensor:
         shift = self.config.shift
