@@ -67,7 +67,7 @@ def test_call_takes_what_the_design_says():
         "negative_prompt": None,
         "height": None,
         "width": None,
-        "num_inference_steps": 40,
+        "num_inference_steps": None,
         "num_images_per_prompt": 1,
         "generator": None,
         "latents": None,

@@ -97,14 +97,20 @@ def check_distilled_steps(sigmas: Sequence[float], sampling: Mapping[str, Any], 
         used = [sigma for sigma in sigmas if low < sigma <= high]
         if len(used) != len(expected) or not np.allclose(used, expected, atol=BOUNDARY_TOLERANCE):
             raise ValueError(
-                f"expert {expert} was distilled to steps_per_expert={list(steps)}, which is to be evaluated at sigma "
-                f"{_listed(expected)} alone, but this call would at {_listed(used)}; leave out the steps, or give "
-                f"steps_per_expert={list(steps)}, with the solver 'euler'."
+                f"expert {expert} was distilled to steps_per_expert={list(steps)} with the solver 'euler' (here sigma "
+                f"{_listed(expected)}), but this call would evaluate it at sigma {_listed(used)}. Leave out the steps "
+                "of the call, or give those."
             )
 
 
 def _listed(sigmas: Sequence[float]) -> str:
     return ", ".join(f"{sigma:.4g}" for sigma in sigmas) or "none"
+
+
+def guides_any(guidance_scale: float | Sequence[float], experts: Sequence[int]) -> bool:
+    """Whether one of `experts` is guided with `guidance_scale`, a number or one for each expert."""
+    scales = guidance_scale if isinstance(guidance_scale, (list, tuple)) else None
+    return any((guidance_scale if scales is None else scales[expert]) > 1 for expert in experts)
 
 
 def describe_sampling(sampling: Mapping[str, Any] | None, solver: str | None = None) -> str:

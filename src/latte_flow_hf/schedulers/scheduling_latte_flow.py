@@ -99,7 +99,7 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"shift must be positive, got {shift}.")
         boundaries = uniform_boundaries(4) if expert_boundaries is None else list(expert_boundaries)
         self.register_to_config(expert_boundaries=check_boundaries(boundaries, len(boundaries) - 1))
-        self._noise_shares = self._check_new_noise(new_noise, stochastic_sampling)
+        self.noise_shares = self._check_new_noise(new_noise, stochastic_sampling)
         self.num_inference_steps: int | None = None
         # Before `set_timesteps`: the timesteps of training, same as diffusers.
         timesteps = np.linspace(1, num_train_timesteps, num_train_timesteps, dtype=np.float32)[::-1].copy()
@@ -278,7 +278,7 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         sample = sample.to(torch.float32)
         if self.config.solver == "heun":
             prev_sample = self._heun_step(model_output, sample, index)
-        elif share := self._noise_shares[self.experts[index]]:
+        elif share := self.noise_shares[self.experts[index]]:
             prev_sample = self._stochastic_euler_step(model_output, sample, index, share, generator)
         else:
             prev_sample = self._euler_step(model_output, sample, index)
