@@ -283,6 +283,35 @@ def train(
 
 
 @_verb
+def distill(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file with a section `distillation`.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the finished pipeline or adapter; must not exist.")
+    ],
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder for trajectories, checkpoints and logs; defaults to runs/ and the recipe's name."),
+    ] = None,
+    allow_changes: Annotated[
+        bool,
+        typer.Option("--allow-changes", help="Resume although the recipe or the starting model has changed."),
+    ] = False,
+) -> None:
+    """Train a model to generate in few steps what a teacher generates in many. Resumes as `train` does."""
+    from accelerate import PartialState
+
+    from latte_flow_hf.training import train
+    from latte_flow_hf.training.recipe import Recipe
+
+    content = Recipe.from_yaml(recipe)
+    if content.distillation is None:
+        raise ValueError(f"recipe {recipe} has no section `distillation`; use `latte-flow train` for it.")
+    result = train.train(content, work_dir or Path("runs", recipe.stem), output, allow_changes)
+    if PartialState().is_main_process:
+        typer.echo(f"wrote {result}")
+
+
+@_verb
 def evaluate(
     model: Model = None,
     seed: Annotated[int, typer.Option(help="Seed of the prompts, the images and the noise.")] = 1,

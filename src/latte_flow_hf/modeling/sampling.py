@@ -28,7 +28,7 @@ def check_sampling(sampling: Any, num_experts: int) -> dict[str, Any]:
         num_experts (`int`): K.
 
     Returns:
-        `dict`: a copy.
+        `dict`: a copy, without fields that are `None`.
 
     Raises:
         `ValueError`: if a field is unknown or has an invalid value.
@@ -57,7 +57,11 @@ def check_sampling(sampling: Any, num_experts: int) -> dict[str, Any]:
             )
         if experts and steps is None:
             raise ValueError("sampling: distilled_experts must come with their steps_per_expert.")
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in sampling.items()}
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in sampling.items()
+        if value is not None
+    }
 
 
 def check_steps_per_expert(steps_per_expert: Any, num_experts: int, name: str = "steps_per_expert") -> list[int]:

@@ -190,6 +190,7 @@ class LatteFlowPipeline(
                 raise ValueError(f"{name} must be one, or one for each of {num_prompts} prompts, got {len(negative)}.")
 
     def _sampling_arguments(
+        self,
         sampling: dict[str, Any],
         num_inference_steps: int | None,
         steps_per_expert: list[int] | None,
