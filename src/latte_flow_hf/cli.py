@@ -79,6 +79,14 @@ def _read_line() -> str:
         return ""
 
 
+def _fast_lora(model: str | None, lora: list[str] | None) -> list[str]:
+    from latte_flow_hf.checkpoints import few_step_checkpoint
+
+    if model is not None:
+        raise ValueError(f"--fast is for the embedded checkpoint, got --model {model}; give an adapter by --lora.")
+    return [few_step_checkpoint(), *(lora or [])]
+
+
 @_verb
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the images.")] = Path("outputs/demo"),
@@ -128,18 +136,25 @@ def generate(
     ] = None,
     model: Model = None,
     seed: Seed = 0,
-    steps: Annotated[int, typer.Option(help="Number of sampling steps.")] = 40,
-    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 is none.")] = 4.0,
+    steps: Annotated[int | None, typer.Option(help="Number of sampling steps; the model's own if left out.")] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Scale of classifier-free guidance; 1 is none. The model's own if left out."),
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to guide away from.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Image shown before the prompt; may be repeated.")] = None,
     num_images: Annotated[int, typer.Option(help="Images per prompt; their files are numbered if several.")] = 1,
     size: Annotated[int | None, typer.Option(help="Height and width in pixels.")] = None,
     batch_size: Annotated[int, typer.Option(help="With --prompts: images per batch.")] = 1,
     lora: Lora = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="With the embedded checkpoint: its adapter for 4 evaluations per image.")
+    ] = False,
 ) -> None:
     """Generate images of a prompt, or of a file of prompts; of a file, existing images are not generated again."""
     if (prompt is None) == (prompts is None):
         raise ValueError("give either a prompt or --prompts.")
+    lora = _fast_lora(model, lora) if fast else lora
     call: dict[str, Any] = {
         "negative_prompt": negative_prompt,
         "height": size,
@@ -315,16 +330,25 @@ def distill(
 def evaluate(
     model: Model = None,
     seed: Annotated[int, typer.Option(help="Seed of the prompts, the images and the noise.")] = 1,
-    steps: Annotated[int, typer.Option(help="Number of sampling steps.")] = 40,
-    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance.")] = 4.0,
+    steps: Annotated[int | None, typer.Option(help="Number of sampling steps; the model's own if left out.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Scale of classifier-free guidance; the model's own if left out.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for all results.")] = None,
+    lora: Lora = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="With the embedded checkpoint: its adapter for 4 evaluations per image.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="Such as cuda; the CPU if left out.")] = None,
 ) -> None:
     """Evaluate a checkpoint on the tiny world: accuracy of generated images and of answers."""
     from latte_flow_hf.files import check_output, write_json
 
     if output is not None:
         check_output(output, replace=True)
-    pipe = _load(model)
+    pipe = _load(model, _fast_lora(model, lora) if fast else lora)
+    if device is not None:
+        pipe.to(device)
     from latte_flow_hf.evaluation import tinyworld
 
     pipe.set_progress_bar_config(disable=True)
@@ -335,7 +359,10 @@ def evaluate(
     for name, results in (("generation", generation), ("understanding", understanding)):
         for kind, result in results.items():
             typer.echo(f"{name:14}{kind:17}{result['accuracy']:7.1%} of {result['count']}")
-    typer.echo(f"{'variety':14}{variety['num_distinct']} of {variety['num_images']} images of one prompt are distinct")
+    typer.echo(
+        f"{'variety':14}{variety['num_distinct']} of {variety['num_images']} images of one prompt are distinct, with a "
+        f"mean distance of {variety['mean_distance']:.2f} of 255"
+    )
     if output is not None:
         results = {"seed": seed, **call, "generation": generation, "variety": variety, "understanding": understanding}
         write_json(results, output)
