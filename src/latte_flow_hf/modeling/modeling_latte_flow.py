@@ -396,7 +396,7 @@ class LatteFlowTower(nn.Module):
 
     def expert_layers(self, expert: int) -> range:
         """The indices of the layers of expert `expert`."""
-        num_layers = self.config.layers_per_expert
+        num_layers = len(self.layers) // self.config.num_experts
         return range(expert * num_layers, (expert + 1) * num_layers)
 
     def modulate(self, timesteps: torch.Tensor, expert: int) -> LatteFlowModulation:

@@ -94,12 +94,14 @@ def check_distilled_steps(sigmas: Sequence[float], sampling: Mapping[str, Any], 
         `ValueError`: if a distilled expert would take other steps.
     """
     steps = sampling.get("steps_per_expert")
-    for expert in sampling.get("distilled_experts") or ():
+    experts = sampling.get("distilled_experts") or ()
+    trained = sigmas_per_expert(boundaries, steps).tolist() if experts else []
+    for expert in experts:
         high, low = boundaries[expert] + BOUNDARY_TOLERANCE, boundaries[expert + 1] + BOUNDARY_TOLERANCE
-        trained = sigmas_per_expert(boundaries, steps).tolist()
         expected = [sigma for sigma in trained if low < sigma <= min(high, sigmas[0] + BOUNDARY_TOLERANCE)]
         used = [sigma for sigma in sigmas if low < sigma <= high]
-        if len(used) != len(expected) or not np.allclose(used, expected, atol=BOUNDARY_TOLERANCE):
+        differ = any(abs(a - b) > BOUNDARY_TOLERANCE for a, b in zip(used, expected))
+        if len(used) != len(expected) or differ:
             raise ValueError(
                 f"expert {expert} was distilled to steps_per_expert={list(steps)} with the solver 'euler' (here sigma "
                 f"{_listed(expected)}), but this call would evaluate it at sigma {_listed(used)}. Leave out the steps "

@@ -225,12 +225,14 @@ class LatteFlowPipeline(
         do_classifier_free_guidance: bool = True,
         context: LatteFlowContext | None = None,
         negative_context: LatteFlowContext | None = None,
+        device: torch.device | None = None,
     ) -> tuple[LatteFlowContext, LatteFlowContext | None]:
         """Encode the prompts and, for guidance, the negative prompts, in one prefill.
 
         Args:
             prompt, image, messages, negative_prompt, context, negative_context: same as in the call.
             do_classifier_free_guidance (`bool`, defaults to `True`): whether to encode negative prompts.
+            device (`torch.device`, *optional*): where the backbone runs; found from off-loading hooks if not given.
 
         Returns:
             The contexts of all prompts (the images of a prompt share one), and as many negative ones (`None` without
@@ -245,7 +247,8 @@ class LatteFlowPipeline(
         if do_classifier_free_guidance and negative_context is None:
             negatives = self._conversations("" if negative_prompt is None else negative_prompt)
         if conversations or negatives:
-            inputs = self.processor.encode_conversations([*negatives, *conversations]).to(self._execution_device)
+            device = self._execution_device if device is None else device
+            inputs = self.processor.encode_conversations([*negatives, *conversations]).to(device)
             encoded = self.model.encode_context(**inputs)
             index = torch.arange(len(encoded), device=encoded.next_position.device)
             if negatives:
@@ -443,7 +446,7 @@ class LatteFlowPipeline(
 
         # 4. Encode prompts
         context, negative_context = self.encode_prompt(
-            prompt, image, messages, negative_prompt, any(is_guided), context, negative_context
+            prompt, image, messages, negative_prompt, any(is_guided), context, negative_context, device
         )
         guided_context = None if negative_context is None else LatteFlowContext.cat([negative_context, context])
 
