@@ -360,8 +360,8 @@ def evaluate(
         for kind, result in results.items():
             typer.echo(f"{name:14}{kind:17}{result['accuracy']:7.1%} of {result['count']}")
     typer.echo(
-        f"{'variety':14}{variety['num_distinct']} of {variety['num_images']} images of one prompt are distinct, with a "
-        f"mean distance of {variety['mean_distance']:.2f} of 255"
+        f"{'variety':14}{variety['num_distinct']} of {variety['num_images']} images of one prompt are distinct, with "
+        f"a mean distance of {variety['mean_distance']:.2f} of 255"
     )
     if output is not None:
         results = {"seed": seed, **call, "generation": generation, "variety": variety, "understanding": understanding}

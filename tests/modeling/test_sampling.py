@@ -11,7 +11,10 @@ DISTILLED = {"steps_per_expert": [1, 2, 1, 1], "distilled_experts": [0, 1, 2, 3]
 
 def test_valid_sampling_is_kept_without_empty_fields():
     sampling = {"steps_per_expert": (1, 2, 1, 0), "guidance_scale": [1, 1, 4.0, 4.0], "distilled_experts": [0, 1]}
-    assert check_sampling({**sampling, "num_inference_steps": None}, 4) == {**sampling, "steps_per_expert": [1, 2, 1, 0]}
+    assert check_sampling({**sampling, "num_inference_steps": None}, 4) == {
+        **sampling,
+        "steps_per_expert": [1, 2, 1, 0],
+    }
     assert check_sampling({"num_inference_steps": 20}, 4) == {"num_inference_steps": 20}
 
 

@@ -71,11 +71,9 @@ def test_states_do_not_depend_on_the_scheduler_of_the_pipeline(pipe):
 
 
 @pytest.mark.parametrize("steps", [[1, 1], [3, 2]])
-def test_a_teacher_of_the_same_steps_has_nothing_to_teach(pipe, encode, steps):
-    """One Euler step is `mean_velocity` of its own start: the loss of such a teacher is zero, that of others is not."""
-    settings = DistillationSettings(
-        teacher_steps=steps, steps_per_expert=steps, guidance_scale=1.0, solver="euler"
-    )
+def test_a_teacher_of_the_same_steps_has_nothing_to_teach(pipe, steps):
+    """One Euler step is `mean_velocity` of its own start: the loss of such a teacher is zero."""
+    settings = DistillationSettings(teacher_steps=steps, steps_per_expert=steps, guidance_scale=1.0, solver="euler")
     prompts = PROMPTS * 8
     states = generate_trajectories(pipe, prompts, list(range(16)), 32, settings)
     context = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)[0]
@@ -118,7 +116,9 @@ def test_trajectories_are_resumed_and_shared_between_runs(distillation, tmp_path
     assert [len(read_metadata(path)["prompts"]) for path in shards] == [4, 2]
     before = [path.read_bytes() for path in shards]
     shards[1].unlink()
-    adapter = train(Recipe.from_dict({**content, "lora": {"experts": [0, 1], "r": 2}}), tmp_path / "two", tmp_path / "a")
+    adapter = train(
+        Recipe.from_dict({**content, "lora": {"experts": [0, 1], "r": 2}}), tmp_path / "two", tmp_path / "a"
+    )
     assert [path.read_bytes() for path in shards] == before
     assert (adapter / "adapter_config.json").exists()
     shards[0].write_bytes(before[0][:-1] + bytes([before[0][-1] ^ 1]))

@@ -818,8 +818,8 @@ class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrain
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean squared error of the velocity from one state of a trajectory to the next, summed over the experts.
 
-        The target at x(sigma_j) is `flow_matching.mean_velocity`, which leads to x(sigma_j+1) in one step. The batch is
-        split over the experts as in `flow_loss`, and each example gets one of the steps of its expert.
+        The target at x(sigma_j) is `flow_matching.mean_velocity`, which leads to x(sigma_j+1) in one step. The batch
+        is split over the experts as in `flow_loss`, and each example gets one of the steps of its expert.
 
         Args:
             states (`torch.Tensor`): (B, S + 1, C, height, width), x at each of `sigmas`, on trajectories of a teacher.

@@ -58,9 +58,7 @@ def check_sampling(sampling: Any, num_experts: int) -> dict[str, Any]:
         if experts and steps is None:
             raise ValueError("sampling: distilled_experts must come with their steps_per_expert.")
     return {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in sampling.items()
-        if value is not None
+        key: list(value) if isinstance(value, tuple) else value for key, value in sampling.items() if value is not None
     }
 
 
@@ -93,8 +91,7 @@ def check_distilled_steps(sigmas: Sequence[float], sampling: Mapping[str, Any], 
     Raises:
         `ValueError`: if a distilled expert would take other steps.
     """
-    steps = sampling.get("steps_per_expert")
-    experts = sampling.get("distilled_experts") or ()
+    steps, experts = sampling.get("steps_per_expert") or [], sampling.get("distilled_experts") or []
     trained = sigmas_per_expert(boundaries, steps).tolist() if experts else []
     for expert in experts:
         high, low = boundaries[expert] + BOUNDARY_TOLERANCE, boundaries[expert + 1] + BOUNDARY_TOLERANCE
@@ -115,12 +112,13 @@ def _listed(sigmas: Sequence[float]) -> str:
 
 def guides_any(guidance_scale: float | Sequence[float], experts: Sequence[int]) -> bool:
     """Whether one of `experts` is guided with `guidance_scale`, a number or one for each expert."""
-    scales = guidance_scale if isinstance(guidance_scale, (list, tuple)) else None
-    return any((guidance_scale if scales is None else scales[expert]) > 1 for expert in experts)
+    if isinstance(guidance_scale, Sequence):
+        return any(guidance_scale[expert] > 1 for expert in experts)
+    return bool(experts) and guidance_scale > 1
 
 
 def describe_sampling(sampling: Mapping[str, Any] | None, solver: str | None = None) -> str:
-    """One line about how a checkpoint is sampled by default, e.g. `steps per expert 1, 1, 1, 1 (euler); guidance 1`."""
+    """How a checkpoint is sampled by default, in one line: `steps per expert 1, 1, 1, 1 (euler); guidance 1`."""
     sampling = sampling or {}
     steps, scale = sampling.get("steps_per_expert"), sampling.get("guidance_scale", DEFAULT_GUIDANCE_SCALE)
     text = f"{sampling.get('num_inference_steps', DEFAULT_NUM_STEPS)} steps"

@@ -27,6 +27,7 @@ class LatteFlowLoraMixin(LoraBaseMixin):
     """Adapter methods for the pipeline's model; it stands before `DiffusionPipeline`."""
 
     model: Any
+    scheduler: Any
     _lora_loadable_modules = ["model"]
 
     def load_lora_weights(

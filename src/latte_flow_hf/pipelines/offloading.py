@@ -20,7 +20,7 @@ class LatteFlowOffloadingMixin:
 
     @property
     def _execution_device(self) -> torch.device:
-        """Same as `DiffusionPipeline._execution_device`, which searches all modules of all components several times."""
+        """Same as `DiffusionPipeline._execution_device`, which searches all modules of each component for hooks."""
         components = [component for component in (self.model, self.vae) if component is not None]
         if self.model is None or any(has_forward_hooks(component) for component in components):
             return super()._execution_device  # type: ignore[misc]

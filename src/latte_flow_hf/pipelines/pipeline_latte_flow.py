@@ -199,17 +199,20 @@ class LatteFlowPipeline(
     ) -> tuple[int, list[int] | None, float | list[float]]:
         """The arguments of a call, with those of the model in place of `None`. `has_sigmas` tells whether the call
         gives its steps as sigmas or timesteps."""
-        own_steps, distilled_experts = sampling.get("steps_per_expert"), sampling.get("distilled_experts") or []
+        own_steps: list[int] | None = sampling.get("steps_per_expert")
+        distilled_experts: list[int] = sampling.get("distilled_experts") or []
         if guidance_scale is None:
             guidance_scale = sampling.get("guidance_scale", DEFAULT_GUIDANCE_SCALE)
         else:
             _check_guidance(guidance_scale, None, self.model.config.num_experts)
             if guides_any(guidance_scale, distilled_experts):
                 logger.warning(
-                    f"guidance_scale {guidance_scale} guides experts {distilled_experts} a second time: their guidance "
-                    "was distilled into the weights. Leave guidance_scale out, or use 1 for them."
+                    f"guidance_scale {guidance_scale} guides experts {distilled_experts} a second time: their "
+                    "guidance was distilled into the weights. Leave guidance_scale out, or use 1 for them."
                 )
-        means_own_steps = num_inference_steps is None or (distilled_experts and num_inference_steps == sum(own_steps))
+        means_own_steps = num_inference_steps is None or (
+            bool(distilled_experts) and num_inference_steps == sum(own_steps or [])
+        )
         if steps_per_expert is None and not has_sigmas and means_own_steps:
             steps_per_expert = own_steps
         if num_inference_steps is None:
@@ -380,7 +383,7 @@ class LatteFlowPipeline(
         height = self.default_size if height is None else height
         width = self.default_size if width is None else width
         sampling = self.model.sampling
-        has_sigmas = sigmas is not None or timesteps is not None
+        has_sigmas = any(given is not None for given in (sigmas, timesteps))
         num_inference_steps, steps_per_expert, guidance_scale = self._sampling_arguments(
             sampling, num_inference_steps, steps_per_expert, guidance_scale, has_sigmas
         )
@@ -436,7 +439,7 @@ class LatteFlowPipeline(
         low, high = (0.0, 1.0) if guidance_interval is None else guidance_interval
         is_guided = [
             scales[expert] > 1 and low <= timestep / 1000.0 <= high
-            for expert, timestep in zip(experts, timesteps.tolist())
+            for expert, timestep in zip(experts, timesteps.tolist())  # type: ignore[union-attr]
         ]
 
         # 3. Prepare latents

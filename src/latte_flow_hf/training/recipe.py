@@ -305,8 +305,8 @@ class DistillationSettings(Settings):
         solver (`str`, defaults to `"heun"`): of the teacher: `"heun"` or `"euler"`, without new noise.
         guidance_scale (`float` or `list[float]`, defaults to 4.0): of the teacher: one, or one for each expert. The
             student needs none.
-        steps_per_expert (`list[int]`, *optional*): the number of steps of the student in the interval of each expert, a
-            divisor of that of the teacher; defaults to one.
+        steps_per_expert (`list[int]`, *optional*): the number of steps of the student in the interval of each expert,
+            a divisor of that of the teacher; defaults to one.
         num_trajectories (`int`, *optional*): how many trajectories there are; trajectory i has prompt i of the data,
             starting again after the last one. Defaults to one for each prompt.
         batch_size (`int`, defaults to 64): the number of trajectories that are generated at once, and are in a file.

@@ -130,6 +130,8 @@ def _train(
             check_output(output_dir, sum(weight.nbytes for weight in weights))
     pipe.to(arguments.device)
     unreadable = UnreadableImages(recipe.data.max_unreadable)
+    dataset: Dataset
+    collator: Any
     if recipe.distillation is not None:
         # Of the model without an adapter, so that runs with and without one can share the trajectories.
         dataset, collator = load_trajectories(recipe, recipe.distillation, pipe, work_dir, unreadable)
@@ -362,7 +364,11 @@ def prepare_model(recipe: Recipe, pipe: LatteFlowPipeline) -> Any:
 
 
 def load_trajectories(
-    recipe: Recipe, settings: DistillationSettings, pipe: LatteFlowPipeline, work_dir: Path, unreadable: UnreadableImages
+    recipe: Recipe,
+    settings: DistillationSettings,
+    pipe: LatteFlowPipeline,
+    work_dir: Path,
+    unreadable: UnreadableImages,
 ) -> tuple[Dataset, TrajectoryCollator]:
     """Generate the teacher's trajectories that do not exist yet, and load them.
 

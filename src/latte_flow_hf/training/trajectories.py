@@ -87,9 +87,7 @@ def trajectory_fingerprint(teacher: Any, rows: ImageRows, settings: Distillation
         "batch_size": str(settings.batch_size),
         "seed": str(seed),
         "size": str(rows.settings.size),
-        "prompts": json.dumps(
-            [rows.fingerprint, rows.settings.caption, rows.settings.label, rows.settings.prompt]
-        ),
+        "prompts": json.dumps([rows.fingerprint, rows.settings.caption, rows.settings.label, rows.settings.prompt]),
     }
 
 
