@@ -572,10 +572,6 @@ BAD_CALLS = [
     ({"prompt": PROMPT, "num_inference_steps": 0}, "num_inference_steps must be a positive whole number, got 0."),
     ({"prompt": PROMPT, "num_inference_steps": -4}, "num_inference_steps must be a positive whole number, got -4."),
     ({"prompt": PROMPT, "num_inference_steps": 2.5}, "num_inference_steps must be a positive whole number, got 2.5."),
-    (
-        {"prompt": PROMPT, "num_inference_steps": None},
-        "num_inference_steps must be a positive whole number, got None.",
-    ),
     ({"prompt": PROMPT, "steps_per_expert": [1]}, "steps_per_expert must be 2 whole numbers"),
     ({"prompt": PROMPT, "steps_per_expert": [0, 3]}, "got [0, 3]."),
     ({"prompt": PROMPT, "steps_per_expert": [3, -1]}, "got [3, -1]."),
