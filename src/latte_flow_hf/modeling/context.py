@@ -148,7 +148,7 @@ def prefill_context(
             position_ids = position_ids.expand(3, -1, -1)
     # A cache without a configuration keeps all keys, also in layers with a sliding window.
     cache = DynamicCache()
-    with _first_layers(vlm.get_decoder(), num_layers):
+    with _first_layers(vlm.get_decoder(), num_layers), _evaluation_mode(vlm):
         # The whole backbone, since off-loading hooks its `forward`. The language head sees one token.
         vlm(
             input_ids=input_ids,
@@ -169,6 +169,19 @@ def prefill_context(
         last_position + 1,
         has_padding=not bool(attention_mask.all()),
     )
+
+
+@contextlib.contextmanager
+def _evaluation_mode(vlm: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block: in training mode, checkpointed layers keep no cache."""
+    if not vlm.training:
+        yield
+        return
+    vlm.eval()
+    try:
+        yield
+    finally:
+        vlm.train()
 
 
 @contextlib.contextmanager

@@ -448,6 +448,10 @@ class LatteFlowTower(nn.Module):
         timestep_embedding = self.timestep_embedding(timestep) if modulation is None else None
 
         hidden_states = self.latent_embedding(latents) + layout.pos_embed
+        first_layer = self.layers[self.expert_layers(expert)[0]]
+        if first_layer.training and first_layer.gradient_checkpointing and torch.is_grad_enabled():
+            # Reentrant checkpointing passes gradients on only if an input needs some, and the embedding may be frozen.
+            hidden_states.requires_grad_(True)
         scores = None
         for position, index in enumerate(self.expert_layers(expert)):
             hidden_states, scores = self.layers[index](
@@ -650,9 +654,9 @@ class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrain
         return trainable if trainable and not shared else list(experts)
 
     def train(self, mode: bool = True) -> "LatteFlowForConditionalGeneration":
-        """Training mode for the tower alone: a backbone in training mode keeps no cache."""
+        """Training mode for the tower, and for a backbone that is trained; a frozen one stays in evaluation mode."""
         super().train(mode)
-        self.vlm.eval()
+        self.vlm.train(mode and any(parameter.requires_grad for parameter in self.vlm.parameters()))
         return self
 
     # Delegated to the backbone.

@@ -1,21 +1,28 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """The adapter methods of diffusers pipelines: `load_lora_weights`, `set_adapters`, `fuse_lora` and others.
 
-The adapted component is a transformers model and an adapter is a PEFT folder, so PEFT loads and saves it; the rest is
-the mixin of diffusers. An adapter may adapt some experts only: a layer may then have adapters that another has not.
+Those of diffusers are for models of diffusers, or for text encoders with LoRA. The adapted component here is a
+transformers model, and an adapter may be of any PEFT method and adapt some experts only, so they call the model's
+methods ([`LatteFlowAdapterMixin`]). Apart from loading, nothing here needs PEFT.
 """
 
 import copy
 import os
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 from safetensors.torch import save_file
 
-from ..files import check_files
+from ..files import atomic_write
+from ..modeling.adapters import require_peft
+
+
+# The weight of an adapter: one, or one for each expert.
+AdapterWeight = float | Sequence[float]
 
 
 class LatteFlowLoraMixin(LoraBaseMixin):
@@ -26,36 +33,49 @@ class LatteFlowLoraMixin(LoraBaseMixin):
 
     def load_lora_weights(
         self,
-        pretrained_model_name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | Mapping[str, torch.Tensor],
         adapter_name: str | None = None,
         hotswap: bool = False,
+        weight_name: str | None = None,
+        peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
         """Load an adapter and make it the active one. Use [`~LatteFlowLoraMixin.set_adapters`] to activate several.
 
         Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): a PEFT folder (`adapter_config.json`,
-                `adapter_model.safetensors`), or the hub id of one.
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`):
+                A PEFT folder (`adapter_config.json`, `adapter_model.safetensors`), a hub id, a single file, or a state
+                dict. Keys in the layouts of diffusers and of kohya's scripts are converted.
             adapter_name (`str`, *optional*): its name; defaults to `default_0`, `default_1`, ...
-            hotswap (`bool`, defaults to `False`): replace the loaded adapter of that name.
-            kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, same as in `from_pretrained`.
+            hotswap (`bool`, defaults to `False`):
+                Replace the loaded adapter of that name, which may have another rank, scale or other layers; its weight
+                becomes 1. On failure, the old adapter stays.
+            weight_name (`str`, *optional*): the weights file in the folder or the hub repository.
+            peft_config (`PeftConfig` or `dict`, *optional*):
+                The configuration. Defaults to `adapter_config.json` beside the weights, then to what diffusers stores
+                in the file, then to LoRA with ranks from the shapes and `alpha` from the weights.
+            kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `proxies`,
+                same as in `from_pretrained`.
 
         Raises:
-            `ValueError`: if the adapter was made for another model, or the name is taken.
-            `OSError`: if a local folder contains no adapter, or a truncated one.
+            `ValueError`: if the adapter was made for another model, is of a method that is not supported, has missing
+                or unexpected weights, or the name is taken.
+            `OSError`: if there is no adapter, or a truncated one.
         """
-        if isinstance(pretrained_model_name_or_path, dict):
-            raise ValueError("pretrained_model_name_or_path must be a PEFT folder or a hub id, got a state dict.")
-        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        if Path(pretrained_model_name_or_path).is_dir():
-            check_files(folder, "adapter_config.json", "adapter_model.safetensors|adapter_model.bin")
+        require_peft("load_lora_weights")
+        source = pretrained_model_name_or_path_or_dict
         loaded = self._adapters()
         if adapter_name is None:
             adapter_name = next(name for i in range(len(loaded) + 1) if (name := f"default_{i}") not in loaded)
-        elif adapter_name in loaded and not hotswap:
-            raise ValueError(f"adapter_name {adapter_name!r} is taken; use another name than those of {loaded}.")
+        is_dict = isinstance(source, Mapping)
         self.model.load_adapter(
-            str(pretrained_model_name_or_path), adapter_name=adapter_name, hotswap=hotswap, adapter_kwargs=kwargs
+            None if is_dict else os.fspath(source),  # type: ignore[arg-type]
+            adapter_name=adapter_name,
+            peft_config=peft_config,
+            adapter_state_dict=source if is_dict else None,
+            hotswap=hotswap,
+            weight_name=weight_name,
+            adapter_kwargs=kwargs,
         )
 
     def save_lora_weights(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
@@ -76,68 +96,130 @@ class LatteFlowLoraMixin(LoraBaseMixin):
         config = copy.copy(self.model.peft_config[adapter_name])
         config.inference_mode = True
         weights = self.model.get_adapter_state_dict(adapter_name)
-        folder = Path(save_directory)
-        partial = folder.with_name(folder.name + ".partial")
-        config.save_pretrained(partial)
-        save_file(
+        with atomic_write(Path(save_directory, "adapter_model.safetensors")) as partial:
             # The prefix of the names in a saved `PeftModel`.
-            {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()},
-            partial / "adapter_model.safetensors",
-            metadata={"format": "pt"},
+            weights = {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()}
+            save_file(weights, partial, metadata={"format": "pt"})
+        with atomic_write(Path(save_directory, "adapter_config.json")) as partial:
+            config.save_pretrained(partial.parent)
+
+    def set_adapters(
+        self,
+        adapter_names: list[str] | str,
+        adapter_weights: AdapterWeight | Sequence[AdapterWeight | None] | Mapping[str, AdapterWeight] | None = None,
+    ) -> None:
+        """Make these adapters the active ones.
+
+        Args:
+            adapter_names (`str` or `list[str]`): their names.
+            adapter_weights (*optional*):
+                With a list of names, one weight for all, or a list of one for each; with one name, its weight. A weight
+                multiplies the adapter's effect and is a number, or a list of one number for each expert, e.g.
+                `set_adapters("style", [0.0, 0.5, 1.0, 1.0])`. Defaults to 1. With 0, an adapter is not run.
+
+        Raises:
+            `ValueError`: if an adapter is not loaded, its weight is neither a finite number nor one for each expert, or
+                it is of a method that knows no weights, see [`modeling.adapters.SCALABLE_METHODS`].
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if adapter_weights is None or isinstance(adapter_weights, (Real, Mapping)):
+            weights = [adapter_weights] * len(names)
+        elif isinstance(adapter_names, str) and len(adapter_weights) != 1:
+            weights = [adapter_weights]  # one for each expert
+        else:
+            weights = list(adapter_weights)
+        if len(weights) != len(names) or len(set(names)) != len(names):
+            raise ValueError(
+                f"adapter_weights must be one for each of the adapters {names}, which are named once each, got "
+                f"{adapter_weights!r}."
+            )
+        # diffusers also takes the weights of each component.
+        weights = [weight["model"] if isinstance(weight, dict) and [*weight] == ["model"] else weight for weight in weights]
+        self.model.set_adapter_weights(
+            {name: 1.0 if weight is None else weight for name, weight in zip(names, weights)}
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in partial.iterdir():
-            file.replace(folder / file.name)
-        partial.rmdir()
+
+    def get_active_adapters(self) -> list[str]:
+        """The adapters that are run with a weight other than 0."""
+        return self.model.active_adapters()
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """The loaded adapters, as `{"model": [...]}`; empty if there are none."""
+        return {"model": self._adapters()} if self._adapters() else {}
+
+    def disable_lora(self) -> None:
+        """Run the model without adapters.
+
+        Raises:
+            `ValueError`: if they are fused.
+        """
+        self.model.disable_adapters()
+
+    def enable_lora(self) -> None:
+        """Run the active adapters again after `disable_lora`."""
+        self.model.enable_adapters()
 
     def fuse_lora(
         self,
         components: Sequence[str] = ("model",),
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
-        adapter_names: list[str] | None = None,
-        **kwargs: Any,
+        adapter_names: list[str] | str | None = None,
     ) -> None:
         """Add adapters to the weights that they adapt. Afterwards, `unload_lora_weights` leaves a plain model.
+
+        As long as they are neither unfused nor unloaded, no adapter can be loaded, activated or deleted.
 
         Args:
             components (`list[str]`): `["model"]`.
             lora_scale (`float`, defaults to 1.0): multiplies the weights of `set_adapters`.
             safe_fusing (`bool`, defaults to `False`): whether to refuse weights that became NaN.
-            adapter_names (`list[str]`, *optional*): the adapters; defaults to the active ones.
-        """
-        super().fuse_lora(
-            components=list(components),
-            lora_scale=lora_scale,
-            safe_fusing=safe_fusing,
-            adapter_names=adapter_names,
-            **kwargs,
-        )
+            adapter_names (`list[str]`, *optional*): the adapters, which become the active ones; defaults to those.
 
-    def unfuse_lora(self, components: Sequence[str] = ("model",), **kwargs: Any) -> None:
-        """Subtract what `fuse_lora` added; the weights are restored up to rounding."""
-        super().unfuse_lora(components=list(components), **kwargs)
+        Raises:
+            `ValueError`: if there is nothing to fuse, or an adapter cannot be fused.
+        """
+        require_peft("fuse_lora")
+        _check_components(components)
+        if adapter_names is not None:
+            self.model.set_adapter(adapter_names)
+        self.model.fuse_adapters(lora_scale, safe_fusing)
+
+    def unfuse_lora(self, components: Sequence[str] = ("model",)) -> None:
+        """Subtract what `fuse_lora` added; the weights are restored up to rounding, and the adapters active."""
+        require_peft("unfuse_lora")
+        _check_components(components)
+        self.model.unfuse_adapters()
+
+    @property
+    def fused_loras(self) -> set[str]:
+        """The adapters in the weights of the model: those that are fused, and those that were when they were unloaded."""
+        return self._merged_adapters | set(self.model.fused_adapters)
+
+    @property
+    def num_fused_loras(self) -> int:
+        return len(self.fused_loras)
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """Remove adapters; other active adapters stay active.
 
         Raises:
-            `ValueError`: if one of them is not loaded.
+            `ValueError`: if one of them is not loaded, or adapters are fused.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        loaded = self._adapters()
-        if not set(names) <= set(loaded):
-            raise ValueError(f"adapter_names must be among the loaded {loaded}, got {names}.")
-        active = [name for name in self.get_active_adapters() if name not in names]
-        if set(names) == set(loaded):
-            # Also removes the PEFT layers around the plain ones, which would appear in a saved model.
-            return self.unload_lora_weights()
-        with warnings.catch_warnings():
-            # PEFT warns for each layer that it activates another adapter; the active adapters are set below.
-            warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
-            super().delete_adapters(names)
-        # For all layers, because a layer without the deleted adapter still lists it as active.
-        self.model.set_adapter(active)
+        self.model.delete_adapter(adapter_names)
+
+    def unload_lora_weights(self) -> None:
+        """Remove all adapters. Those that are fused stay in the weights of the model."""
+        self._merged_adapters = self.fused_loras
+        self.model.unload_adapters()
+
+    def set_lora_device(self, adapter_names: list[str], device: torch.device | str | int) -> None:
+        """Refused: adapters are as small as an expert's modulation, and an adapter elsewhere could not be run."""
+        raise ValueError("set_lora_device is not supported; use delete_adapters to free the memory of an adapter.")
+
+    def enable_lora_hotswap(self, **kwargs: Any) -> None:
+        """Not needed: `load_lora_weights(..., hotswap=True)` takes adapters of every rank. Compiled layers are compiled
+        again."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Same as `DiffusionPipeline.save_pretrained`, but without loaded adapters.
@@ -153,4 +235,9 @@ class LatteFlowLoraMixin(LoraBaseMixin):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _adapters(self) -> list[str]:
-        return self.get_list_adapters().get("model", [])
+        return list(getattr(self.model, "peft_config", None) or {})
+
+
+def _check_components(components: Sequence[str]) -> None:
+    if list(components) != ["model"]:
+        raise ValueError(f"components must be ['model'], got {list(components)}.")

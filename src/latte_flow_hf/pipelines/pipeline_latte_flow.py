@@ -406,8 +406,9 @@ class LatteFlowPipeline(LatteFlowLoadingMixin, LatteFlowOffloadingMixin, LatteFl
                     first_step, last_step = i, i + experts.count(expert) - 1
                     if self.expert_offload is not None:
                         self.expert_offload.enter(expert)
-                    if precompute:
-                        modulation = self.model.modulate(timesteps[first_step : last_step + 1], expert)
+                if precompute and (i == first_step or callback_on_step_end is not None):
+                    # A callback may have changed adapters since the step before.
+                    modulation = self.model.modulate(timesteps[first_step : last_step + 1], expert)
                 if self.expert_offload is not None and i == last_step and i + 1 < len(experts):
                     self.expert_offload.next_expert = experts[i + 1]
 

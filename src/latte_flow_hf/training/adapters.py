@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..modeling.adapters import adapter_mark
+from ..modeling.adapters import adapter_mark, check_adapter_config
 
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def expert_lora_config(
         lora_config: further arguments of `LoraConfig`, such as `lora_dropout` and `use_dora`.
 
     Raises:
-        `ValueError`: if an expert or part does not exist, or none is given.
+        `ValueError`: if an expert or part does not exist, none is given, or a setting cannot be used (DoRA on the
+            modulation of a new tower, which is zero).
     """
     from peft import LoraConfig
 
@@ -52,7 +53,7 @@ def expert_lora_config(
         raise ValueError(f"parts must be some of {list(ADAPTER_PARTS)}, got {parts!r}.")
     layers = [index for expert in experts for index in model.expert_layers(expert)]
     names = sorted({name for index in layers for name in _linear_names(model.tower.layers[index], parts)})
-    return LoraConfig(
+    config = LoraConfig(
         r=r,
         lora_alpha=r if lora_alpha is None else lora_alpha,
         # A regular expression and not a list of names: peft shortens long lists to suffixes, which also match layers
@@ -63,6 +64,8 @@ def expert_lora_config(
         ),
         **lora_config,
     )
+    check_adapter_config(model, config, "default")
+    return config
 
 
 def train_only_experts(
