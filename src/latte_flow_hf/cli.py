@@ -24,6 +24,13 @@ Model = Annotated[
     typer.Option("--model", "-m", help="Folder or hub id of a pipeline; the embedded checkpoint if left out."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the initial noise.")]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATH[:WEIGHT]",
+        help="Adapter: a PEFT folder, file or hub id, and the weight of its effect, 1 if left out; may be repeated.",
+    ),
+]
 
 
 convert = typer.Typer(help="Convert checkpoints from and to other layouts.", no_args_is_help=True)
@@ -49,15 +56,19 @@ def _conversion(function):
     return _verb(function, convert, function.__name__.removeprefix("convert_").replace("_", "-"))
 
 
-def _load(model: str | None) -> Any:
+def _load(model: str | None, lora: list[str] | None = None) -> Any:
     import diffusers
     import transformers
 
     from latte_flow_hf import LatteFlowPipeline, tiny_checkpoint
+    from latte_flow_hf.pipelines.lora import load_loras
 
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
-    return LatteFlowPipeline.from_pretrained(model or tiny_checkpoint())
+    pipe = LatteFlowPipeline.from_pretrained(model or tiny_checkpoint())
+    if lora:
+        load_loras(pipe, lora)
+    return pipe
 
 
 def _read_line() -> str:
@@ -121,6 +132,7 @@ def generate(
     num_images: Annotated[int, typer.Option(help="Images per prompt; their files are numbered if several.")] = 1,
     size: Annotated[int | None, typer.Option(help="Height and width in pixels.")] = None,
     batch_size: Annotated[int, typer.Option(help="With --prompts: images per batch.")] = 1,
+    lora: Lora = None,
 ) -> None:
     """Generate images of a prompt, or of a file of prompts; of a file, existing images are not generated again."""
     if (prompt is None) == (prompts is None):
@@ -133,12 +145,12 @@ def generate(
         "guidance_scale": guidance,
     }
     if prompts is not None:
-        _generate_many(prompts, output or Path("out"), model, image, seed, num_images, batch_size, call)
+        _generate_many(prompts, output or Path("out"), model, image, seed, num_images, batch_size, call, lora)
         return
     output = output or Path("out.png")
     if not output.suffix:
         raise ValueError(f"output must be an image file such as out.png, got {str(output)!r}.")
-    pipe = _load(model)
+    pipe = _load(model, lora)
     import torch
 
     from latte_flow_hf.files import save_image
@@ -166,6 +178,7 @@ def _generate_many(
     num_images: int,
     batch_size: int,
     call: dict[str, Any],
+    lora: list[str] | None,
 ) -> None:
     from accelerate import PartialState
 
@@ -175,7 +188,7 @@ def _generate_many(
         raise ValueError("--image goes with one prompt, not with --prompts.")
     check_image_folder(folder)
     texts = read_prompts(prompts)
-    pipe = _load(model)
+    pipe = _load(model, lora)
     pipe.set_progress_bar_config(disable=True)
     num_new, num_existing = generate_images(pipe, texts, folder, seed, num_images, batch_size, **call)
     if PartialState().is_main_process:
@@ -188,9 +201,10 @@ def chat(
     image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="Image to show; may be repeated.")] = None,
     model: Model = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = 256,
+    lora: Lora = None,
 ) -> None:
     """Ask about images; answers are streamed. In a conversation, `/image PATH` shows another image."""
-    pipe = _load(model)
+    pipe = _load(model, lora)
     from transformers import TextStreamer
 
     streamer = TextStreamer(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -39,7 +39,10 @@ REFUSED = {
     "OLoRA": (peft.LoraConfig(r=4, init_lora_weights="olora"), "init_lora_weights='olora'"),
     "VeRA": (peft.VeraConfig(r=4), "method VERA, whose layers share weights"),
     "RandLora": (peft.RandLoraConfig(r=4), "method RANDLORA, whose layers share weights"),
-    "VB-LoRA": (peft.VBLoRAConfig(num_vectors=8, vector_length=4, topk=2), "method VBLORA, whose layers share weights"),
+    "VB-LoRA": (
+        peft.VBLoRAConfig(num_vectors=8, vector_length=4, topk=2),
+        "method VBLORA, whose layers share weights",
+    ),
 }
 
 
@@ -184,7 +187,9 @@ def test_methods_are_not_mixed(four, tmp_path):
 def test_dora_is_refused_where_a_row_is_zero(make_model):
     """The modulation and the gates of a new tower."""
     new = make_model(filled=False, num_experts=4)
-    words = r"uses DoRA.* 5 weights have rows of zeros, such as \['tower.layers.0.self_attn.q_proj', 'tower.layers.0.mod"
+    words = (
+        r"uses DoRA.* 5 weights have rows of zeros, such as \['tower.layers.0.self_attn.q_proj', 'tower.layers.0.mod"
+    )
     new.tower.layers[0].self_attn.q_proj.weight.data[3] = 0
     with pytest.raises(ValueError, match=r"DoRA.* 1 weights have rows of zeros.*'tower.layers.0.self_attn.q_proj'"):
         expert_lora_config(new, [0], use_dora=True, parts=("attention",))
@@ -213,7 +218,7 @@ def test_a_weight_is_one_for_all_or_one_for_each_expert(four, tmp_path):
             model.set_adapter_weights({"a": weight})
     with pytest.raises(ValueError, match=r"adapter_names must be among the loaded \['a'\], got 'b'"):
         model.set_adapter_weights({"b": 1.0})
-    assert model.adapter_weights == {"a": 1.0}
+    assert model.adapter_weights == {"a": [1.0] * 4}
 
 
 def test_shared_modules_take_one_weight(four, velocities):
@@ -221,7 +226,9 @@ def test_shared_modules_take_one_weight(four, velocities):
     config = expert_lora_config(four, [1], r=2, init_lora_weights=False)
     config.target_modules += r"|tower\.timestep_embedding\.mlp\.linear_1"
     model.add_adapter(config, "a")
-    with pytest.raises(ValueError, match="also adapts 'tower.timestep_embedding.mlp.linear_1', which all experts share"):
+    with pytest.raises(
+        ValueError, match=r"also adapts 'tower.timestep_embedding.mlp.linear_1', which all experts share"
+    ):
         model.set_adapter_weights({"a": [0, 1, 0, 0]})
     model.set_adapter_weights({"a": [0.5] * 4})
     half = velocities(model)
@@ -262,7 +269,9 @@ def test_weighted_sums_of_adapters_keep_their_model(four, make_model, tmp_path):
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     mark = read_adapter_mark(peft.PeftConfig.from_pretrained(tmp_path / "sum").target_modules)
     assert mark == {"num_experts": "4", "num_hidden_layers": "4", "hidden_size": "32", "experts": "0,2"}
-    with pytest.raises(ValueError, match="was trained for a model with num_experts=4, .* this model has num_experts=2"):
+    with pytest.raises(
+        ValueError, match=r"was trained for a model with num_experts=4, .* this model has num_experts=2"
+    ):
         make_model(num_experts=2).load_adapter(tmp_path / "sum")
     loaded = copy.deepcopy(four)
     loaded.load_adapter(tmp_path / "sum")

@@ -263,7 +263,9 @@ def test_a_failed_load_leaves_no_adapter_behind(four, wide, adapter, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     (tmp_path / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
     model = copy.deepcopy(wide)
-    with pytest.raises(ValueError, match="has another shape of 11 weights: tower.layers.1.mlp.down_proj.lora_B.weight"):
+    with pytest.raises(
+        ValueError, match=r"has another shape of 11 weights: tower.layers.1.mlp.down_proj.lora_B.weight"
+    ):
         model.load_adapter(str(tmp_path))
     assert not hasattr(model, "peft_config") and same_bytes(model, wide)
 

@@ -98,9 +98,7 @@ def read_adapter(
     return _read_weights(weights, find(CONFIG_NAME))
 
 
-def _read_weights(
-    path: Path, config_file: Path | None
-) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+def _read_weights(path: Path, config_file: Path | None) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
     config = None if config_file is None else read_json(config_file)
     try:
         if path.suffix != ".safetensors":

@@ -4,12 +4,13 @@
 Loading goes through PEFT and not through transformers' `load_adapter`, which reports the base weights as missing and
 loads DoRA without its magnitudes.
 
-`LoraConfig` has no field for the model that an adapter belongs to, so the regular expression in `target_modules` starts
-with a comment, `(?#latte_flow num_experts=4 ...)`. It matches nothing, and every library keeps it in
+`LoraConfig` has no field for the model that an adapter belongs to, so the regular expression in `target_modules`
+starts with a comment, `(?#latte_flow num_experts=4 ...)`. It matches nothing, and every library keeps it in
 `adapter_config.json`.
 """
 
 import copy
+import hashlib
 import math
 import os
 import re
@@ -112,8 +113,8 @@ def check_adapter_config(model: nn.Module, config: "PeftConfig", name: str) -> N
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     check_adapter(model.config, getattr(config, "target_modules", None), name)
-    method = getattr(config.peft_type, "value", config.peft_type)
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    method = _method(config)
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)  # type: ignore[call-overload]
     if config.is_prompt_learning or tuner is None or config.is_adaption_prompt:
         raise ValueError(f"adapter {name!r} is of the method {method}, which changes no layer; use LoRA, for example.")
     if getattr(tuner, "uses_shared_state", False) or method in _METHODS_WITH_SHARED_WEIGHTS:
@@ -124,8 +125,8 @@ def check_adapter_config(model: nn.Module, config: "PeftConfig", name: str) -> N
     init = getattr(config, "init_lora_weights", None)
     if isinstance(init, str) and init.startswith(_INITS_OF_BASE_WEIGHTS):
         raise ValueError(
-            f"adapter {name!r} has init_lora_weights={init!r}, which changes the weights of the base model. Save it as "
-            "plain LoRA, by `save_pretrained(folder, path_initial_model_for_weight_conversion=...)` of PEFT."
+            f"adapter {name!r} has init_lora_weights={init!r}, which changes the weights of the base model. Save it "
+            "as plain LoRA, by `save_pretrained(folder, path_initial_model_for_weight_conversion=...)` of PEFT."
         )
     if getattr(config, "bias", "none") != "none":
         raise ValueError(f"adapter {name!r} has bias={config.bias!r}, which replaces biases of the model; use 'none'.")
@@ -166,6 +167,14 @@ def adapter_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in list(model.named_modules()):
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             yield name, module
+
+
+def _method(config: "PeftConfig") -> str:
+    return getattr(config.peft_type, "value", str(config.peft_type))
+
+
+def _is_scalable(config: "PeftConfig", module: Any) -> bool:
+    return _method(config) in SCALABLE_METHODS and not _replaces_module(module)
 
 
 def _replaces_module(module: Any) -> bool:
@@ -254,13 +263,15 @@ class LatteFlowAdapterMixin:
                     "If it was trained with another one, give its configuration as peft_config."
                 )
         elif alphas:
-            raise ValueError(f"adapter {label!r} has a configuration and {len(alphas)} alphas of its own; leave one out.")
+            raise ValueError(
+                f"adapter {label!r} has a configuration and {len(alphas)} alphas of its own; leave one out."
+            )
         config.inference_mode = not is_trainable
         check_adapter_config(self, config, label)  # type: ignore[arg-type]
-        others = {other.peft_type.value for key, other in loaded.items() if key != name} - {config.peft_type.value}
+        others = {_method(other) for key, other in loaded.items() if key != name} - {_method(config)}
         if others:
             raise ValueError(
-                f"adapter {label!r} is of the method {config.peft_type.value}, and adapters of {sorted(others)} are "
+                f"adapter {label!r} is of the method {_method(config)}, and adapters of {sorted(others)} are "
                 "loaded; adapters of different methods cannot be combined. Unload those first."
             )
 
@@ -297,7 +308,9 @@ class LatteFlowAdapterMixin:
         # PEFT finds the keys of an adapter by its name between dots.
         parts = {part for key, _ in self.named_parameters() for part in key.split(".")}  # type: ignore[attr-defined]
         if not name or "." in name or (name in parts and name not in self._peft_configs()):
-            raise ValueError(f"adapter_name must not be empty, contain a dot or be the name of a module, got {name!r}.")
+            raise ValueError(
+                f"adapter_name must not be empty, contain a dot or be the name of a module, got {name!r}."
+            )
 
     def _peft_configs(self) -> dict[str, "PeftConfig"]:
         return getattr(self, "peft_config", None) or {}
@@ -327,7 +340,11 @@ class LatteFlowAdapterMixin:
                 ("has unexpected", state_dict.keys() - expected.keys()),
                 (
                     "has another shape of",
-                    [key for key in expected.keys() & state_dict.keys() if expected[key].shape != state_dict[key].shape],
+                    [
+                        key
+                        for key in expected.keys() & state_dict.keys()
+                        if expected[key].shape != state_dict[key].shape
+                    ],
                 ),
             ):
                 if keys:
@@ -362,11 +379,12 @@ class LatteFlowAdapterMixin:
         self.set_adapter_weights({name: self._weights().get(name, 1.0) for name in names})
 
     @property
-    def adapter_weights(self) -> dict[str, float | list[float]]:
-        """The active adapters and their weights: one, or one for each expert."""
-        return {name: self._weights().get(name, 1.0) for name in self.active_adapters()}
+    def adapter_weights(self) -> dict[str, list[float]]:
+        """The active adapters, and their weights in each expert."""
+        num_experts = self.config.num_experts
+        return {name: self._weights().get(name, [1.0] * num_experts) for name in self.active_adapters()}
 
-    def _weights(self) -> dict[str, float | list[float]]:
+    def _weights(self) -> dict[str, list[float]]:
         return self.__dict__.setdefault("_adapter_weights", {})
 
     def set_adapter_weights(self, weights: Mapping[str, float | Sequence[float]]) -> None:
@@ -382,57 +400,55 @@ class LatteFlowAdapterMixin:
         """
         self._check_not_fused("set_adapters")
         configs = self._peft_configs()
-        for name, weight in weights.items():
-            if name not in configs:
-                raise ValueError(f"adapter_names must be among the loaded {list(configs)}, got {name!r}.")
-            self._check_adapter_weight(name, weight)
-        modules = list(adapter_modules(self))  # type: ignore[arg-type]
-        plan = []
-        for module_name, module in modules:
-            layer = _TOWER_LAYER.match(module_name)
-            in_module: dict[str, float] = {}
-            for name in module._get_available_adapters() & weights.keys():
-                weight = weights[name]
-                if not isinstance(weight, Real):
-                    if layer is None and len(set(weight)) > 1:
-                        raise ValueError(
-                            f"adapter {name!r} also adapts {module_name!r}, which all experts share: it takes one "
-                            f"weight, got {list(weight)}."
-                        )
-                    weight = weight[0 if layer is None else int(layer[1]) // self.config.layers_per_expert]
-                is_scalable = configs[name].peft_type.value in SCALABLE_METHODS and hasattr(module, "set_scale")
-                if weight not in (0, 1) and not is_scalable:
-                    raise ValueError(
-                        f"adapter {name!r} ({configs[name].peft_type.value}) has no weight in {module_name!r}: it can "
-                        f"be used with 1 or 0, got {weight}."
-                    )
-                if weight != 0:
-                    in_module[name] = float(weight)
+        per_expert = {name: self._weight_per_expert(name, weight) for name, weight in weights.items()}
+        plan: list[tuple[Any, dict[str, float]]] = []
+        for module_name, module in adapter_modules(self):  # type: ignore[arg-type]
+            available = module._get_available_adapters()
+            in_module = {
+                name: self._weight_in_module(name, values, module_name, module)
+                for name, values in per_expert.items()
+                if name in available
+            }
+            in_module = {name: weight for name, weight in in_module.items() if weight != 0}
             if _replaces_module(module) and len(in_module) > 1:
-                raise ValueError(f"adapters {sorted(in_module)} replace {module_name!r}; use one of them at a time.")
-            plan.append((module, {name: in_module[name] for name in weights if name in in_module}))
+                raise ValueError(f"adapters {list(in_module)} replace {module_name!r}; use one of them at a time.")
+            plan.append((module, in_module))
         inference_mode = all(configs[name].inference_mode for name in weights)
         for module, in_module in plan:
             module.set_adapter(list(in_module), inference_mode=inference_mode)
             for name, weight in in_module.items():
-                if configs[name].peft_type.value in SCALABLE_METHODS and hasattr(module, "set_scale"):
+                if _is_scalable(configs[name], module):
                     module.set_scale(name, weight)
-        self._weights().update(
-            {name: weight if isinstance(weight, Real) else list(weight) for name, weight in weights.items()}
-        )
+        self._weights().update(per_expert)
 
-    def _check_adapter_weight(self, name: str, weight: Any) -> None:
-        values = [weight] if isinstance(weight, Real) else weight
-        is_list = isinstance(values, Sequence) and not isinstance(values, str)
-        if (
-            not is_list
-            or not all(isinstance(value, Real) and math.isfinite(value) for value in values)
-            or (values is weight and len(values) != self.config.num_experts)
-        ):
+    def _weight_per_expert(self, name: str, weight: Any) -> list[float]:
+        if name not in self._peft_configs():
+            raise ValueError(f"adapter_names must be among the loaded {list(self._peft_configs())}, got {name!r}.")
+        num_experts = self.config.num_experts
+        values = [weight] * num_experts if isinstance(weight, Real) else weight
+        is_list = isinstance(values, Sequence) and not isinstance(values, str) and len(values) == num_experts
+        if not is_list or not all(isinstance(value, Real) and math.isfinite(value) for value in values):
             raise ValueError(
-                f"the weight of adapter {name!r} must be a finite number, or one for each of "
-                f"{self.config.num_experts} experts, got {weight!r}."
+                f"the weight of adapter {name!r} must be a finite number, or one for each of {num_experts} experts, "
+                f"got {weight!r}."
             )
+        return [float(value) for value in values]
+
+    def _weight_in_module(self, name: str, per_expert: list[float], module_name: str, module: Any) -> float:
+        layer = _TOWER_LAYER.match(module_name)
+        if layer is None and len(set(per_expert)) > 1:
+            raise ValueError(
+                f"adapter {name!r} also adapts {module_name!r}, which all experts share: it takes one weight, got "
+                f"{per_expert}."
+            )
+        weight = per_expert[0 if layer is None else int(layer[1]) // self.config.layers_per_expert]
+        config = self._peft_configs()[name]
+        if weight not in (0, 1) and not _is_scalable(config, module):
+            raise ValueError(
+                f"adapter {name!r} ({_method(config)}) has no weight in {module_name!r}: it can be used with 1 or 0, "
+                f"got {weight}."
+            )
+        return weight
 
     def active_adapters(self) -> list[str]:
         """The adapters that some layer runs, in the order of loading."""
@@ -474,10 +490,7 @@ class LatteFlowAdapterMixin:
                 raise ValueError(f"adapters {module.active_adapters} replace {name!r} and cannot be fused.")
         if scale != 1.0:
             self.set_adapter_weights(
-                {
-                    name: scale * weight if isinstance(weight, Real) else [scale * value for value in weight]
-                    for name, weight in weights.items()
-                }
+                {name: [scale * value for value in per_expert] for name, per_expert in weights.items()}
             )
         else:
             self._check_not_fused("fuse_lora")
@@ -565,6 +578,20 @@ class LatteFlowAdapterMixin:
         for name, adapter in self._peft_configs().items():
             check_adapter(self.config, getattr(adapter, "target_modules", None), name)
         super()._load_from_state_dict(*args)  # type: ignore[misc]
+
+
+def adapters_digest(model: Any) -> str:
+    """A digest of the active adapters: configurations, weights and strengths; empty if there are none."""
+    digest = hashlib.sha256()
+    for name, weight in model.adapter_weights.items():
+        config = {
+            key: sorted(value) if isinstance(value, set) else value
+            for key, value in vars(model.peft_config[name]).items()
+        }
+        digest.update(repr((sorted(config.items()), weight)).encode())
+        for key, tensor in sorted(model._plain_state_dict(name).items()):
+            digest.update(key.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest() if model.adapter_weights else ""
 
 
 def require_peft(method: str) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..files import save_image
+from ..modeling.adapters import adapters_digest
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -70,8 +71,8 @@ def generate_images(
     """Generate the images that do not exist yet. With `accelerate launch`, each process generates its share.
 
     Image i belongs to prompt i // num_images_per_prompt and starts from the noise of seed + i, on any device. It is
-    identified by its number, prompt, seed, `call`, and the name from which the pipeline was loaded: use another folder
-    for another model with the same name.
+    identified by its number, prompt, seed, `call`, the active adapters, and the name from which the pipeline was
+    loaded: use another folder for another model with the same name.
 
     Args:
         pipe ([`LatteFlowPipeline`]): the pipeline; it is moved to the device of the process.
@@ -97,7 +98,7 @@ def generate_images(
     state = PartialState(cpu=get_device() == "cpu")
     pipe.to(state.device)
     prompt_of_image = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
-    model = str(pipe.config.get("_name_or_path", ""))
+    model = str(pipe.config.get("_name_or_path", "")) + adapters_digest(pipe.model)
     paths = [folder / image_name(i, prompt, seed + i, model, call) for i, prompt in enumerate(prompt_of_image)]
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     # No process may write before all of them have listed what is missing, or their lists would differ.

@@ -6,6 +6,7 @@ transformers model, and an adapter may be of any PEFT method and adapt some expe
 methods ([`LatteFlowAdapterMixin`]). Apart from loading, nothing here needs PEFT.
 """
 
+import contextlib
 import copy
 import os
 from collections.abc import Mapping, Sequence
@@ -19,10 +20,6 @@ from safetensors.torch import save_file
 
 from ..files import atomic_write
 from ..modeling.adapters import require_peft
-
-
-# The weight of an adapter: one, or one for each expert.
-AdapterWeight = float | Sequence[float]
 
 
 class LatteFlowLoraMixin(LoraBaseMixin):
@@ -106,20 +103,20 @@ class LatteFlowLoraMixin(LoraBaseMixin):
     def set_adapters(
         self,
         adapter_names: list[str] | str,
-        adapter_weights: AdapterWeight | Sequence[AdapterWeight | None] | Mapping[str, AdapterWeight] | None = None,
+        adapter_weights: Any = None,
     ) -> None:
         """Make these adapters the active ones.
 
         Args:
             adapter_names (`str` or `list[str]`): their names.
-            adapter_weights (*optional*):
-                With a list of names, one weight for all, or a list of one for each; with one name, its weight. A weight
-                multiplies the adapter's effect and is a number, or a list of one number for each expert, e.g.
+            adapter_weights (`float`, `list` or `dict`, *optional*):
+                With a list of names, one weight for all, or a list of one for each; with one name, its weight. A
+                weight multiplies the adapter's effect and is a number, or a list of one number for each expert, e.g.
                 `set_adapters("style", [0.0, 0.5, 1.0, 1.0])`. Defaults to 1. With 0, an adapter is not run.
 
         Raises:
-            `ValueError`: if an adapter is not loaded, its weight is neither a finite number nor one for each expert, or
-                it is of a method that knows no weights, see [`modeling.adapters.SCALABLE_METHODS`].
+            `ValueError`: if an adapter is not loaded, its weight is neither a finite number nor one for each expert,
+                or it is of a method that knows no weights, see [`modeling.adapters.SCALABLE_METHODS`].
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if adapter_weights is None or isinstance(adapter_weights, (Real, Mapping)):
@@ -134,7 +131,9 @@ class LatteFlowLoraMixin(LoraBaseMixin):
                 f"{adapter_weights!r}."
             )
         # diffusers also takes the weights of each component.
-        weights = [weight["model"] if isinstance(weight, dict) and [*weight] == ["model"] else weight for weight in weights]
+        weights = [
+            weight["model"] if isinstance(weight, dict) and [*weight] == ["model"] else weight for weight in weights
+        ]
         self.model.set_adapter_weights(
             {name: 1.0 if weight is None else weight for name, weight in zip(names, weights)}
         )
@@ -193,7 +192,7 @@ class LatteFlowLoraMixin(LoraBaseMixin):
 
     @property
     def fused_loras(self) -> set[str]:
-        """The adapters in the weights of the model: those that are fused, and those that were when they were unloaded."""
+        """The adapters in the weights of the model: those that are fused, and those that were when unloaded."""
         return self._merged_adapters | set(self.model.fused_adapters)
 
     @property
@@ -218,8 +217,8 @@ class LatteFlowLoraMixin(LoraBaseMixin):
         raise ValueError("set_lora_device is not supported; use delete_adapters to free the memory of an adapter.")
 
     def enable_lora_hotswap(self, **kwargs: Any) -> None:
-        """Not needed: `load_lora_weights(..., hotswap=True)` takes adapters of every rank. Compiled layers are compiled
-        again."""
+        """Not needed: `load_lora_weights(..., hotswap=True)` takes adapters of every rank. Compiled layers are
+        compiled again."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Same as `DiffusionPipeline.save_pretrained`, but without loaded adapters.
@@ -236,6 +235,28 @@ class LatteFlowLoraMixin(LoraBaseMixin):
 
     def _adapters(self) -> list[str]:
         return list(getattr(self.model, "peft_config", None) or {})
+
+
+def load_loras(pipe: Any, loras: Sequence[str]) -> None:
+    """Load adapters and activate all of them.
+
+    Args:
+        pipe ([`LatteFlowPipeline`]): the pipeline.
+        loras (`list[str]`): of each the folder, file or hub id, and after a colon its weight (1 if left out), e.g.
+            `"outputs/style:0.8"`.
+
+    Raises:
+        `ValueError`, `OSError`: same as `load_lora_weights` and `set_adapters`.
+    """
+    weights = []
+    for lora in loras:
+        path, weight = lora, 1.0
+        if not Path(lora).exists():
+            with contextlib.suppress(ValueError):  # A colon may be part of the path.
+                path, weight = lora.rpartition(":")[0] or lora, float(lora.rpartition(":")[2])
+        pipe.load_lora_weights(path)
+        weights.append(weight)
+    pipe.set_adapters(pipe._adapters()[-len(weights) :], weights)
 
 
 def _check_components(components: Sequence[str]) -> None:
