@@ -289,6 +289,21 @@ def test_names_that_peft_would_confuse_are_refused(name, four, tmp_path):
         model.load_adapter(save_trained(four, METHODS["LoRA"], tmp_path), name)
 
 
+@pytest.mark.parametrize("others", [[], ["other"]])
+def test_what_fails_halfway_leaves_nothing_behind(others, four, velocities, tmp_path):
+    """The expression also matches an activation function, which PEFT notices after the first layers."""
+    model = copy.deepcopy(four)
+    for name in others:
+        model.load_adapter(save_trained(four, METHODS["LoRA"], tmp_path / name), name)
+    before = velocities(model)
+    config = peft.LoraConfig(r=2, target_modules=r"tower\.layers\.\d+\.mlp\.\w+")
+    with pytest.raises(ValueError, match="not supported"):
+        model.load_adapter(adapter_state_dict={"x": torch.zeros(1)}, adapter_name="bad", peft_config=config)
+    assert torch.equal(velocities(model), before) and list(getattr(model, "peft_config", {})) == others
+    assert model.active_adapters() == others
+    assert not any("bad" in name for name, _ in model.named_parameters())
+
+
 def test_an_adapter_that_is_trained_further_is_trainable(four, tmp_path):
     folder = save_trained(four, METHODS["LoRA"], tmp_path)
     model = copy.deepcopy(four)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
 
 from ..files import check_files, read_json
 
@@ -23,8 +23,6 @@ from ..files import check_files, read_json
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-
-logger = logging.get_logger(__name__)
 
 CONFIG_NAME = "adapter_config.json"
 # Of PEFT and of diffusers, which writes no configuration file.

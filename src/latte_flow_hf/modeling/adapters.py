@@ -353,8 +353,11 @@ class LatteFlowAdapterMixin:
             # New modules, dropout for one, are in training mode.
             self.train(self.training)  # type: ignore[attr-defined]
         except Exception:
-            if name in self._peft_configs():
-                self.delete_adapter(name)
+            # PEFT notes the adapter in `peft_config` only after its last layer.
+            if set(self._peft_configs()) <= {name}:
+                self.unload_adapters()
+            else:
+                self._remove_from_modules(name)
             raise
 
     def add_adapter(self, adapter_config: "PeftConfig", adapter_name: str | None = None) -> None:
@@ -549,16 +552,19 @@ class LatteFlowAdapterMixin:
             return
         active = {name: weight for name, weight in self.adapter_weights.items() if name not in names}
         for name in names:
-            for _, module in adapter_modules(self):  # type: ignore[arg-type]
-                if name not in module._get_available_adapters():
-                    continue
-                with warnings.catch_warnings():
-                    # PEFT warns that it activates another adapter; the active ones are set below.
-                    warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
-                    module.delete_adapter(name, *([[]] if _replaces_module(module) else []))
-            del configs[name]
-            self._weights().pop(name, None)
+            self._remove_from_modules(name)
         self.set_adapter_weights(active)
+
+    def _remove_from_modules(self, name: str) -> None:
+        for _, module in adapter_modules(self):  # type: ignore[arg-type]
+            if name not in module._get_available_adapters():
+                continue
+            with warnings.catch_warnings():
+                # PEFT warns that it activates another adapter; the caller sets the active ones.
+                warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
+                module.delete_adapter(name, *([[]] if _replaces_module(module) else []))
+        self._peft_configs().pop(name, None)
+        self._weights().pop(name, None)
 
     def unload_adapters(self) -> None:
         """Remove all adapters and PEFT's layers around the plain ones. What is fused stays in the weights."""
