@@ -1,9 +1,11 @@
 """The command line over a small random pipeline and over the embedded checkpoint: what a user types and sees."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -42,9 +44,59 @@ def test_generate_numbers_several_pictures_and_repeats_with_the_seed(folder, tmp
     assert (pictures["a-0.png"] != pictures["a-1.png"]).any()
 
 
+@pytest.fixture(scope="module")
+def adapter(model, tmp_path_factory):
+    """An adapter of the tower and of the backbone, so that images and answers change."""
+    path = tmp_path_factory.mktemp("adapter")
+    config = LoraConfig(r=2, init_lora_weights=False, target_modules=r".*layers\.\d+\.mlp\.up_proj")
+    get_peft_model(copy.deepcopy(model), config).save_pretrained(path)
+    return path
+
+
+def test_adapters_and_their_weights_change_images_and_answers(folder, adapter, tmp_path):
+    def image(*lora):
+        out = tmp_path / "out.png"
+        result = run("generate", "a cross", "-o", str(out), "-m", folder, "--steps", "2", *lora)
+        assert result.exit_code == 0, result.output
+        return np.asarray(Image.open(out))
+
+    def answer(*lora):
+        return run("chat", "what?", "-m", folder, "--max-new-tokens", "8", *lora).stdout
+
+    plain, full, half = image(), image("--lora", str(adapter)), image("--lora", f"{adapter}:0.5")
+    assert (plain != full).any() and (plain != half).any() and (half != full).any()
+    assert (image("--lora", f"{adapter}:0") == plain).all()
+    assert (image("--lora", f"{adapter}:0.25", "--lora", f"{adapter}:0.25") == half).mean() > 0.95
+    assert answer() != answer("--lora", str(adapter))
+
+
+def test_another_adapter_makes_other_images_of_a_file_of_prompts(folder, adapter, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cross")
+
+    def number_of_images(*lora):
+        arguments = (
+            "--prompts",
+            str(tmp_path / "prompts.txt"),
+            "-o",
+            str(tmp_path / "out"),
+            "-m",
+            folder,
+            "--steps",
+            "2",
+        )
+        assert run("generate", *arguments, *lora).exit_code == 0
+        return len(list((tmp_path / "out").iterdir()))
+
+    lora = ("--lora", str(adapter))
+    assert [number_of_images(), number_of_images(), number_of_images(*lora), number_of_images(*lora)] == [1, 1, 2, 2]
+    assert number_of_images("--lora", f"{adapter}:0.5") == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("generate", "a", "-o", "{tmp}/o.png", "-m", "{folder}", "--lora", "{tmp}/none:0.5"), "none"),
+        (("generate", "a", "-o", "{tmp}/o.png", "-m", "{folder}", "--lora", "{folder}"), "adapter_config.json"),
         (("generate", "a", "-o", "out"), "output must be an image file"),
         (("generate", "a", "-o", "{tmp}/o.png", "-m", "{folder}", "--steps", "0"), "num_inference_steps"),
         (

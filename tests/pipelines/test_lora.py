@@ -256,8 +256,14 @@ def test_an_adapter_changed_in_a_callback_acts_from_the_next_step(change, adapte
         if step == 4:
             changes[change]()
 
-    pipe(PROMPT, num_inference_steps=STEPS, latents=None, generator=torch.Generator().manual_seed(0),
-         output_type="latent", callback_on_step_end=callback)
+    pipe(
+        PROMPT,
+        num_inference_steps=STEPS,
+        latents=None,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+        callback_on_step_end=callback,
+    )
     # What the sixth step should give: from the fifth one's latents, by a model that was changed before it began.
     timestep = pipe.scheduler.timesteps[5]
     context, negative = pipe.encode_prompt(PROMPT)
