@@ -196,7 +196,7 @@ def test_hotswapping_keeps_the_others_active_and_the_old_one_on_failure(adapters
     before = generate(pipe)
     weights = load_file(adapters["both"] / "adapter_model.safetensors")
     half = {name: weight for name, weight in weights.items() if ".layers.0." in name}
-    with pytest.raises(ValueError, match="has no .* weights: tower"):
+    with pytest.raises(ValueError, match=r"has no .* weights: tower"):
         config = peft.PeftConfig.from_pretrained(adapters["both"])
         pipe.load_lora_weights(half, adapter_name="late", hotswap=True, peft_config=config)
     assert torch.equal(generate(pipe), before)
