@@ -1,20 +1,32 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Atomic writes, reading of JSON and YAML, and the check of a checkpoint folder."""
+"""Atomic writes, locks, reading of JSON and YAML, hashes, and the check of a checkpoint folder."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
+import tempfile
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from latte_flow_hf.files import (
+    EMPTY_HASH,
     atomic_write,
     check_files,
+    check_hash,
+    check_output,
+    lock_folder,
     read_json,
     read_weight_map,
     read_yaml,
     save_image,
+    store_hash,
+    store_hashes,
     write_json,
 )
 
@@ -210,3 +222,120 @@ def test_weights_that_are_truncated(size, folder):
     weights.write_bytes(weights.read_bytes()[:size])
     with pytest.raises(OSError, match=r"model-00002-of-00002\.safetensors is truncated or damaged"):
         check_files(folder)
+
+
+def full_disk(*arguments, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")]
+)
+def test_a_full_disk_is_an_error_with_the_path(error, tmp_path):
+    (tmp_path / "file.txt").write_text("old")
+    with pytest.raises(OSError, match=r"file\.txt cannot be written .*No space left"), atomic_write(tmp_path / "file.txt"):
+        raise error
+    assert names(tmp_path) == ["file.txt"] and (tmp_path / "file.txt").read_text() == "old"
+
+
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "file.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to("file.txt")
+    with atomic_write(tmp_path / "link.txt") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "file.txt").read_text() == "new" and (tmp_path / "link.txt").is_symlink()
+
+
+def test_an_output_is_checked_and_nothing_is_made(tmp_path, monkeypatch):
+    (tmp_path / "file.txt").write_text("mine")
+    (tmp_path / "nowhere").symlink_to("none")
+    check_output(tmp_path / "a" / "b")
+    check_output(tmp_path / "file.txt", replace=True)
+    for path, words in (
+        ("file.txt", "exists; choose another name"),
+        ("nowhere", "link to nowhere"),
+        ("", "exists; choose another name"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_output(tmp_path / path)
+    with pytest.raises(ValueError, match="exists"):
+        check_output(tmp_path, replace=True)
+    for path in ("file.txt/a", "nowhere/a", "file.txt/a/b"):
+        with pytest.raises(OSError, match="is not a folder"):
+            check_output(tmp_path / path)
+    with pytest.raises(OSError, match=r"a takes .* bytes, but its disk has"):
+        check_output(tmp_path / "a", num_bytes=10**18)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full_disk)
+    with pytest.raises(OSError, match=r"output .*a cannot be written: No space left"):
+        check_output(tmp_path / "a")
+    assert names(tmp_path) == ["file.txt", "nowhere"]
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from latte_flow_hf.files import lock_folder
+
+with lock_folder(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_is_held_by_one_process_and_free_when_that_is_killed(tmp_path):
+    with lock_folder(tmp_path / "run"):
+        pass
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(OSError, match=rf"run is in use by process {holder.pid} on "), lock_folder(tmp_path / "run"):
+        raise AssertionError("the block must not run")
+    holder.kill()
+    holder.wait()
+    with lock_folder(tmp_path / "run"):
+        pass
+
+
+@pytest.fixture
+def weights(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.arange(64.0), "b": torch.zeros(3, dtype=torch.int8)}, path, {"format": "pt"})
+    return path
+
+
+def test_a_stored_hash_leaves_the_tensors_and_the_metadata(weights):
+    before = load_file(weights)
+    assert not check_hash(weights)
+    for _ in range(2):
+        store_hash(weights)
+        assert check_hash(weights)
+        after = load_file(weights)
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    with safe_open(weights, framework="pt") as file:
+        assert file.metadata()["format"] == "pt" and len(file.metadata()["sha256"]) == 64
+    content = weights.read_bytes()
+    # In place, when there is room for it.
+    save_file(before, weights, {"format": "pt", "sha256": EMPTY_HASH})
+    store_hashes(weights.parent)
+    assert load_file(weights).keys() == before.keys() and names(weights.parent) == [weights.name]
+    assert check_hash(weights)
+    assert content.count(b"sha256") == 1
+
+
+def test_every_flipped_bit_is_found(weights):
+    store_hash(weights)
+    content = weights.read_bytes()
+    for position in range(len(content)):
+        for bit in range(8):
+            changed = bytearray(content)
+            changed[position] ^= 1 << bit
+            weights.write_bytes(changed)
+            try:
+                # Only a bit in the name of the entry makes it a file without a stored hash.
+                assert not check_hash(weights) and b'"sha256"' not in changed or b"__metadata__" not in changed
+            except OSError as error:
+                assert "a.safetensors is " in str(error) and "damaged" in str(error)
+    weights.write_bytes(content[:-1])
+    with pytest.raises(OSError, match=r"a\.safetensors is damaged"):
+        check_hash(weights)

@@ -1,18 +1,26 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Files that appear whole or not at all, small files of known formats, and the check of a checkpoint folder."""
+"""Files that appear whole or not at all, locks, small files of known formats, and checks of checkpoint folders."""
 
+import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError, safe_open
+
+
+# The entry for the hash in the metadata of a safetensors file, and its value before the hash is known.
+HASH_KEY = "sha256"
+EMPTY_HASH = "0" * 64
 
 
 @contextmanager
@@ -27,9 +35,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             The final path; its parent folder is made if it does not exist. An existing file is replaced.
 
     Raises:
-        `OSError`: if `path` is an existing folder (nothing is written then), or if writing fails.
+        `OSError`: with `path`, if it is an existing folder (nothing is written then), or if writing fails, by whatever
+            library: safetensors' own error is no `OSError`.
     """
-    path = Path(path)
+    # A link is written through, not replaced.
+    path = Path(os.path.realpath(path) if os.path.islink(path) else path)
     if path.is_dir():
         raise FileExistsError(f"folder {path} exists; choose another name, or remove it.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,8 +48,74 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         partial = scratch / path.name
         yield partial
         os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error}); check the space on its disk.") from error
+    except OSError as error:
+        # A failed write, unlike a failed open, does not know its file.
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, f"{path} cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_output(path: str | Path, num_bytes: int = 0, replace: bool = False) -> None:
+    """Check that a file or folder can be written, before the work whose result it will hold.
+
+    Args:
+        path (`str` or `Path`): the output. Its folder is not made, but its nearest existing parent must be a writable
+            folder.
+        num_bytes (`int`, defaults to 0): the size of the result, if it is known.
+        replace (`bool`, defaults to `False`): whether `path` may be an existing file.
+
+    Raises:
+        `ValueError`: if `path` exists, or is a link to nowhere.
+        `OSError`: if it cannot be written, or its disk has less than `num_bytes` left.
+    """
+    path = Path(path)
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"output {path} is a link to nowhere; remove it, or choose another name.")
+    if path.is_dir() or (path.exists() and not replace):
+        raise ValueError(f"output {path} exists; choose another name, or remove it.")
+    parent = next(folder for folder in path.absolute().parents if folder.exists() or folder.is_symlink())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"output {path} cannot be written: {parent} is not a folder.")
+    try:
+        # Permissions alone do not tell: the disk may be read-only or full.
+        with tempfile.TemporaryFile(dir=parent) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise OSError(f"output {path} cannot be written: {error.strerror or error}.") from error
+    free = shutil.disk_usage(parent).free
+    if num_bytes > free:
+        raise OSError(f"output {path} takes {num_bytes:,} bytes, but its disk has {free:,} left.")
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder alone. The system ends the lock with its process, so a killed one leaves no stale lock.
+
+    Args:
+        folder (`Path`): made if it does not exist; the file `lock` in it names the process that holds it.
+
+    Raises:
+        `OSError`: if another process holds it, with that process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "lock"
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        owner = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+        raise OSError(
+            f"folder {folder} is in use by {owner or 'another process'}; wait until it ends, or use another folder."
+        ) from error
+    try:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield
+    finally:
+        lock.release()
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:
@@ -138,3 +214,81 @@ def check_files(folder: str | Path, *names: str) -> None:
                 pass
         except SafetensorError as error:
             raise OSError(f"{weights} is truncated or damaged ({error}); save or download it again.") from error
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of the bytes of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def store_hash(path: Path) -> None:
+    """Store the SHA-256 of a safetensors file in its metadata, as `sha256`, for [`check_hash`].
+
+    The entry travels with the file: it stays right when the file is copied, moved, renamed or published. A file whose
+    metadata has the entry already (`EMPTY_HASH`, or an earlier hash) is changed in place; any other is rewritten.
+
+    Args:
+        path (`Path`): the file.
+    """
+    with open(path, "r+b") as file:
+        header, metadata = _read_header(file)
+        if HASH_KEY in metadata:
+            old, new = (
+                f'"{HASH_KEY}":"{value}"'.encode() for value in (metadata[HASH_KEY], _hash_weights(file))
+            )
+            assert header.count(old) == 1 and len(old) == len(new)
+            file.seek(8)
+            file.write(header.replace(old, new))
+            return
+        content = json.loads(header)
+        content["__metadata__"] = {**metadata, HASH_KEY: EMPTY_HASH}
+        header = json.dumps(content, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)  # The tensors stay aligned.
+        with atomic_write(path) as partial, open(partial, "wb") as copy:
+            copy.write(len(header).to_bytes(8, "little") + header)
+            shutil.copyfileobj(file, copy, 1 << 24)
+    store_hash(path)
+
+
+def store_hashes(folder: Path) -> None:
+    """Store the hashes of all safetensors files in a folder and its subfolders, see [`store_hash`]."""
+    for path in sorted(folder.rglob("*.safetensors")):
+        store_hash(path)
+
+
+def check_hash(path: Path) -> bool:
+    """Check a safetensors file against the hash that [`store_hash`] stored.
+
+    Returns:
+        `bool`: whether there is a stored hash.
+
+    Raises:
+        `OSError`: if the file is truncated, or a bit of its tensors, their names, types or shapes has changed.
+    """
+    with open(path, "rb") as file:
+        _, metadata = _read_header(file)
+        if HASH_KEY in metadata and _hash_weights(file) != metadata[HASH_KEY]:
+            raise OSError(f"{path} is damaged: its content does not have the stored hash; download or save it again.")
+        return HASH_KEY in metadata
+
+
+def _read_header(file: Any) -> tuple[bytes, dict[str, str]]:
+    """The JSON header of an open safetensors file and the metadata in it; the file is then at the tensors."""
+    file.seek(0)
+    # The format limits a header to 100 MB: a damaged size must not take all memory.
+    header = file.read(min(int.from_bytes(file.read(8), "little"), 100_000_000))
+    try:
+        return header, json.loads(header).get("__metadata__") or {}
+    except (ValueError, AttributeError) as error:
+        raise OSError(f"{file.name} is truncated or damaged ({error}); save or download it again.") from error
+
+
+def _hash_weights(file: Any) -> str:
+    """SHA-256 of the header without the hash itself, and of the tensors."""
+    header, metadata = _read_header(file)
+    content = {**json.loads(header), "__metadata__": {**metadata, HASH_KEY: ""}}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    while chunk := file.read(1 << 24):
+        digest.update(chunk)
+    return digest.hexdigest()
