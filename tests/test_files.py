@@ -233,7 +233,10 @@ def full_disk(*arguments, **kwargs):
 )
 def test_a_full_disk_is_an_error_with_the_path(error, tmp_path):
     (tmp_path / "file.txt").write_text("old")
-    with pytest.raises(OSError, match=r"file\.txt cannot be written .*No space left"), atomic_write(tmp_path / "file.txt"):
+    with (
+        pytest.raises(OSError, match=r"file\.txt cannot be written .*No space left"),
+        atomic_write(tmp_path / "file.txt"),
+    ):
         raise error
     assert names(tmp_path) == ["file.txt"] and (tmp_path / "file.txt").read_text() == "old"
 
@@ -333,7 +336,7 @@ def test_every_flipped_bit_is_found(weights):
             weights.write_bytes(changed)
             try:
                 # Only a bit in the name of the entry makes it a file without a stored hash.
-                assert not check_hash(weights) and b'"sha256"' not in changed or b"__metadata__" not in changed
+                assert (not check_hash(weights) and b'"sha256"' not in changed) or b"__metadata__" not in changed
             except OSError as error:
                 assert "a.safetensors is " in str(error) and "damaged" in str(error)
     weights.write_bytes(content[:-1])

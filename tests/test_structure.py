@@ -15,7 +15,7 @@ LAYERS = (
     ("modeling",),
     ("schedulers",),
     ("pipelines",),
-    ("checkpoints",),
+    ("checkpoints", "cards"),
     ("training", "evaluation", "conversion"),
     ("publishing",),
     ("cli",),

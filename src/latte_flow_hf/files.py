@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -234,9 +234,7 @@ def store_hash(path: Path) -> None:
     with open(path, "r+b") as file:
         header, metadata = _read_header(file)
         if HASH_KEY in metadata:
-            old, new = (
-                f'"{HASH_KEY}":"{value}"'.encode() for value in (metadata[HASH_KEY], _hash_weights(file))
-            )
+            old, new = (f'"{HASH_KEY}":"{value}"'.encode() for value in (metadata[HASH_KEY], _hash_weights(file)))
             assert header.count(old) == 1 and len(old) == len(new)
             file.seek(8)
             file.write(header.replace(old, new))

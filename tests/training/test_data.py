@@ -1,7 +1,6 @@
 """Data from other sources than a folder is the same; data that cannot be used is refused before training."""
 
 import json
-import shutil
 import tarfile
 
 import datasets
@@ -11,7 +10,9 @@ from PIL import Image
 from latte_flow_hf.training.data import (
     CaptionedImageDataset,
     CaptionedImageStream,
+    ConversationDataset,
     ImageRows,
+    UnreadableImageError,
     UnreadableImages,
     load_conversations,
     load_image_rows,
@@ -65,16 +66,111 @@ def test_unusable_data_is_refused(recipe, run, images, tmp_path):
     source = recipe()["data"]["source"]
     fails("give `max_steps`", data={"source": {**source, "streaming": True}}, training={"max_steps": -1})
 
-    # A missing caption, an empty folder.
-    uncaptioned = tmp_path / "uncaptioned"
-    shutil.copytree(images, uncaptioned)
-    lines = [json.loads(line) for line in (uncaptioned / "metadata.jsonl").read_text().splitlines()]
-    lines[3]["text"] = None
-    (uncaptioned / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    fails("03.png has no caption", data={"source": {**source, "data_dir": str(uncaptioned)}})
     (tmp_path / "empty").mkdir()
-    fails("", data={"source": {**source, "data_dir": str(tmp_path / "empty")}})
+    fails("empty.* cannot be loaded", data={"source": {**source, "data_dir": str(tmp_path / "empty")}})
+    nothing = {"path": "parquet", "data_files": str(tmp_path / "*.parquet")}
+    fails(r"\*\.parquet.* cannot be loaded: .*data file", data={"source": nothing})
+    fails("cannot be loaded: Unknown split", data={"source": {**source, "split": "test"}})
+    fails("cannot be loaded: .*'data_dri'", data={"source": {**source, "data_dri": "a"}})
     fails("nowhere", model={"pipeline": str(tmp_path / "nowhere")})
+
+
+def load_folder(folder, captions: list[str], tmp_path, **settings) -> ImageRows:
+    """A folder of as many images, with `captions` as lines of its `metadata.csv`."""
+    folder.mkdir()
+    for number in range(len(captions)):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+    lines = [f"{number}.png,{caption}" for number, caption in enumerate(captions)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
+    source = {"path": "imagefolder", "data_dir": str(folder), "cache_dir": str(tmp_path / "datasets")}
+    return load_image_rows(DataSettings(source={**source, **settings}, caption="text", size=8), 0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "captions", [["7", "007", "1e3"], ["True", "False", "True"], ["0.50", "1", "2"], ["2024-01-01", "a", "7"]]
+)
+def test_captions_that_look_like_numbers_are_text_as_written(captions, streaming, tmp_path):
+    rows = load_folder(tmp_path / "images", captions, tmp_path, streaming=streaming)
+    assert [rows.prompts(row) for row in rows.dataset] == [[caption] for caption in captions]
+
+
+def test_numbers_in_a_table_are_captions(tmp_path):
+    columns = {
+        "image": [{"bytes": None, "path": str(tmp_path / "a.png")}] * 3,
+        "number": [7, 0, None],
+        "truth": [True, False, None],
+    }
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "rows.parquet")
+    source = {"path": "parquet", "data_files": str(tmp_path / "rows.parquet"), "cache_dir": str(tmp_path / "datasets")}
+    for caption, expected in (("number", ["7", "0"]), ("truth", ["True", "False"])):
+        rows = load_image_rows(DataSettings(source=source, caption=caption, size=8), 0)
+        assert [rows.prompts(row)[0] for row in rows.dataset.select([0, 1])] == expected
+        with pytest.raises(UnreadableImageError, match=f"has no caption: {caption} is None"):
+            rows.prompts(rows.dataset[2])
+
+
+def test_an_image_without_a_caption_is_replaced_and_named(tmp_path, caplog):
+    unreadable = UnreadableImages(2)
+    rows = load_folder(tmp_path / "images", ["a", "", "c", '" "'], tmp_path)
+    examples = list(CaptionedImageDataset(rows, 0, unreadable))
+    assert [example["prompt"] for example in examples] == ["a", "c", "c", "a"]
+    assert [name.rpartition("/")[2] for name in unreadable.reasons] == ["1.png", "3.png"]
+    assert "1.png has no caption: text is None; it is skipped" in caplog.text
+    with pytest.raises(ValueError, match="max_unreadable is 1"):
+        list(CaptionedImageDataset(rows, 0, UnreadableImages(1)))
+    empty = load_folder(tmp_path / "empty", ["", ""], tmp_path)
+    with pytest.raises(ValueError, match="none of 2 images can be used: the first one has no caption"):
+        CaptionedImageDataset(empty, 0, UnreadableImages(2))[0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_captions_in_files_beside_the_images(streaming, tmp_path):
+    folder = tmp_path / "images"
+    for number, caption in enumerate(("a red circle\n", "007", None)):
+        path = folder / ("sub" if number == 1 else "") / f"{number}.png"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        Image.new("RGB", (8, 8)).save(path)
+        if caption is not None:
+            path.with_suffix(".txt").write_text(caption)
+    source = {"path": "imagefolder", "data_dir": str(folder), "cache_dir": str(tmp_path / "datasets")}
+    settings = DataSettings(source={**source, "streaming": streaming}, caption="txt", size=8)
+    rows = load_image_rows(settings, 0)
+    prompts = {}
+    for index, row in enumerate(rows.dataset):
+        try:
+            prompts[rows.name(row, index).rpartition("/")[2]] = rows.prompts(row)
+        except UnreadableImageError as error:
+            assert "has no caption: txt is None" in str(error)
+    assert prompts == {"0.png": ["a red circle"], "1.png": ["007"]}
+    if streaming:
+        return
+    # A cache of the old captions would be refused.
+    (folder / "0.txt").write_text("another")
+    assert load_image_rows(settings, 0).fingerprint != rows.fingerprint
+    (folder / "0.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"0\.txt is not a text file in UTF-8"):
+        load_image_rows(settings, 0)
+    with pytest.raises(ValueError, match=r"caption must be one of the columns \['image'\], got 'caption'"):
+        load_image_rows(settings.model_copy(update={"caption": "caption"}), 0)
+
+
+def test_one_of_several_captions_is_drawn_for_each_example_and_epoch():
+    captions = ["a", "b", None, "c"]
+    rows = ImageRows(
+        [{"image": Image.new("RGB", (8, 8)), "prompt": captions}] * 30,
+        DataSettings(source={"path": "any"}, size=8),
+        "",
+    )
+    data = CaptionedImageDataset(rows, 0, UnreadableImages(0))
+    epochs = []
+    for epoch in range(2):
+        data.set_epoch(epoch)
+        epochs.append([example["prompt"] for example in data])
+    assert set(epochs[0]) == {"a", "b", "c"} and epochs[0] != epochs[1]
+    assert all(5 <= epochs[0].count(caption) <= 15 for caption in "abc")
+    data.set_epoch(0)
+    assert [example["prompt"] for example in data] == epochs[0]
 
 
 class Stream:
@@ -134,3 +230,17 @@ def test_conversations_need_messages(processor, tmp_path):
     (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "hello"}))
     with pytest.raises(ValueError, match="must have a column `messages`"):
         load_conversations({**source, "data_files": str(tmp_path / "texts.jsonl")}, 0, processor.conversation)
+
+
+def test_a_conversation_that_cannot_be_used_is_replaced_and_named(processor, caplog):
+    hello = {"role": "user", "content": "hello"}
+    rows = [
+        {"messages": [hello]},
+        {"messages": [{"role": "user", "content": [{"type": "image", "path": "none.png"}]}]},
+    ]
+    unreadable = UnreadableImages(1)
+    data = ConversationDataset(rows, processor.conversation, unreadable)
+    assert data[1] == data[0] and list(unreadable.reasons) == ["number 1"]
+    assert "conversation number 1 cannot be used" in caplog.text and "none.png" in caplog.text
+    with pytest.raises(ValueError, match="none of 1 conversations can be used"):
+        ConversationDataset(rows[1:], processor.conversation, unreadable)[0]

@@ -49,6 +49,34 @@ TRAINING_RECIPES = [path for path in sorted(RECIPES.rglob("*.yaml")) if "model" 
         ({"understanding": {"source": {"path": "tinyworld", "turn": 2}}}, "did you mean 'turns'"),
         ({"training": {"max_steps": "many"}}, "training: max_steps must be a number, got 'many'"),
         ({"training": {"output_dir": "x"}}, "training: unknown field 'output_dir'"),
+        ({"training": {"max_steps": 2.5}}, "training: max_steps must be a whole number, got 2.5"),
+        ({"training": {"max_steps": True}}, "training: max_steps must be a number, got True"),
+        ({"training": {"max_steps": [3]}}, "training: max_steps must be a number, got [3]"),
+        ({"training": {"max_steps": None}}, "training: max_steps must be a number, got None"),
+        ({"data": {"source": {"data_dir": "images"}}}, "data: source must name a dataset in `path`"),
+        ({"data": {"source": {"path": 3}}}, "data: source must name a dataset in `path`"),
+        ({"data": {"prompt": "a photo"}}, "data: prompt must contain {} once"),
+        ({"data": {"prompt": "a {name}"}}, "data: prompt must contain {} once"),
+        ({"data": {"prompt": "a {} and {}"}}, "data: prompt must contain {} once"),
+        ({"data": {"prompt": "a {"}}, "data: prompt must contain {} once"),
+        ({"data": {"prompt": "{:d}"}}, "data: prompt must contain {} once"),
+        ({"understanding": {"source": {"split": "train"}}}, "understanding: source must name a dataset in `path`"),
+        ({"validation": {"source": {}}}, "validation: source must name a dataset in `path`"),
+        ({"validation": {"source": {"path": "a", "streaming": True}}}, "validation: source must have an end"),
+        ({"training": {"eval_strategy": "steps"}}, "eval_strategy needs the section `validation`"),
+        ({"training": {"load_best_model_at_end": True}}, "load_best_model_at_end needs the section `validation`"),
+        (
+            {"data": {"cache": "a"}, "validation": {"source": {"path": "a"}, "cache": "a"}},
+            "validation: cache must be another folder",
+        ),
+        (
+            {
+                "data": {"cache": "a"},
+                "validation": {"source": {"path": "a"}},
+                "training": {"dataloader_num_workers": 1},
+            },
+            "dataloader_num_workers needs a cache in `validation`, too",
+        ),
         ({"trainable": [0, "one"]}, "trainable must be 'experts', 'vlm' or a list of experts, got [0, 'one']"),
         ({"lora": {"experts": [0], "rank": 4}}, "lora: unknown field 'rank'"),
         ({"samples": {"prompts": []}}, "samples: prompts"),
@@ -108,3 +136,13 @@ def test_an_error_names_the_file_and_all_problems(text, words, tmp_path):
         Recipe.from_yaml(tmp_path / "recipe.yaml")
     if "not YAML" not in words:
         assert "\n" not in str(error.value)
+
+
+def test_whole_numbers_may_be_written_as_powers_of_ten(recipe):
+    training = Recipe.from_dict(recipe(training={"max_steps": "1e3", "save_steps": 500})).training
+    assert training["max_steps"] == 1000 and type(training["max_steps"]) is int and training["save_steps"] == 500
+
+
+@pytest.mark.parametrize("prompt", ["{}", "a photo of {}.", "{{}} {}", "{0}"])
+def test_a_format_of_prompts(prompt, recipe):
+    assert Recipe.from_dict(recipe(data={"prompt": prompt})).data.prompt == prompt

@@ -9,8 +9,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, apply_renamings
 from transformers.modeling_utils import PreTrainedModel
 
+from ..cards import backbone_card
 from ..modeling.processing_latte_flow import LatteFlowProcessor
-from .card import backbone_card
 from .folders import MODEL, files_saved_by, read_pipeline
 from .plan import Plan
 from .streaming import module_tensors

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig
 
+from ..cards import pipeline_card
 from ..files import check_files
 from ..modeling.configuration_latte_flow import LatteFlowConfig
 from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration, LatteFlowLayer
 from ..modeling.processing_latte_flow import LatteFlowProcessor
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
-from .card import pipeline_card
 from .folders import (
     AUTOENCODER,
     MODEL,

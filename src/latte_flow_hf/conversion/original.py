@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from ..cards import pipeline_card, state_dict_card
 from ..files import read_yaml
-from .card import pipeline_card, state_dict_card
 from .folders import MODEL, check_velocity, edit_json, read_pipeline, source_name
 from .plan import Plan
 from .streaming import format_names, module_tensors, read_pickle, read_safetensors

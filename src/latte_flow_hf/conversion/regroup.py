@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..cards import pipeline_card
 from ..modeling.configuration_latte_flow import LatteFlowConfig
-from .card import pipeline_card
 from .folders import MODEL, check_velocity, edit_json, model_on_meta, read_pipeline
 from .initialize import new_tensors
 from .plan import Plan

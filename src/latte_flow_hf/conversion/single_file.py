@@ -4,8 +4,8 @@
 import json
 from pathlib import Path, PurePosixPath
 
+from ..cards import pipeline_card
 from ..modeling.configuration_latte_flow import LatteFlowConfig
-from .card import pipeline_card
 from .folders import AUTOENCODER, MODEL, autoencoder_on_meta, check_velocity, model_on_meta, read_pipeline
 from .plan import Plan, Weights
 from .streaming import StoredTensor, check_tensors, format_names, module_tensors, read_metadata, read_safetensors

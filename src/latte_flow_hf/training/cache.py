@@ -1,10 +1,10 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """Latents and contexts, computed once and stored on disk.
 
-A cache is a folder of safetensors shards. Each shard is written atomically, so that an interrupted run continues with
-the missing ones; `index.json` is written last. `fingerprint.json` is written first and contains what the cached
-numbers depend on: a cache made with a different autoencoder, backbone, processor, size or source is refused. Several
-processes share the work.
+A cache is a folder of safetensors shards. Each shard is written atomically and contains its hash: missing shards are
+computed, also those of a finished cache, and damaged ones are refused. `index.json` is written last.
+`fingerprint.json` is written first and contains what the cached numbers depend on: a cache made with a different
+autoencoder, backbone, processor, size or source is refused. Several processes share the work.
 """
 
 import hashlib
@@ -21,37 +21,18 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..files import atomic_write, read_json, write_json
+from ..files import EMPTY_HASH, HASH_KEY, atomic_write, check_hash, read_json, store_hash, write_json
 from ..modeling.context import LatteFlowContext
+from ..pipelines.fingerprint import hash_module, hash_processor
 from .collator import ImagePromptEncoder
-from .data import ImageRows, UnreadableImageError, UnreadableImages, example_seed, is_flipped
+from .data import ImageRows, UnreadableImageError, UnreadableImages, draw_prompt, example_seed, is_flipped
 
 
 # Version of the layout of shards and index.
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 
 # Number of images, or of prompts, in a shard.
 SHARD_SIZE = 256
-
-
-def hash_module(module: torch.nn.Module) -> str:
-    """SHA-256 of the configuration of a module and of the names and bytes of its parameters and buffers."""
-    config = getattr(module, "config", {})
-    values = _relevant_config(config.to_dict() if hasattr(config, "to_dict") else dict(config))
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _relevant_config(config: dict) -> dict:
-    """A configuration without what does not affect the output, such as paths and versions."""
-    return {
-        str(key): _relevant_config(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if not str(key).startswith("_") and key != "transformers_version"
-    }
 
 
 def cache_fingerprint(pipe: Any, rows: ImageRows, with_contexts: bool) -> dict[str, str]:
@@ -68,9 +49,8 @@ def cache_fingerprint(pipe: Any, rows: ImageRows, with_contexts: bool) -> dict[s
         "contexts": str(with_contexts),
     }
     if with_contexts:
-        processor = json.dumps([pipe.processor.tokenizer.get_vocab(), pipe.processor.chat_template], sort_keys=True)
         fingerprint["backbone"] = hash_module(pipe.model.vlm)
-        fingerprint["processor"] = hashlib.sha256(processor.encode()).hexdigest()
+        fingerprint["processor"] = hash_processor(pipe.processor)
     return fingerprint
 
 
@@ -82,19 +62,20 @@ def build_cache(
     unreadable: UnreadableImages,
     with_contexts: bool = True,
 ) -> None:
-    """Fill the cache in `folder`, skipping finished shards. All processes must call it.
+    """Fill the cache in `folder`, keeping finished shards, which are checked. All processes must call it.
 
     Args:
         folder (`Path`): the folder, on a disk that all processes share.
         pipe ([`LatteFlowPipeline`]): the pipeline, for the fingerprint.
         rows ([`ImageRows`]): images and prompts.
         encoder ([`ImagePromptEncoder`]): encodes them.
-        unreadable ([`UnreadableImages`]): collects the unreadable images.
+        unreadable ([`UnreadableImages`]): collects the images that cannot be used.
         with_contexts (`bool`, defaults to `True`): whether to cache contexts, too.
 
     Raises:
-        `ValueError`: if the cache has another fingerprint, the source is a stream, no image can be read, or the
+        `ValueError`: if the cache has another fingerprint, the source is a stream, no image can be used, or the
             processes do not share the folder.
+        `OSError`: with the file, if a shard is damaged or cannot be written.
     """
     if rows.is_stream:
         raise ValueError("data: a stream cannot be cached; load it without `streaming`, or leave out `cache`.")
@@ -102,9 +83,6 @@ def build_cache(
     state = PartialState()
     with state.main_process_first():
         _create_or_check(folder, fingerprint)
-    if (folder / "index.json").exists():
-        return
-
     num_images = len(rows.dataset)
     shards = {folder / f"latents-{start:09d}.safetensors": start for start in range(0, num_images, SHARD_SIZE)}
     for path in _missing_shards(list(shards), "encoding images"):
@@ -119,10 +97,11 @@ def build_cache(
     for path in shards:
         metadata = _read_metadata(path)
         _add_unreadable(metadata, unreadable)
-        prompts.update(metadata["prompts"])
+        prompts.update(*metadata["prompts"])
         num_readable += len(metadata["indices"])
     if not num_readable:
-        raise ValueError(f"none of {num_images} images can be read.")
+        reason = next(iter(unreadable.reasons.values()))
+        raise ValueError(f"none of {num_images} images can be used: the first one {reason}.")
     if with_contexts:
         ordered = sorted(prompts)
         starts = range(0, len(ordered), SHARD_SIZE)
@@ -130,7 +109,7 @@ def build_cache(
         for path in _missing_shards(list(shards), "encoding prompts"):
             _encode_prompts(path, ordered[shards[path] : shards[path] + SHARD_SIZE], encoder)
         state.wait_for_everyone()
-    if state.is_main_process:
+    if state.is_main_process and not (folder / "index.json").exists():
         write_json({"num_images": num_images}, folder / "index.json")
     state.wait_for_everyone()
 
@@ -146,18 +125,30 @@ def _create_or_check(folder: Path, fingerprint: dict[str, str]) -> None:
             raise ValueError(
                 f"cache {folder} was made with a different {', '.join(different)}; remove it, or use another folder."
             )
-    elif any(folder.iterdir()):
+    elif any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"cache folder {folder} is not empty and not a cache of this version; use another folder.")
     else:
         write_json(fingerprint, folder / "fingerprint.json")
 
 
 def _missing_shards(paths: list[Path], description: str) -> Iterator[Path]:
-    """This process's share of the shards that do not exist."""
+    """This process's share of the shards that do not exist; the others are checked.
+
+    Raises:
+        `OSError`: if a shard is damaged.
+    """
     state = PartialState()
     missing = [path for path in paths if not path.exists()]
     # No process may write before all have looked, so that they all have the same list.
     state.wait_for_everyone()
+    with state.split_between_processes([path for path in paths if path not in missing]) as share:
+        for path in share:
+            try:
+                is_whole = check_hash(path)
+            except OSError as error:
+                raise OSError(f"cache shard {path} is damaged; remove it, and it is computed again.") from error
+            if not is_whole:
+                raise OSError(f"cache shard {path} has no hash; remove it, and it is computed again.")
     with state.split_between_processes(missing) as share:
         hidden = len(paths) < 4 or not state.is_local_main_process
         yield from tqdm(share, desc=description, mininterval=5, disable=hidden)
@@ -174,13 +165,14 @@ def _encode_images(path: Path, indices: range, rows: ImageRows, encoder: ImagePr
     for index in indices:
         row = rows.dataset[index]
         try:
-            images.append(rows.image(row))
+            prompts, image = rows.prompts(row), rows.image(row)
         except UnreadableImageError as error:
             metadata["unreadable"][rows.name(row, index)] = str(error)
             continue
+        images.append(image)
         metadata["indices"].append(index)
         metadata["names"].append(rows.name(row, index))
-        metadata["prompts"].append(rows.prompt(row, index))
+        metadata["prompts"].append(prompts)
     tensors = {}
     if images:
         tensors["latents"] = encoder.latents(images)
@@ -200,7 +192,8 @@ def _encode_prompts(path: Path, prompts: list[str], encoder: ImagePromptEncoder)
 
 def _write_shard(tensors: dict[str, torch.Tensor], metadata: dict, path: Path) -> None:
     with atomic_write(path) as partial:
-        save_file(tensors, partial, metadata={"json": json.dumps(metadata)})
+        save_file(tensors, partial, metadata={"json": json.dumps(metadata), HASH_KEY: EMPTY_HASH})
+        store_hash(partial)
 
 
 def _read_metadata(path: Path) -> dict:
@@ -235,14 +228,14 @@ class CachedImageDataset(Dataset):
         self.folder, self.seed, self.epoch = folder, seed, 0
         self._shards = _Shards()
         num_images = read_json(folder / "index.json")["num_images"]
-        # Shard, row of the shard, prompt and name, by index.
-        readable: dict[int, tuple[Path, int, str, str]] = {}
+        # Shard, row of the shard, prompts and name, by index.
+        readable: dict[int, tuple[Path, int, list[str], str]] = {}
         for path in sorted(folder.glob("latents-*.safetensors")):
             metadata = _read_metadata(path)
             for row, index in enumerate(metadata["indices"]):
                 readable[index] = (path, row, metadata["prompts"][row], metadata["names"][row])
         # As in `CaptionedImageDataset`, an unreadable image is replaced by the next readable one.
-        self.rows: list[tuple[Path, int, str, str]] = []
+        self.rows: list[tuple[Path, int, list[str], str]] = []
         next_readable = readable[min(readable)]
         for index in reversed(range(num_images)):
             next_readable = readable.get(index, next_readable)
@@ -257,10 +250,11 @@ class CachedImageDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
-        path, row, prompt, name = self.rows[index]
+        path, row, prompts, name = self.rows[index]
         seed = example_seed(self.seed, self.epoch, index)
         tensor = "flipped_latents" if self.flip and is_flipped(seed) else "latents"
-        return {"latents": self._shards[path].get_slice(tensor)[row], "prompt": prompt, "name": name, "seed": seed}
+        latents = self._shards[path].get_slice(tensor)[row]
+        return {"latents": latents, "prompt": draw_prompt(prompts, seed), "name": name, "seed": seed}
 
 
 class CachedContexts:

@@ -13,11 +13,11 @@ import torch
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 
-from ..files import save_image
+from ..files import hash_file, read_json, save_image, write_json
 from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from .sharding import is_sharded, local_tensor
 
@@ -69,9 +69,9 @@ class EMACallback(TrainerCallback):
             for layer in self.parameters:
                 self._load(layer, folder / f"{layer}.safetensors")
 
-    def _folder(self, args, state) -> Path:
-        """The folder of the averages in a checkpoint; under FSDP2, of those of this process."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / EMA_FOLDER
+    def _folder(self, args, state, step: int | None = None) -> Path:
+        """The folder of the averages in the checkpoint of a step; under FSDP2, of those of this process."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step if step is None else step}" / EMA_FOLDER
         return folder / f"{args.process_index + 1:05d}-of-{args.world_size:05d}" if self.is_sharded else folder
 
     def _weights_on_device(self, layer: str) -> list[torch.Tensor]:
@@ -81,7 +81,11 @@ class EMACallback(TrainerCallback):
         return [(weight if self.device is None else weight.to(self.device)).requires_grad_() for weight in weights]
 
     def _load(self, layer: str, path: Path) -> None:
-        with safe_open(path, framework="pt") as saved:
+        try:
+            saved = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise OSError(f"{path} is truncated or damaged ({error}); resume from another checkpoint.") from error
+        with saved:
             if set(saved.keys()) != set(self.parameters[layer]):
                 raise ValueError(f"{path} contains averages of other weights than the trainable ones.")
             scalars = {name: kind(saved.metadata()[name]) for name, kind in _EMA_SCALARS.items()}
@@ -108,6 +112,9 @@ class EMACallback(TrainerCallback):
             save_file(tensors, folder / f"{layer}.safetensors", metadata=scalars)
 
     def on_train_end(self, args, state, control, **kwargs):
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            for layer in self.averages:
+                self._load(layer, self._folder(args, state, state.best_global_step) / f"{layer}.safetensors")
         for layer, average in self.averages.items():
             average.copy_to([local_tensor(parameter) for parameter in self.parameters[layer].values()])
 
@@ -250,10 +257,11 @@ def _shorten(names: Sequence[str], max_names: int = 16) -> str:
 class CheckpointCallback(TrainerCallback):
     """Marks complete checkpoints, so that a run can be killed at any moment and resumed. It must be added last.
 
-    The Trainer writes a checkpoint file by file. This callback marks it as complete when all files are written and
-    all weights are finite, and only then removes older ones; leave the Trainer's `save_total_limit` unset.
-    [`last_checkpoint`] finds the last complete one. On resume it also restores what the Trainer does not: the epoch of
-    the dataset, and with `ignore_data_skip` the random state.
+    The Trainer writes a checkpoint file by file. This callback marks it as complete, with the hashes of its files for
+    [`check_checkpoint`], when all files are written and all weights are finite. Only then it removes older ones, but
+    never the best one; leave the Trainer's `save_total_limit` unset. [`last_checkpoint`] finds the last complete one.
+    On resume the callback also restores what the Trainer does not: the epoch of the dataset, and with
+    `ignore_data_skip` the random state.
 
     Args:
         trainer (`Trainer`): the trainer that it is added to.
@@ -288,10 +296,13 @@ class CheckpointCallback(TrainerCallback):
                 raise FloatingPointError(f"step {state.global_step}: {name} is not finite.")
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE_FILE).touch()
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(_hash_files(checkpoint), checkpoint / COMPLETE_FILE)
+            kept = {checkpoint.name, f"checkpoint-{state.best_global_step}"}
             for folder in _checkpoints(Path(args.output_dir))[: -self.num_checkpoints]:
-                (folder / COMPLETE_FILE).unlink(missing_ok=True)
-                shutil.rmtree(folder)
+                if folder.name not in kept:
+                    (folder / COMPLETE_FILE).unlink(missing_ok=True)
+                    shutil.rmtree(folder)
         self.is_saving = False
 
 
@@ -305,6 +316,38 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     """The last checkpoint in `run_dir` that [`CheckpointCallback`] marked as complete, or `None`."""
     complete = [path for path in _checkpoints(run_dir) if (path / COMPLETE_FILE).exists()]
     return complete[-1] if complete else None
+
+
+def check_checkpoint(checkpoint: Path) -> None:
+    """Check the files of a complete checkpoint. The Trainer would go on without its optimizer or random state.
+
+    Args:
+        checkpoint (`Path`): see [`last_checkpoint`].
+
+    Raises:
+        `OSError`: naming the files that are missing or damaged.
+    """
+    expected, actual = read_json(checkpoint / COMPLETE_FILE), _hash_files(checkpoint)
+    problems = {
+        "has no": [name for name in expected if name not in actual],
+        "has a damaged": [name for name in expected if actual.get(name) not in (None, expected[name])],
+    }
+    found = " and ".join(f"{words} {', '.join(names)}" for words, names in problems.items() if names)
+    if found:
+        raise OSError(f"checkpoint {checkpoint} {found}; remove this folder to resume from the checkpoint before it.")
+
+
+def _hash_files(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of the files of a checkpoint, by their path in it."""
+    paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != COMPLETE_FILE]
+    return {path.relative_to(checkpoint).as_posix(): hash_file(path) for path in paths}
+
+
+def remove_incomplete_checkpoints(run_dir: Path) -> None:
+    """Remove what a killed run or a full disk left of a checkpoint."""
+    for checkpoint in _checkpoints(run_dir):
+        if not (checkpoint / COMPLETE_FILE).exists():
+            shutil.rmtree(checkpoint)
 
 
 class SampleCallback(TrainerCallback):

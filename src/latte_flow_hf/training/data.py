@@ -1,16 +1,18 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """Captioned images from Hugging Face `datasets`: folders, parquet, WebDataset shards, streams.
 
-An image that cannot be read is replaced by the next readable one and does not shift the others: an example depends on
-its index and the epoch alone, and a resumed run has the same examples.
+An image that cannot be read or has no caption is replaced by the next usable one and does not shift the others: an
+example depends on its index and the epoch alone, and a resumed run has the same examples.
 """
 
 import io
 import logging
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
@@ -24,12 +26,12 @@ logger = logging.getLogger(__name__)
 
 
 class UnreadableImageError(Exception):
-    """An image that cannot be decoded; the message is the reason."""
+    """An image that cannot be decoded, or has no caption; the message is the reason."""
 
 
 @dataclass
 class UnreadableImages:
-    """The names of unreadable images with the reasons, each of which is logged once.
+    """The names of images that cannot be used, with the reasons, each of which is logged once.
 
     Args:
         max_unreadable (`int`): the largest number of them.
@@ -41,11 +43,11 @@ class UnreadableImages:
     max_unreadable: int
     reasons: dict[str, str] = field(default_factory=dict)
 
-    def add(self, name: str, reason: str) -> None:
+    def add(self, name: str, reason: str, kind: str = "image") -> None:
         if name in self.reasons:
             return
         self.reasons[name] = reason
-        logger.warning(f"image {name} cannot be read and is skipped: {reason}")
+        logger.warning(f"{kind} {name} {reason}; it is skipped")
         if len(self.reasons) > self.max_unreadable:
             raise ValueError(
                 f"{len(self.reasons)} images cannot be read, max_unreadable is {self.max_unreadable}: "
@@ -77,27 +79,26 @@ class ImageRows:
         path = image.get("path") if isinstance(image, dict) else None
         return str(path or row.get("__key__") or f"number {index}")
 
-    def prompt(self, row: dict, index: int) -> str:
-        """The prompt for the image.
+    def prompts(self, row: dict) -> list[str]:
+        """The prompts for the image, one for each of its captions.
 
         Raises:
-            `ValueError`: if the row has no caption or label.
+            `UnreadableImageError`: if the row has no caption or label.
         """
         settings = self.settings
         if settings.label is not None:
             label, names = row[settings.label], self.dataset.features[settings.label].names
             if label is None or not 0 <= label < len(names):
-                raise ValueError(f"image {self.name(row, index)} has no label: {settings.label} is {label}.")
-            return settings.prompt.format(names[label])
+                raise UnreadableImageError(f"has no label: {settings.label} is {label}")
+            return [settings.prompt.format(names[label])]
         caption: Any = row
         for key in (settings.caption or "prompt").split("."):
             caption = caption.get(key) if isinstance(caption, dict) else None
-        if not isinstance(caption, str) or not caption.strip():
-            raise ValueError(
-                f"image {self.name(row, index)} has no caption: {settings.caption} is {caption!r}; "
-                "add one, or remove the image."
-            )
-        return settings.prompt.format(caption.strip())
+        captions = [_caption_text(item) for item in (caption if isinstance(caption, list) else [caption])]
+        prompts = [settings.prompt.format(text) for text in captions if text]
+        if not prompts:
+            raise UnreadableImageError(f"has no caption: {settings.caption} is {caption!r}")
+        return prompts
 
     def image(self, row: dict) -> Image.Image:
         """The image in RGB, resized and cropped at the centre to `size` x `size`.
@@ -111,19 +112,31 @@ class ImageRows:
             if isinstance(image, dict):
                 image = Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"])
             if not isinstance(image, Image.Image):
-                raise UnreadableImageError(f"it is {type(image).__name__}, not an image")
+                raise TypeError(f"it is {type(image).__name__}, not an image")
             image = ImageOps.exif_transpose(image).convert("RGB")
         except (OSError, SyntaxError, ValueError, TypeError, AttributeError, Image.DecompressionBombError) as error:
-            raise UnreadableImageError(str(error)) from error
+            raise UnreadableImageError(f"cannot be read: {error}") from error
         if image.size == (size, size):
             return image
         return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
 
-    def example(self, row: dict, index: int, seed: int, image: Image.Image) -> dict:
-        """The row as an example for [`TextToImageCollator`]."""
+    def example(self, row: dict, index: int, seed: int) -> dict:
+        """The row as an example for [`TextToImageCollator`].
+
+        Raises:
+            `UnreadableImageError`: if the image cannot be decoded, or has no caption.
+        """
+        prompts, image = self.prompts(row), self.image(row)
         if self.settings.flip and is_flipped(seed):
             image = ImageOps.mirror(image)
-        return {"image": image, "prompt": self.prompt(row, index), "name": self.name(row, index), "seed": seed}
+        return {"image": image, "prompt": draw_prompt(prompts, seed), "name": self.name(row, index), "seed": seed}
+
+
+def _caption_text(caption: Any) -> str:
+    """A caption as text, empty if there is none: a number or boolean is one, too."""
+    if caption is None or (isinstance(caption, float) and math.isnan(caption)):
+        return ""
+    return str(caption).strip() if isinstance(caption, str | bool | int | float) else ""
 
 
 def load_image_rows(settings: DataSettings, seed: int) -> ImageRows:
@@ -145,15 +158,20 @@ def load_image_rows(settings: DataSettings, seed: int) -> ImageRows:
         raise ValueError("data: give either `caption` or `label`, the column that describes the images.")
     import datasets
 
-    try:
-        dataset = datasets.load_dataset(**source)
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(f"data: {source} cannot be loaded: {error.__cause__ or error}") from error
-    columns = dataset.column_names
-    if columns is None:
+    dataset = _load_dataset(source)
+    if dataset.column_names is None:
         # A stream only knows its columns after reading the first examples.
         dataset = dataset._resolve_features()
-        columns = dataset.column_names or []
+    if settings.caption is not None:
+        if source["path"] in ("csv", "imagefolder"):
+            feature = (dataset.features or {}).get(settings.caption)
+            if isinstance(feature, datasets.Value) and feature.dtype not in ("string", "large_string"):
+                # pandas reads a column of numbers as numbers, `007` as 7, unless it is told that they are text.
+                features = {**dataset.features, settings.caption: datasets.Value("string")}
+                dataset = _load_dataset({**source, "features": datasets.Features(features)})
+        if source["path"] == "imagefolder" and settings.caption not in (dataset.column_names or ()):
+            dataset = _add_captions(dataset, settings)
+    columns = dataset.column_names or []
     for name, column in (("image", settings.image), ("caption", settings.caption), ("label", settings.label)):
         if column is not None and column.split(".")[0] not in columns:
             raise ValueError(f"data: {name} must be one of the columns {sorted(columns)}, got {column!r}.")
@@ -171,6 +189,42 @@ def load_image_rows(settings: DataSettings, seed: int) -> ImageRows:
     return ImageRows(dataset, settings, dataset._fingerprint)
 
 
+def _load_dataset(source: dict, section: str = "data") -> Any:
+    """`datasets.load_dataset`, which raises errors of many types, in one line that shows the arguments."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(**source)
+    except Exception as error:
+        reason = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        lines = str(reason or error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{section}: {source} cannot be loaded: {lines[0]}") from error
+
+
+def _add_captions(dataset: Any, settings: DataSettings) -> Any:
+    """A folder of images with the captions from the files beside the images that have the extension `caption`.
+
+    Raises:
+        `ValueError`: if a file is not UTF-8.
+    """
+    import datasets
+
+    def read(image: dict) -> str | None:
+        path = Path(image["path"]).with_suffix(f".{settings.caption}") if image["path"] else None
+        try:
+            return path.read_text(encoding="utf-8-sig") if path is not None and path.is_file() else None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"data: caption {path} is not a text file in UTF-8: {error}") from error
+
+    dataset = dataset.cast_column(settings.image, datasets.Image(decode=False))
+    if isinstance(dataset, datasets.IterableDataset):
+        features = datasets.Features({**dataset.features, settings.caption: datasets.Value("string")})
+        return dataset.map(lambda row: {settings.caption: read(row[settings.image])}, features=features)
+    captions = [read(image) for image in dataset[settings.image]]
+    # Not `map`, which would take the captions of the last run from its cache.
+    return dataset.add_column(settings.caption, captions) if any(captions) else dataset
+
+
 def _tinyworld_arguments(source: dict) -> dict:
     return {name: value for name, value in source.items() if name != "path"}
 
@@ -183,6 +237,12 @@ def example_seed(seed: int, epoch: int, index: int) -> int:
 def is_flipped(seed: int) -> bool:
     """Whether the image of an example with this seed is flipped."""
     return bool(seed & 1)
+
+
+def draw_prompt(prompts: list[str], seed: int) -> str:
+    """The prompt of an example with this seed, of those for its image."""
+    # Not the bit that decides about the flip.
+    return prompts[(seed >> 1) % len(prompts)]
 
 
 class CaptionedImageDataset(Dataset):
@@ -211,12 +271,12 @@ class CaptionedImageDataset(Dataset):
             row_index = (index + offset) % len(self)
             row = self.rows.dataset[row_index]
             try:
-                image = self.rows.image(row)
+                return self.rows.example(row, row_index, example_seed(self.seed, self.epoch, index))
             except UnreadableImageError as error:
                 self.unreadable.add(self.rows.name(row, row_index), str(error))
-                continue
-            return self.rows.example(row, row_index, example_seed(self.seed, self.epoch, index), image)
-        raise ValueError(f"none of {len(self)} images can be read.")
+        raise ValueError(
+            f"none of {len(self)} images can be used: the first one {next(iter(self.unreadable.reasons.values()))}."
+        )
 
 
 class CaptionedImageStream(IterableDataset):
@@ -244,52 +304,59 @@ class CaptionedImageStream(IterableDataset):
                     continue
                 pending_seeds.append(example_seed(self.seed, epoch, index))
                 try:
-                    image = self.rows.image(row)
+                    examples = [self.rows.example(row, index, seed) for seed in pending_seeds]
                 except UnreadableImageError as error:
                     self.unreadable.add(self.rows.name(row, index), str(error))
                     continue
                 has_readable = True
-                for seed in pending_seeds:
-                    yield self.rows.example(row, index, seed, image)
+                yield from examples
                 pending_seeds = []
             if not has_readable:
-                raise ValueError(f"data: the stream {self.rows.settings.source} contains no readable image.")
+                raise ValueError(f"data: the stream {self.rows.settings.source} contains no image that can be used.")
 
 
-def load_conversations(source: dict, seed: int, conversation: Callable) -> Any:
+def load_conversations(
+    source: dict, seed: int, conversation: Callable, unreadable: UnreadableImages | None = None
+) -> Any:
     """Load conversations as examples `{"messages"}` for [`ConversationCollator`].
 
     Args:
         source (`dict`): see [`UnderstandingSettings`].
         seed (`int`): of the tiny world.
         conversation (`Callable`): the method of the processor, which checks messages and loads their images.
+        unreadable ([`UnreadableImages`], *optional*): collects the conversations that cannot be used.
 
     Raises:
         `ValueError`: if there are no messages.
     """
     if source.get("path") == "tinyworld":
         return Conversations(seed, **_tinyworld_arguments(source))
-    import datasets
-
-    dataset = datasets.load_dataset(**{"split": "train", **source})
+    dataset = _load_dataset({"split": "train", **source}, "understanding")
     if "messages" not in (dataset.column_names or []) or not hasattr(dataset, "__len__") or not len(dataset):
         raise ValueError(f"understanding: {source} must have a column `messages`, not be empty, and not be a stream.")
-    return ConversationDataset(dataset, conversation)
+    return ConversationDataset(dataset, conversation, unreadable or UnreadableImages(0))
 
 
 class ConversationDataset(Dataset):
-    """Conversations with checked messages and loaded images.
+    """Conversations with checked messages and loaded images. One that cannot be used is replaced by the next one.
 
     Args:
         dataset: a sequence of `{"messages"}`.
         conversation (`Callable`): see `load_conversations`.
+        unreadable ([`UnreadableImages`]): collects the conversations that cannot be used.
     """
 
-    def __init__(self, dataset: Any, conversation: Callable):
-        self.dataset, self.conversation = dataset, conversation
+    def __init__(self, dataset: Any, conversation: Callable, unreadable: UnreadableImages):
+        self.dataset, self.conversation, self.unreadable = dataset, conversation, unreadable
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict:
-        return {"messages": self.conversation(self.dataset[index]["messages"])}
+        for offset in range(len(self)):
+            row = (index + offset) % len(self)
+            try:
+                return {"messages": self.conversation(self.dataset[row]["messages"])}
+            except ValueError as error:
+                self.unreadable.add(f"number {row}", f"cannot be used: {error}", "conversation")
+        raise ValueError(f"none of {len(self)} conversations can be used.")

@@ -91,12 +91,32 @@ def _parse_number(value: Any) -> Any:
         return value
 
 
+def _check_number(name: str, value: Any, kind: Any) -> Any:
+    """The value of a field of `TrainingArguments`, a number if its type is one.
+
+    Raises:
+        `ValueError`: if the type is a number, and the value is not.
+    """
+    if kind not in (int, float, int | None, float | None) or (value is None and kind in (int | None, float | None)):
+        return value
+    value = _parse_number(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    if kind in (int, int | None):
+        if value != int(value):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
+        return int(value)
+    return value
+
+
 Number = Annotated[float, BeforeValidator(_parse_number)]
 
 
 def _check_source(source: dict, tinyworld: type) -> dict:
     """Check the arguments of a tiny world dataset; those of `datasets.load_dataset` are checked when it is called."""
-    if source.get("path") == "tinyworld":
+    if not isinstance(source.get("path"), str):
+        raise ValueError(f"must name a dataset in `path`, e.g. {{path: imagefolder, data_dir: images}}, got {source}")
+    if source["path"] == "tinyworld":
         check_names(source, {"path", *inspect.signature(tinyworld).parameters} - {"seed"})
     return source
 
@@ -162,13 +182,17 @@ class DataSettings(Settings):
             defaults to `train`. With `path: tinyworld`, arguments of [`TinyWorldImages`], e.g. `num_images`.
         image (`str`, defaults to `"image"`): the column of images.
         caption (`str`, *optional*): the column of captions; a dot selects a key of a dict, as in `json.caption`.
+            Numbers are taken as they are written. Of a list of captions, one is drawn for each example and epoch. If a
+            folder of images (`path: imagefolder`) has no such column, it is the extension of files beside the images:
+            `txt` reads the caption of `1.png` from `1.txt`.
         label (`str`, *optional*): instead of `caption`, a column of class labels, whose names are the prompts.
-        prompt (`str`, defaults to `"{}"`): a format string for the caption or the name of the label.
+        prompt (`str`, defaults to `"{}"`): a format string; `{}` stands for the caption or the name of the label.
         size (`int`, *optional*): height and width in pixels after resizing and cropping at the centre; defaults to
             that of the pipeline.
         flip (`bool`, defaults to `False`): whether half of the images are flipped horizontally, at random in each
             epoch.
-        max_unreadable (`int`, defaults to 100): how many images may be unreadable before the run stops.
+        max_unreadable (`int`, defaults to 100): how many images may be unreadable or without a caption before the run
+            stops; they are skipped.
         shuffle_buffer (`int`, defaults to 1000): the buffer size for shuffling a stream; other datasets are shuffled
             as a whole.
         encode_batch_size (`int`, defaults to 1): see [`ImagePromptEncoder`].
@@ -193,8 +217,40 @@ class DataSettings(Settings):
     @field_validator("source")
     @classmethod
     def _check_source(cls, source: dict) -> dict:
-        if not source:
-            raise ValueError("must name a dataset, e.g. {path: imagefolder, data_dir: images}, got {}")
+        return _check_source(source, TinyWorldImages)
+
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: str) -> str:
+        caption = "\N{NULL}"
+        try:
+            if caption in prompt.format(caption):
+                return prompt
+        except (ValueError, LookupError, AttributeError):
+            pass
+        raise ValueError(f"must contain {{}} once, where the caption goes, and no other braces, got {prompt!r}")
+
+
+class ValidationSettings(Settings):
+    """The section `validation`: images that are not trained on. Their loss is logged as `eval_loss`.
+
+    The columns, the format of prompts and the size are those of the section `data`. The loss is that of the averaged
+    weights if there are any, without prompt dropout and flips, and with the same noise and timesteps each time.
+    It is computed every `eval_steps` of `training`, which defaults to `save_steps`.
+
+    Args:
+        source (`dict`): see [`DataSettings`]; not a stream.
+        cache (`str`, *optional*): a folder of its own for latents and contexts; see [`DataSettings`].
+    """
+
+    source: dict
+    cache: str | None = None
+
+    @field_validator("source")
+    @classmethod
+    def _check_source(cls, source: dict) -> dict:
+        if source.get("streaming"):
+            raise ValueError("must have an end, so that its mean loss can be computed: leave out `streaming`")
         return _check_source(source, TinyWorldImages)
 
 
@@ -255,6 +311,8 @@ class Recipe(Settings):
         understanding ([`UnderstandingSettings`], *optional*): conversations.
         ema ([`EMASettings`], *optional*): moving average of the weights.
         samples ([`SampleSettings`], *optional*): images generated during training.
+        validation ([`ValidationSettings`], *optional*): images on which the loss is measured during training. With
+            `load_best_model_at_end` in `training`, the result has the weights of the checkpoint with the lowest one.
     """
 
     model: ModelSettings
@@ -268,6 +326,7 @@ class Recipe(Settings):
     understanding: UnderstandingSettings | None = None
     ema: EMASettings | None = None
     samples: SampleSettings | None = None
+    validation: ValidationSettings | None = None
 
     @property
     def trains_backbone(self) -> bool:
@@ -279,12 +338,7 @@ class Recipe(Settings):
         types = {item.name: item.type for item in fields(TrainingArguments)}
         check_names(training, set(types) - {"output_dir", "seed"})
         # The rest of the types is checked by `TrainingArguments`.
-        numbers = {name for name in training if types[name] in (int, float, int | None, float | None)}
-        parsed = {name: _parse_number(value) if name in numbers else value for name, value in training.items()}
-        for name in numbers:
-            if isinstance(parsed[name], str):
-                raise ValueError(f"{name} must be a number, got {parsed[name]!r}")
-        return parsed
+        return {name: _check_number(name, value, types[name]) for name, value in training.items()}
 
     @field_validator("lora")
     @classmethod
@@ -308,6 +362,14 @@ class Recipe(Settings):
         if streaming and training.get("max_steps", -1) < 1:
             raise ValueError("training: a stream has no end: give `max_steps`")
         is_cached = has_cache and not streaming and (self.data.cache_contexts or self.trains_backbone)
+        if self.validation is not None and has_cache and self.validation.cache == self.data.cache:
+            raise ValueError("validation: cache must be another folder than that of `data`")
+        if self.validation is None:
+            for name in ("eval_strategy", "load_best_model_at_end"):
+                if training.get(name) not in (None, False, "no"):
+                    raise ValueError(f"training: {name} needs the section `validation`, images to measure the loss on")
+        elif training.get("dataloader_num_workers") and self.validation.cache is None:
+            raise ValueError("training: dataloader_num_workers needs a cache in `validation`, too")
         if training.get("dataloader_num_workers") and not is_cached:
             raise ValueError(
                 "training: dataloader_num_workers needs a cache with its contexts: without one, images and prompts "

@@ -1,11 +1,13 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """One training run: a recipe -> the stock Trainer -> a finished pipeline, or an adapter.
 
-Started again with the same folders, a run continues from the last complete checkpoint.
+Started again with the same folders, a run continues from the last complete checkpoint. The working folder belongs to
+one recipe and one starting model, which it remembers.
 """
 
 import logging
-from contextlib import nullcontext
+import shutil
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,17 @@ import torch
 from accelerate import PartialState
 from diffusers import AutoModel
 from diffusers.utils.torch_utils import get_device
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments, set_seed
 
+from ..cards import pipeline_card
 from ..checkpoints import tiny_checkpoint
-from ..files import atomic_write, write_json
+from ..files import atomic_write, check_output, lock_folder, read_json, store_hashes, write_json
 from ..modeling.configuration_latte_flow import LatteFlowConfig
 from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from ..modeling.processing_latte_flow import LatteFlowProcessor
+from ..pipelines.fingerprint import pipeline_fingerprint
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
 from .adapters import expert_lora_config, set_trainable
@@ -31,7 +36,9 @@ from .callbacks import (
     IntervalWarmupCallback,
     LossCallback,
     SampleCallback,
+    check_checkpoint,
     last_checkpoint,
+    remove_incomplete_checkpoints,
 )
 from .collator import ConversationCollator, ImagePromptEncoder, PromptTokenizer, TextToImageCollator
 from .data import (
@@ -42,36 +49,81 @@ from .data import (
     load_conversations,
     load_image_rows,
 )
-from .recipe import ModelSettings, Recipe
+from .recipe import ModelSettings, Recipe, ValidationSettings
 from .sharding import UnshardedBackboneCallback, check_sharding, full_tensor, is_sharded, save_sharded_pipeline
 
 
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: Recipe, work_dir: Path, output_dir: Path) -> Path:
+# What a working folder remembers, and the changes of a recipe that leave the weights as they are.
+RUN_FILE = "run.json"
+_HARMLESS_CHANGES = {"samples", "data: cache", "data: max_unreadable"} | {
+    f"training: {name}"
+    for name in (
+        "dataloader_num_workers",
+        "disable_tqdm",
+        "logging_first_step",
+        "logging_steps",
+        "logging_strategy",
+        "report_to",
+        "run_name",
+        "save_steps",
+        "save_strategy",
+        "save_total_limit",
+    )
+}
+
+
+def train(recipe: Recipe, work_dir: Path, output_dir: Path, allow_changes: bool = False) -> Path:
     """Train a model, or resume from the last complete checkpoint in `work_dir`.
 
     Args:
         recipe ([`Recipe`]): what is trained, on what, and how.
-        work_dir (`Path`): the folder for checkpoints, sample images and `log.json`, all logged values.
+        work_dir (`Path`): the folder for checkpoints, sample images and `log.json`, all logged values. It belongs to
+            one recipe, one starting model and one process at a time.
         output_dir (`Path`): the folder for the result, which must not exist.
+        allow_changes (`bool`, defaults to `False`): whether to resume although the recipe or the starting model has
+            changed since the run in `work_dir` began. More steps, and other settings of logging, saving and samples,
+            are allowed in any case; which weights are trained cannot change.
 
     Returns:
         `Path`: `output_dir`, a pipeline, or with `lora` a PEFT adapter. It is written atomically.
 
     Raises:
-        `ValueError`: if `output_dir` exists, the recipe does not fit the model, or the data cannot be used.
-        `OSError`: if a file is missing, or a checkpoint cannot be saved; the earlier ones are kept.
+        `ValueError`: if `output_dir` exists, the recipe does not fit the model, the data cannot be used, or `work_dir`
+            belongs to another recipe or starting model.
+        `OSError`: if a file is missing or damaged, another process uses `work_dir`, or a checkpoint cannot be saved;
+            the earlier ones are kept.
         `FloatingPointError`: if a loss is not finite, with the step, the expert and the batch.
     """
-    if output_dir.exists():
-        raise ValueError(f"output folder {output_dir} exists; remove it, or use another one.")
+    check_output(output_dir)
     arguments = training_arguments(recipe, work_dir / "checkpoints")
+    with lock_folder(work_dir) if arguments.process_index == 0 else nullcontext():
+        return _train(recipe, arguments, work_dir, output_dir, allow_changes)
+
+
+def _train(
+    recipe: Recipe, arguments: TrainingArguments, work_dir: Path, output_dir: Path, allow_changes: bool
+) -> Path:
     check_sharding()
     set_seed(recipe.seed)
     pipe = load_pipeline(recipe.model)
     pipe.set_progress_bar_config(disable=True)
+    is_first, run_dir = arguments.process_index == 0, Path(arguments.output_dir)
+    if is_first and (run_dir / RUN_FILE).exists():
+        remove_incomplete_checkpoints(run_dir)
+    PartialState().wait_for_everyone()
+    resume_from = last_checkpoint(run_dir)
+    run = {"recipe": recipe.model_dump(mode="json"), "starting_model": pipeline_fingerprint(pipe)}
+    if resume_from is not None:
+        check_run(resume_from, run, arguments.max_steps, allow_changes)
+    PartialState().wait_for_everyone()
+    if is_first:
+        write_json(run, run_dir / RUN_FILE)
+        if recipe.lora is None:
+            weights = [*pipe.model.state_dict().values(), *pipe.vae.state_dict().values()]
+            check_output(output_dir, sum(weight.nbytes for weight in weights))
     pipe.to(arguments.device)
     model: Any = pipe.model
     if recipe.lora is not None:
@@ -80,26 +132,132 @@ def train(recipe: Recipe, work_dir: Path, output_dir: Path) -> Path:
         model = get_peft_model(model, expert_lora_config(model, **recipe.lora))
     else:
         set_trainable(model, recipe.trainable)
-    resume_from = last_checkpoint(Path(arguments.output_dir))
     unreadable = UnreadableImages(recipe.data.max_unreadable)
     dataset, collator = load_data(recipe, pipe, arguments, unreadable, resume_from)
-    trainer = Trainer(model, arguments, train_dataset=dataset, data_collator=collator)
+    validation: dict[str, Any] = {}
+    if recipe.validation is not None:
+        validation = dict(
+            zip(("eval_dataset", "eval_collator"), load_validation(recipe, recipe.validation, pipe, unreadable))
+        )
+    trainer = RecipeTrainer(model, arguments, train_dataset=dataset, data_collator=collator, **validation)
     checkpoints = add_callbacks(trainer, recipe, pipe, work_dir)
     try:
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     except Exception as error:
         if not checkpoints.is_saving:
             raise
+        if is_first:
+            shutil.rmtree(run_dir / f"checkpoint-{trainer.state.global_step}", ignore_errors=True)
         raise OSError(
             f"saving the checkpoint of step {trainer.state.global_step} failed ({error}); the last complete one is "
-            f"{last_checkpoint(Path(arguments.output_dir))}: free disk space and start again."
+            f"{last_checkpoint(run_dir)}: free disk space and start again."
         ) from error
     if unreadable.reasons:
-        logger.warning(f"{len(unreadable.reasons)} unreadable images were skipped: {', '.join(unreadable.reasons)}")
-    if PartialState().is_main_process:
+        logger.warning(f"{len(unreadable.reasons)} images were skipped: {', '.join(unreadable.reasons)}")
+    if is_first:
         write_json(trainer.state.log_history, work_dir / "log.json")
-    save_result(pipe, model if recipe.lora is not None else None, output_dir)
+    origin = f"Trained with `latte-flow train` for {trainer.state.global_step} steps."
+    save_result(pipe, model if recipe.lora is not None else None, output_dir, origin)
     return output_dir
+
+
+def check_run(resume_from: Path, run: dict[str, Any], max_steps: int, allow_changes: bool) -> None:
+    """Check that a run may go on from a checkpoint.
+
+    Args:
+        resume_from (`Path`): the checkpoint; `run.json` beside it was written when the run began.
+        run (`dict`): `recipe` and `starting_model` of now.
+        max_steps (`int`): of the recipe; -1 if it gives epochs.
+        allow_changes (`bool`): see `train`.
+
+    Raises:
+        `ValueError`: naming what changed, or if the checkpoint has more steps than the recipe.
+        `OSError`: if a file of the checkpoint or `run.json` is missing or damaged.
+    """
+    folder = resume_from.parent
+    before, other = read_json(folder / RUN_FILE), "use another --work-dir"
+    changes = _changes(before["recipe"], run["recipe"])
+    parts = [part for part, value in run["starting_model"].items() if before["starting_model"].get(part) != value]
+    changes += [f"{part} of the starting model" for part in parts]
+    fixed = [change for change in changes if change.startswith(("trainable", "lora", "ema"))]
+    if fixed:
+        raise ValueError(f"{folder} holds a run with other weights or averages ({'; '.join(fixed)}); {other}.")
+    if changes and not allow_changes:
+        raise ValueError(
+            f"{folder} holds a run of another recipe or starting model ({'; '.join(changes)}); {other}, or go on from "
+            f"{resume_from.name} with the new settings by --allow-changes."
+        )
+    step = int(resume_from.name.removeprefix("checkpoint-"))
+    if 0 < max_steps < step:
+        raise ValueError(f"{folder} holds a run of {step} steps already, but max_steps is {max_steps}; {other}.")
+    check_checkpoint(resume_from)
+
+
+def _changes(before: dict, after: dict, section: str = "") -> list[str]:
+    """What differs between two recipes and decides the weights, such as `training: learning_rate 0.001 -> 0.002`."""
+    changes = []
+    for key in sorted(before.keys() | after.keys()):
+        name, old, new = section + key, before.get(key), after.get(key)
+        has_more_steps = name in ("training: max_steps", "training: num_train_epochs") and old and new and new > old
+        if old == new or name in _HARMLESS_CHANGES or has_more_steps:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes += _changes(old, new, f"{name}: ")
+        else:
+            changes.append(f"{name} {old} -> {new}")
+    return changes
+
+
+class RecipeTrainer(Trainer):
+    """The stock Trainer, with a collator and random draws of its own for evaluation.
+
+    Args:
+        eval_collator ([`TextToImageCollator`], *optional*): for `eval_dataset`; defaults to the one for training.
+        args, kwargs: see `Trainer`.
+    """
+
+    def __init__(self, *args: Any, eval_collator: TextToImageCollator | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.eval_collator = eval_collator
+        self.ema: EMACallback | None = None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Same as in `Trainer`, but the checkpoint gives the state alone and not the settings: with the Trainer, a new
+        learning rate would have no effect."""
+        groups = self.optimizer.param_groups
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not isinstance(self.lr_scheduler, LambdaLR):
+            return
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        self.lr_scheduler.base_lrs = [own["initial_lr"] for own in settings]
+        rates = [
+            rate * factor(self.lr_scheduler.last_epoch)
+            for rate, factor in zip(self.lr_scheduler.base_lrs, self.lr_scheduler.lr_lambdas)
+        ]
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group["lr"] = rate
+        self.lr_scheduler._last_lr = rates
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        collator = self.data_collator
+        self.data_collator = self.eval_collator or collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Same as `Trainer.evaluate`, of the averaged weights, and with the same noise and timesteps each time. The
+        random state of the training is unchanged."""
+        devices = [] if self.args.device.type == "cpu" else [self.args.device]
+        averaged: AbstractContextManager = nullcontext() if self.ema is None else self.ema.averaged()
+        with ExitStack() as stack:
+            stack.enter_context(averaged)
+            stack.enter_context(torch.random.fork_rng(devices, device_type=self.args.device.type))
+            torch.manual_seed(self.args.seed)
+            return super().evaluate(*args, **kwargs)
 
 
 def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
@@ -117,11 +275,16 @@ def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
         "seed": recipe.seed,
         # Older checkpoints are removed by `CheckpointCallback`, after the new one is complete.
         "save_total_limit": None,
+        # What tells the Trainer that a batch has a loss also outside training.
+        "label_names": ["latents"],
         # Batches contain more than `forward` takes, see `LossCallback`.
         "remove_unused_columns": False,
         # Each process loads its own batches, because they do not consist of tensors alone.
         "accelerator_config": {"dispatch_batches": False, **(recipe.training.get("accelerator_config") or {})},
     }
+    if recipe.validation is not None:
+        steps = settings.get("save_steps", TrainingArguments.save_steps)
+        settings = {"eval_strategy": "steps", "eval_steps": steps, **settings}
     if recipe.data.source.get("streaming"):
         # `CaptionedImageStream` skips the examples of earlier steps itself, without decoding them.
         settings["ignore_data_skip"] = True
@@ -167,7 +330,7 @@ def load_pipeline(settings: ModelSettings) -> LatteFlowPipeline:
 def load_data(
     recipe: Recipe,
     pipe: LatteFlowPipeline,
-    arguments: TrainingArguments,
+    arguments: TrainingArguments | None,
     unreadable: UnreadableImages,
     resume_from: Path | None,
 ) -> tuple[Dataset, TextToImageCollator]:
@@ -189,6 +352,7 @@ def load_data(
         dataset = CachedImageDataset(folder, recipe.seed)
         contexts = CachedContexts(folder) if with_contexts else contexts
     elif rows.is_stream:
+        assert arguments is not None
         num_steps = 0 if resume_from is None else int(resume_from.name.removeprefix("checkpoint-"))
         batch_size = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         dataset = CaptionedImageStream(rows, recipe.seed, unreadable, start=num_steps * batch_size)
@@ -198,11 +362,27 @@ def load_data(
     if recipe.understanding is not None:
         source, share = recipe.understanding.source, recipe.understanding.share
         conversations = {
-            "conversations": load_conversations(source, recipe.seed, pipe.processor.conversation),
+            "conversations": load_conversations(source, recipe.seed, pipe.processor.conversation, unreadable),
             "conversation_collator": ConversationCollator(pipe.processor),
             "conversation_share": share,
         }
     return dataset, TextToImageCollator(contexts, recipe.prompt_dropout, encoder.latents, **conversations)
+
+
+def load_validation(
+    recipe: Recipe, validation: ValidationSettings, pipe: LatteFlowPipeline, unreadable: UnreadableImages
+) -> tuple[Dataset, TextToImageCollator]:
+    """Load the images of the section `validation` and their collator, without flips and prompt dropout.
+
+    Raises:
+        `ValueError`: if the data cannot be used.
+        `OSError`: if a file is missing.
+    """
+    data = {"source": validation.source, "cache": validation.cache, "flip": False}
+    # Other scenes of the tiny world than those of the training, which have the seed of the recipe.
+    update = {"data": recipe.data.model_copy(update=data), "seed": recipe.seed + 1, "understanding": None}
+    settings = recipe.model_copy(update={**update, "prompt_dropout": 0.0})
+    return load_data(settings, pipe, None, unreadable, None)
 
 
 def set_image_size(settings: DataSettings, pipe: LatteFlowPipeline) -> DataSettings:
@@ -218,11 +398,14 @@ def set_image_size(settings: DataSettings, pipe: LatteFlowPipeline) -> DataSetti
     return settings.model_copy(update={"size": size})
 
 
-def add_callbacks(trainer: Trainer, recipe: Recipe, pipe: LatteFlowPipeline, work_dir: Path) -> CheckpointCallback:
+def add_callbacks(
+    trainer: RecipeTrainer, recipe: Recipe, pipe: LatteFlowPipeline, work_dir: Path
+) -> CheckpointCallback:
     """Add the callbacks that the recipe asks for; the last one, which saves checkpoints, is returned."""
     ema = None if recipe.ema is None else EMACallback(recipe.ema.decay, recipe.ema.device)
     if ema is not None:
         trainer.add_callback(ema)
+        trainer.ema = ema
     trainer.add_callback(LossCallback(trainer))
     if recipe.interval_warmup_steps:
         trainer.add_callback(IntervalWarmupCallback(recipe.interval_warmup_steps))
@@ -238,8 +421,9 @@ def add_callbacks(trainer: Trainer, recipe: Recipe, pipe: LatteFlowPipeline, wor
     return checkpoints
 
 
-def save_result(pipe: LatteFlowPipeline, peft_model: Any, output_dir: Path) -> None:
-    """Save the pipeline, or only the adapter of `peft_model` if there is one. All processes must call it."""
+def save_result(pipe: LatteFlowPipeline, peft_model: Any, output_dir: Path, origin: str) -> None:
+    """Save the pipeline with a model card, or only the adapter of `peft_model` if there is one, with hashes of the
+    weights. All processes must call it."""
     process, sharded = PartialState(), is_sharded(pipe.model)
     with atomic_write(output_dir) if process.is_main_process else nullcontext(output_dir) as folder:
         if peft_model is not None:
@@ -253,4 +437,8 @@ def save_result(pipe: LatteFlowPipeline, peft_model: Any, output_dir: Path) -> N
             save_sharded_pipeline(pipe, folder)
         elif process.is_main_process:
             pipe.save_pretrained(folder)
+        if process.is_main_process:
+            if peft_model is None:
+                (folder / "README.md").write_bytes(pipeline_card(pipe.model.config, origin))
+            store_hashes(folder)
     process.wait_for_everyone()

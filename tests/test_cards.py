@@ -1,11 +1,11 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Model cards of converted checkpoints."""
+"""Model cards of written checkpoints."""
 
 import pytest
 from huggingface_hub import ModelCard
 
+from latte_flow_hf.cards import backbone_card, pipeline_card, state_dict_card
 from latte_flow_hf.conversion import initialize
-from latte_flow_hf.conversion.card import backbone_card, pipeline_card, state_dict_card
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,15 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""The model card of a converted checkpoint."""
+"""The model cards of checkpoints that this package writes."""
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..modeling.configuration_latte_flow import LatteFlowConfig
-from ..version import __version__
+from .modeling.configuration_latte_flow import LatteFlowConfig
+from .version import __version__
 
 
 _LICENCE = """## Licence
 
-The conversion adds no licence of its own. The backbone's weights keep the backbone's licence, and the autoencoder's
+`latte_flow_hf` adds no licence of its own. The backbone's weights keep the backbone's licence, and the autoencoder's
 weights keep the autoencoder's: look up both before you publish this."""
 
 

@@ -1,0 +1,64 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""Hashes of what decides an image: weights, configurations and active adapters, wherever they were loaded from."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def hash_module(module: torch.nn.Module) -> str:
+    """SHA-256 of the configuration of a module, of its parameters and buffers, and of which adapters are active."""
+    config = getattr(module, "config", {})
+    values = _relevant_config(config.to_dict() if hasattr(config, "to_dict") else dict(config))
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        for part in _plain_tensors(tensor.detach()):
+            digest.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    for name, layer in module.named_modules():
+        # A layer with PEFT adapters: which are active, and how strong, is not in its tensors.
+        if hasattr(layer, "active_adapters") and hasattr(layer, "merged_adapters"):
+            adapters = (layer.active_adapters, layer.merged_adapters, layer.disable_adapters)
+            digest.update(f"{name} {adapters} {getattr(layer, 'scaling', None)}".encode())
+    return digest.hexdigest()
+
+
+def _relevant_config(config: dict) -> dict:
+    """A configuration without what does not affect the output, such as paths and versions."""
+    return {
+        str(key): _relevant_config(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if not str(key).startswith("_") and key != "transformers_version"
+    }
+
+
+def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors in which a quantized one, such as torchao's, stores its values; others as they are."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def hash_processor(processor: Any) -> str:
+    """SHA-256 of the vocabulary and the chat template, which decide the tokens of a prompt."""
+    content = json.dumps([processor.tokenizer.get_vocab(), processor.chat_template], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def pipeline_fingerprint(pipe: Any) -> dict[str, str]:
+    """What the images of a pipeline depend on besides the arguments of the call, by component."""
+    scheduler = json.dumps(
+        [type(pipe.scheduler).__name__, _relevant_config(dict(pipe.scheduler.config))], sort_keys=True, default=str
+    )
+    return {
+        "model": hash_module(pipe.model),
+        "autoencoder": hash_module(pipe.vae),
+        "scheduler": hashlib.sha256(scheduler.encode()).hexdigest(),
+        "processor": hash_processor(pipe.processor),
+    }
