@@ -240,7 +240,7 @@ def test_a_conversation_that_cannot_be_used_is_replaced_and_named(processor, cap
     ]
     unreadable = UnreadableImages(1)
     data = ConversationDataset(rows, processor.conversation, unreadable)
-    assert data[1] == data[0] and list(unreadable.reasons) == ["number 1"]
-    assert "conversation number 1 cannot be used" in caplog.text and "none.png" in caplog.text
+    assert data[1] == data[0] and list(unreadable.reasons) == ["number 1 of `understanding`"]
+    assert "conversation number 1 of `understanding` cannot be used" in caplog.text and "none.png" in caplog.text
     with pytest.raises(ValueError, match="none of 1 conversations can be used"):
-        ConversationDataset(rows[1:], processor.conversation, unreadable)[0]
+        ConversationDataset(rows[1:], processor.conversation, UnreadableImages(1))[0]

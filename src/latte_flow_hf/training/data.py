@@ -358,5 +358,5 @@ class ConversationDataset(Dataset):
             try:
                 return {"messages": self.conversation(self.dataset[row]["messages"])}
             except ValueError as error:
-                self.unreadable.add(f"number {row}", f"cannot be used: {error}", "conversation")
+                self.unreadable.add(f"number {row} of `understanding`", f"cannot be used: {error}", "conversation")
         raise ValueError(f"none of {len(self)} conversations can be used.")
