@@ -225,28 +225,27 @@ def hash_file(path: Path) -> str:
 def store_hash(path: Path) -> None:
     """Store the SHA-256 of a safetensors file in its metadata, as `sha256`, for [`check_hash`].
 
-    The entry travels with the file: it stays right when the file is copied, moved, renamed or published. A file whose
-    metadata has the entry already (`EMPTY_HASH`, or an earlier hash) is changed in place; any other is rewritten.
+    The entry travels with the file: it stays right when the file is copied, moved, renamed or published. It is written
+    in place if the metadata has room for it (`EMPTY_HASH`, or an earlier hash); otherwise the file is rewritten. The
+    entries are sorted: safetensors writes them in random order, and the same content would have other bytes each time.
 
     Args:
         path (`Path`): the file.
     """
     with open(path, "r+b") as file:
-        header, metadata = _read_header(file)
-        if HASH_KEY in metadata:
-            old, new = (f'"{HASH_KEY}":"{value}"'.encode() for value in (metadata[HASH_KEY], _hash_weights(file)))
-            assert header.count(old) == 1 and len(old) == len(new)
+        old, metadata = _read_header(file)
+        metadata = dict(sorted({**metadata, HASH_KEY: _hash_weights(file)}.items()))
+        header = json.dumps({**json.loads(old), "__metadata__": metadata}, separators=(",", ":"), ensure_ascii=False)
+        new = header.encode()
+        if len(new) <= len(old):
             file.seek(8)
-            file.write(header.replace(old, new))
+            file.write(new.ljust(len(old)))
             return
-        content = json.loads(header)
-        content["__metadata__"] = {**metadata, HASH_KEY: EMPTY_HASH}
-        header = json.dumps(content, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)  # The tensors stay aligned.
+        new = new.ljust(-(-len(new) // 8) * 8)  # The tensors stay aligned.
+        _read_header(file)
         with atomic_write(path) as partial, open(partial, "wb") as copy:
-            copy.write(len(header).to_bytes(8, "little") + header)
+            copy.write(len(new).to_bytes(8, "little") + new)
             shutil.copyfileobj(file, copy, 1 << 24)
-    store_hash(path)
 
 
 def store_hashes(folder: Path) -> None:

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from latte_flow_hf import LatteFlowPipeline
+from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler
 from latte_flow_hf.cli import app
 from latte_flow_hf.pipelines.batch_generation import generate_images, image_name, read_prompts
+from latte_flow_hf.training import expert_lora_config
 
 
 PROMPTS = ["a red circle", "a blue square", "a red circle", "A red, circle!", "a handwritten seven"]
@@ -85,7 +86,7 @@ def test_two_processes_generate_the_bytes_of_one(pipeline, prompts, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "contains no prompt"), (b"\n \n", "no prompt"), (b"a\n\nb\n", "line 2 is blank"), (b"\xff\xfea", "UTF-8")],
+    [(b"", "contains no prompt"), (b"\n \n", "no prompt"), (b"\xff\xfea", "UTF-8")],
 )
 def test_an_invalid_file_of_prompts_is_refused(content, words, tmp_path):
     (tmp_path / "prompts.txt").write_bytes(content)
@@ -96,6 +97,40 @@ def test_an_invalid_file_of_prompts_is_refused(content, words, tmp_path):
 def test_line_ends_and_space_around_prompts_are_ignored(tmp_path):
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red circle \r\n a cross\r\n")
     assert read_prompts(tmp_path / "prompts.txt") == ["a red circle", "a cross"]
+
+
+def test_blank_lines_change_no_number(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n\na red circle\n \n\na cross\n\n")
+    assert read_prompts(tmp_path / "prompts.txt") == ["a red circle", "a cross"]
+
+
+def test_what_decides_an_image_is_in_its_name(own_pipe, tmp_path):
+    def generate() -> tuple[int, int]:
+        return generate_images(own_pipe, PROMPTS[:1], tmp_path, **CALL)
+
+    assert generate() == (1, 0) and generate() == (0, 1)
+    own_pipe.scheduler = LatteFlowScheduler.from_config(own_pipe.scheduler.config, stochastic_sampling=1.0)
+    assert generate() == (1, 0)
+    config = expert_lora_config(own_pipe.model, [1], r=2, init_lora_weights=False)
+    own_pipe.model.add_adapter(config, "a")
+    own_pipe.set_adapters("a")
+    assert generate() == (1, 0) and generate() == (0, 1)
+    own_pipe.set_adapters("a", 0.5)
+    assert generate() == (1, 0)
+    own_pipe.disable_lora()
+    assert generate() == (1, 0)
+    own_pipe.enable_lora()
+    assert generate() == (0, 1)
+    own_pipe.fuse_lora()
+    own_pipe.unload_lora_weights()
+    assert generate() == (1, 0)
+    for component in (own_pipe.vae, own_pipe.model.vlm):
+        with torch.no_grad():
+            next(component.parameters()).add_(1e-3)
+        assert generate() == (1, 0)
+    # The same pipeline from another folder has the same images.
+    own_pipe.register_to_config(_name_or_path="elsewhere")
+    assert generate() == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,15 @@ import pickle
 
 import pytest
 import torch
+from PIL import Image
+from safetensors import SafetensorError
 
 from latte_flow_hf import LatteFlowPipeline
-from latte_flow_hf.training import cache
-from latte_flow_hf.training.cache import CachedContexts, CachedImageDataset, hash_module
+from latte_flow_hf.pipelines.fingerprint import hash_module
+from latte_flow_hf.training import ImagePromptEncoder, cache
+from latte_flow_hf.training.cache import CachedContexts, CachedImageDataset
+from latte_flow_hf.training.data import CaptionedImageDataset, ImageRows, UnreadableImages
+from latte_flow_hf.training.recipe import DataSettings
 
 
 def test_training_from_the_cache_equals_training_without_it(recipe, run, read_log, tmp_path, caplog):
@@ -69,6 +74,74 @@ def test_an_interrupted_cache_is_completed(recipe, run, tmp_path, monkeypatch):
     before = finished.stat().st_mtime_ns
     assert hash_module(run(cached, tmp_path / "second").model.tower) == hash_module(plain.model.tower)
     assert finished.stat().st_mtime_ns == before and missing.exists()
+
+
+@pytest.mark.parametrize("with_contexts", [True, False])
+def test_a_finished_cache_that_lost_a_shard_is_completed(with_contexts, recipe, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "SHARD_SIZE", 4)
+    data = {"cache": str(tmp_path / "cache"), "cache_contexts": with_contexts}
+    first = run(recipe(data=data), tmp_path / "first")
+    before = {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    lost = [tmp_path / "cache" / "latents-000000004.safetensors", *(tmp_path / "cache").glob("contexts-000000004*")]
+    assert len(lost) == 1 + with_contexts
+    for path in lost:
+        path.unlink()
+    second = run(recipe(data=data), tmp_path / "second")
+    assert hash_module(first.model.tower) == hash_module(second.model.tower)
+    assert {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+@pytest.mark.parametrize("kind", ["latents", "contexts"])
+def test_a_damaged_shard_is_named_and_computed_again_once_it_is_removed(kind, damage, recipe, run, tmp_path):
+    data = {"cache": str(tmp_path / "cache")}
+    content = recipe(data=data, training={"max_steps": 1})
+    first = run(content, tmp_path / "first")
+    shard = tmp_path / "cache" / f"{kind}-000000000.safetensors"
+    whole = shard.read_bytes()
+    flipped = whole[:-9] + bytes([whole[-9] ^ 8]) + whole[-8:]
+    shard.write_bytes({"truncated": whole[:-9], "flipped": flipped, "empty": b""}[damage])
+    with pytest.raises(OSError, match=rf"cache shard .*{shard.name} is damaged; remove it"):
+        run(content, tmp_path / "second")
+    shard.unlink()
+    assert hash_module(run(content, tmp_path / "second").model.tower) == hash_module(first.model.tower)
+    assert shard.read_bytes() == whole
+
+
+def test_a_full_disk_names_the_shard_and_leaves_nothing_of_it(recipe, run, tmp_path, monkeypatch):
+    def full_disk(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    content = recipe(data={"cache": str(tmp_path / "cache")}, training={"max_steps": 1})
+    monkeypatch.setattr(cache, "save_file", full_disk)
+    with pytest.raises(OSError, match=r"latents-000000000\.safetensors cannot be written .*No space left") as error:
+        run(content, tmp_path / "first")
+    assert "\n" not in str(error.value)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["fingerprint.json"]
+    monkeypatch.undo()
+    run(content, tmp_path / "first")
+
+
+def test_all_captions_of_an_image_are_cached(pipe, tmp_path):
+    rows = [
+        {"image": Image.new("RGB", (32, 32), (i, 0, 0)), "prompt": ["a red circle", "a cross", None]} for i in range(9)
+    ]
+    rows.append({"image": rows[0]["image"], "prompt": None})
+    settings = DataSettings(source={"path": "any"}, size=32)
+    unreadable = UnreadableImages(1)
+    image_rows = ImageRows(rows, settings, "")
+    cache.build_cache(tmp_path / "cache", pipe, image_rows, ImagePromptEncoder(pipe), unreadable)
+    assert list(unreadable.reasons.values()) == ["has no caption: None is None"]
+    cached = CachedImageDataset(tmp_path / "cache", 0)
+    plain = CaptionedImageDataset(image_rows, 0, UnreadableImages(1))
+    contexts = CachedContexts(tmp_path / "cache")
+    drawn = set()
+    for epoch in range(3):
+        cached.set_epoch(epoch), plain.set_epoch(epoch)
+        examples = list(zip(cached, plain))
+        assert len(examples) == 10 and all(one["prompt"] == other["prompt"] for one, other in examples)
+        drawn |= {one["prompt"] for one, _ in examples}
+    assert drawn == {"a red circle", "a cross"} and len(contexts(["", *drawn])) == 3
 
 
 def test_the_hash_of_a_module_depends_on_weights_and_configuration(make_vae):

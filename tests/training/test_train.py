@@ -6,20 +6,24 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 from latte_flow_hf import LatteFlowPipeline
 from latte_flow_hf.cli import app
+from latte_flow_hf.files import check_hash, lock_folder
 from latte_flow_hf.training import TextToImageCollator, encode_prompts, last_checkpoint
 from latte_flow_hf.training.cache import hash_module
 from latte_flow_hf.training.recipe import ModelSettings, Recipe
-from latte_flow_hf.training.train import load_pipeline, train
+from latte_flow_hf.training.train import load_pipeline, train, training_arguments
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -158,3 +162,244 @@ def test_a_new_pipeline_has_the_settings_of_the_recipe(pipeline, processor, tmp_
     pipe.save_pretrained(tmp_path / "out")
     paths = [path for path in (tmp_path / "out").rglob("*.json") if str(tmp_path) in path.read_text()]
     assert not paths
+
+
+@pytest.fixture(scope="module")
+def finished(pipeline, images, tmp_path_factory):
+    """The recipe and the folder of a run of four steps with checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("finished")
+    source = {"path": "imagefolder", "data_dir": str(images), "cache_dir": str(folder / "datasets")}
+    content = {
+        "model": {"pipeline": pipeline},
+        "data": {"source": source, "caption": "text", "size": 32},
+        "training": {
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 3e-3,
+            "lr_scheduler_type": "constant",
+            "save_steps": 2,
+            "disable_tqdm": True,
+        },
+        "ema": {"decay": 0.9},
+    }
+    train(Recipe.from_dict(content), folder / "work", folder / "out")
+    return content, folder
+
+
+@pytest.fixture
+def stopped(finished, tmp_path):
+    """A copy of the finished run as if it had been killed at step 2: its recipe and its working folder."""
+    content, folder = copy.deepcopy(finished[0]), tmp_path / "stopped"
+    shutil.copytree(finished[1] / "work", folder)
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
+    return content, folder
+
+
+def tree(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"training": {"learning_rate": 1e-3}}, "training: learning_rate 0.003 -> 0.001"),
+        ({"training": {"max_steps": 3}}, "training: max_steps 4 -> 3"),
+        ({"training": {"weight_decay": 0.1}}, "training: weight_decay None -> 0.1"),
+        ({"data": {"prompt": "a photo of {}"}}, r"data: prompt \{\} -> a photo of \{\}"),
+        ({"data": {"flip": True}, "seed": 1}, "data: flip False -> True; seed 0 -> 1"),
+        ({"prompt_dropout": 0.2}, "prompt_dropout 0.1 -> 0.2"),
+        ({"trainable": [1]}, r"other weights or averages \(trainable experts -> \[1\]\); use another --work-dir"),
+        ({"lora": {"experts": [1]}}, "other weights or averages"),
+        ({"ema": {"decay": 0.8}}, "other weights or averages .*ema: decay 0.9 -> 0.8"),
+    ],
+)
+def test_a_working_folder_belongs_to_one_recipe(change, words, stopped, tmp_path):
+    content, folder = stopped
+    for name, value in change.items():
+        content[name] = {**content.get(name, {}), **value} if isinstance(value, dict) else value
+    before = tree(folder)
+    with pytest.raises(ValueError, match=words):
+        train(Recipe.from_dict(content), folder, tmp_path / "out")
+    assert tree(folder) == before and not (tmp_path / "out").exists()
+
+
+def test_a_working_folder_belongs_to_one_starting_model(stopped, own_pipe, tmp_path):
+    content, folder = stopped
+    with torch.no_grad():
+        next(own_pipe.vae.parameters()).add_(1e-3)
+    own_pipe.save_pretrained(tmp_path / "other")
+    content["model"]["pipeline"] = str(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"model: pipeline .*; autoencoder of the starting model"):
+        train(Recipe.from_dict(content), folder, tmp_path / "out")
+
+
+def test_more_steps_and_other_logging_go_on_and_changes_need_a_flag(stopped, run, tmp_path):
+    content, folder = stopped
+    shutil.copytree(folder, tmp_path / "flag" / "work")
+    content["training"].update(max_steps=5, logging_steps=1, save_steps=3)
+    content["samples"] = {"prompts": ["a"], "call": {"num_inference_steps": 2}}
+    more = train(Recipe.from_dict(content), folder, tmp_path / "more")
+    assert last_checkpoint(folder / "checkpoints").name == "checkpoint-5"
+    # The averages of a run of five steps that was never stopped.
+    whole = run(content, tmp_path / "whole")
+    assert hash_module(LatteFlowPipeline.from_pretrained(more).model.tower) == hash_module(whole.model.tower)
+
+    # A new learning rate takes effect: the Trainer alone would go on with that of the checkpoint.
+    content["training"].update(learning_rate=0.0, weight_decay=0.0)
+    content["training"]["max_steps"] = 4
+    with pytest.raises(ValueError, match=r"learning_rate 0.003 -> 0.0.*--allow-changes"):
+        train(Recipe.from_dict(content), tmp_path / "flag" / "work", tmp_path / "out")
+    train(Recipe.from_dict(content), tmp_path / "flag" / "work", tmp_path / "out", allow_changes=True)
+    checkpoints = tmp_path / "flag" / "work" / "checkpoints"
+    weights = [load_file(checkpoints / f"checkpoint-{step}" / "model.safetensors") for step in (2, 4)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    # From now on the folder belongs to the changed recipe; fewer steps than it has are refused in any case.
+    content["training"]["max_steps"] = 3
+    with pytest.raises(ValueError, match="holds a run of 4 steps already, but max_steps is 3"):
+        train(Recipe.from_dict(content), tmp_path / "flag" / "work", tmp_path / "third", allow_changes=True)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "model.safetensors",
+        "trainer_state.json",
+        "ema/shared.safetensors",
+    ],
+)
+def test_a_damaged_checkpoint_is_named(damage, name, stopped, tmp_path):
+    content, folder = stopped
+    path = folder / "checkpoints" / "checkpoint-2" / name
+    data = path.read_bytes()
+    middle = len(data) // 2
+    if damage == "missing":
+        path.unlink()
+    else:
+        flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        path.write_bytes(data[:middle] if damage == "truncated" else flipped)
+    words = f"checkpoint-2 has {'no' if damage == 'missing' else 'a damaged'} {name}; remove this folder"
+    with pytest.raises(OSError, match=words) as error:
+        train(Recipe.from_dict(content), folder, tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+def test_a_working_folder_is_used_by_one_process(stopped, tmp_path):
+    content, folder = stopped
+    before = tree(folder)
+    with lock_folder(folder), pytest.raises(OSError, match="stopped is in use by process"):
+        train(Recipe.from_dict(content), folder, tmp_path / "out")
+    assert tree(folder) == before
+
+
+def test_what_a_killed_run_left_is_removed(stopped, tmp_path):
+    content, folder = stopped
+    (folder / "checkpoints" / "checkpoint-3").mkdir()
+    train(Recipe.from_dict(content), folder, tmp_path / "out")
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "run.json",
+    ]
+
+
+def test_the_output_is_checked_before_the_work(recipe, tmp_path):
+    settings = Recipe.from_dict(recipe(model={"pipeline": str(tmp_path / "nowhere")}))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("none")
+    for name in ("file", "link", "file/out"):
+        with pytest.raises((ValueError, OSError), match=f"output .*{name}"):
+            train(settings, tmp_path / "work", tmp_path / name)
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_result_has_a_card_and_hashes(finished, images):
+    out = finished[1] / "out"
+    card = (out / "README.md").read_text()
+    assert "Trained with `latte-flow train` for 4 steps" in card and "/" + images.name not in card
+    weights = sorted(out.rglob("*.safetensors"))
+    assert len(weights) == 2 and all(check_hash(path) for path in weights)
+
+
+def full_disk(*args, **kwargs):
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+def test_a_full_disk_at_the_end_leaves_nothing_of_the_result(stopped, monkeypatch, tmp_path):
+    content, folder = stopped
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full_disk)
+    content["training"].update(save_strategy="no")
+    with pytest.raises(OSError, match=r"out cannot be written .*No space left") as error:
+        train(Recipe.from_dict(content), folder, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stopped"]
+    monkeypatch.undo()
+    train(Recipe.from_dict(content), folder, tmp_path / "out")
+
+
+def test_validation_measures_the_same_loss_and_does_not_change_the_run(recipe, run, read_log, images, tmp_path):
+    plain = run(recipe(), tmp_path / "plain")
+    source = recipe()["data"]["source"]
+    validated = recipe(validation={"source": source}, training={"eval_steps": 2, "learning_rate": 3e-3})
+    pipe = run(validated, tmp_path / "validated")
+    assert hash_module(pipe.model.tower) == hash_module(plain.model.tower)
+    losses = {entry["step"]: entry["eval_loss"] for entry in read_log(tmp_path / "validated") if "eval_loss" in entry}
+    assert sorted(losses) == [2, 4, 6] and len(set(losses.values())) == 3
+
+    # The loss is that of the averaged weights, which are the result; from a cache it is the same.
+    cached = {"source": source, "cache": str(tmp_path / "cache")}
+    still = recipe(
+        model={"pipeline": str(tmp_path / "validated" / "out")},
+        validation=cached,
+        training={"max_steps": 1, "learning_rate": 0.0, "eval_steps": 1, "weight_decay": 0.0},
+    )
+    run(still, tmp_path / "still")
+    (entry,) = [entry for entry in read_log(tmp_path / "still") if "eval_loss" in entry]
+    assert entry["eval_loss"] == pytest.approx(losses[6], rel=1e-5)
+
+
+def test_the_best_checkpoint_is_kept_and_is_the_result(recipe, run, read_log, tmp_path):
+    """With a learning rate that destroys the weights after the second step, the best checkpoint is an early one."""
+    content = recipe(
+        validation={"source": recipe()["data"]["source"]},
+        ema={"decay": 0.0},
+        training={
+            "max_steps": 8,
+            "learning_rate": 1.0,
+            "lr_scheduler_type": "constant",
+            "save_steps": 1,
+            "load_best_model_at_end": True,
+        },
+    )
+    pipe = run(content, tmp_path)
+    losses = {entry["step"]: entry["eval_loss"] for entry in read_log(tmp_path) if "eval_loss" in entry}
+    best = min(losses, key=losses.get)
+    assert best < 7
+    checkpoints = tmp_path / "work" / "checkpoints"
+    assert {path.name for path in checkpoints.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (best, 7, 8)}
+    averages = load_file(checkpoints / f"checkpoint-{best}" / "ema" / "shared.safetensors")
+    weights = dict(pipe.model.named_parameters())
+    assert averages and all(torch.equal(weights[name], average) for name, average in averages.items())
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_no_recipe_has_deprecated_arguments(file, tmp_path):
+    content = yaml.safe_load(file.read_text())
+    if "model" not in content:
+        pytest.skip("settings of a script")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        warnings.simplefilter("error", DeprecationWarning)
+        content["training"].pop("bf16", None)
+        training_arguments(Recipe.from_dict(content), tmp_path)
+
+
+def test_a_trained_backbone_is_resumed(recipe, run, tmp_path):
+    content = recipe(trainable="vlm", training={"lr_scheduler_type": "constant"})
+    whole = run(content, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole" / "work", tmp_path / "parts" / "work")
+    shutil.rmtree(tmp_path / "parts" / "work" / "checkpoints" / "checkpoint-6")
+    assert hash_module(run(content, tmp_path / "parts").model) == hash_module(whole.model)

@@ -18,25 +18,24 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..files import save_image
+from .fingerprint import pipeline_fingerprint
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read a text file with one prompt per line; blank lines at its end are ignored.
+    """Read a text file with one prompt per line. Blank lines are skipped and not counted: the numbers of the prompts,
+    and so their seeds, are the same with and without them.
 
     Raises:
-        `ValueError`: if it is not UTF-8, contains no prompt, or a line between prompts is blank. (Removing a blank
-            line would change the numbers, and so the seeds, of all prompts after it.)
+        `ValueError`: if it is not UTF-8, or contains no prompt.
         `OSError`: if it cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts {path} is not a text file in UTF-8: {error}") from error
-    prompts = [line.strip() for line in text.rstrip().split("\n")]
-    if prompts == [""]:
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    if not prompts:
         raise ValueError(f"prompts {path} contains no prompt; write one per line.")
-    if "" in prompts:
-        raise ValueError(f"prompts {path}: line {prompts.index('') + 1} is blank; remove it.")
     return prompts
 
 
@@ -51,8 +50,9 @@ def check_image_folder(folder: Path) -> None:
         raise ValueError(f"output must be a folder for many prompts, got {str(folder)!r}.")
 
 
-def image_name(number: int, prompt: str, seed: int, model: str, call: dict[str, Any]) -> str:
-    """`00003-a-red-circle-5d41402abc4b.png`: the number, the prompt's first words, and a digest of all arguments."""
+def image_name(number: int, prompt: str, seed: int, model: Any, call: dict[str, Any]) -> str:
+    """`00003-a-red-circle-5d41402abc4b.png`: the number, the prompt's first words, and a digest of all arguments;
+    `model` is a `pipeline_fingerprint`."""
     words = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40].strip("-") or "prompt"
     arguments = json.dumps([prompt, seed, model, call], sort_keys=True)
     return f"{number:05d}-{words}-{hashlib.sha256(arguments.encode()).hexdigest()[:12]}.png"
@@ -70,8 +70,9 @@ def generate_images(
     """Generate the images that do not exist yet. With `accelerate launch`, each process generates its share.
 
     Image i belongs to prompt i // num_images_per_prompt and starts from the noise of seed + i, on any device. It is
-    identified by its number, prompt, seed, `call`, and the name from which the pipeline was loaded: use another folder
-    for another model with the same name.
+    identified by its number, prompt, seed, `call`, and the pipeline itself: the weights, the active adapters and their
+    strengths, the configurations of the components (see `pipeline_fingerprint`). With another adapter or scheduler,
+    images are generated beside those that exist.
 
     Args:
         pipe ([`LatteFlowPipeline`]): the pipeline; it is moved to the device of the process.
@@ -97,7 +98,7 @@ def generate_images(
     state = PartialState(cpu=get_device() == "cpu")
     pipe.to(state.device)
     prompt_of_image = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
-    model = str(pipe.config.get("_name_or_path", ""))
+    model = pipeline_fingerprint(pipe)
     paths = [folder / image_name(i, prompt, seed + i, model, call) for i, prompt in enumerate(prompt_of_image)]
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     # No process may write before all of them have listed what is missing, or their lists would differ.

@@ -250,6 +250,9 @@ class CachedImageDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            # Iteration over a class with `__getitem__` ends by this error.
+            raise IndexError(index)
         path, row, prompts, name = self.rows[index]
         seed = example_seed(self.seed, self.epoch, index)
         tensor = "flipped_latents" if self.flip and is_flipped(seed) else "latents"
