@@ -326,7 +326,7 @@ def test_a_stored_hash_leaves_the_tensors_and_the_metadata(weights):
     assert content.count(b"sha256") == 1
 
 
-def test_every_flipped_bit_is_found(weights):
+def test_a_flipped_bit_is_found_in_every_byte(weights):
     store_hash(weights)
     content = weights.read_bytes()
     for position in range(len(content)):

@@ -34,7 +34,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.trainer_utils import get_last_checkpoint
 
 from latte_flow_hf import LatteFlowPipeline, LatteFlowProcessor
-from latte_flow_hf.files import atomic_write
+from latte_flow_hf.files import atomic_write, store_hashes
 from latte_flow_hf.tinyworld.datasets import Conversations, DoodleImages, LabelledImages, TinyWorldImages
 from latte_flow_hf.tinyworld.shapes import IMAGE_SIZE
 from latte_flow_hf.training import ConversationCollator
@@ -359,6 +359,7 @@ def build_checkpoint(stages: Stages, recipe: Recipe, work_dir: Path, output_dir:
         config_file = folder / "model" / "config.json"
         config = config_file.read_text(encoding="utf-8")
         config_file.write_text(config.replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8")
+        store_hashes(folder)
     return output_dir
 
 

@@ -74,13 +74,16 @@ def demo(
     seed: Seed = 0,
 ) -> None:
     """Generate images of a few prompts with the embedded checkpoint, and ask it about them."""
+    output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
+    from latte_flow_hf.checkpoints import tiny_checkpoint, verify
+
+    verify(tiny_checkpoint())
     pipe = _load(None)
     from latte_flow_hf.evaluation.demo import DEMO_PROMPTS, contact_sheet, generate_and_ask, peak_memory_gb
     from latte_flow_hf.files import save_image
 
-    typer.echo(f"loaded the embedded checkpoint in {time.perf_counter() - start:.1f} s")
-    output.mkdir(parents=True, exist_ok=True)
+    typer.echo(f"verified and loaded the embedded checkpoint in {time.perf_counter() - start:.1f} s")
     items = []
     for number, prompt in enumerate(DEMO_PROMPTS):
         start = time.perf_counter()
@@ -135,13 +138,16 @@ def generate(
     if prompts is not None:
         _generate_many(prompts, output or Path("out"), model, image, seed, num_images, batch_size, call)
         return
+    from PIL import Image
+
+    from latte_flow_hf.files import check_output, save_image
+
     output = output or Path("out.png")
-    if not output.suffix:
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"output must be an image file such as out.png, got {str(output)!r}.")
+    check_output(output, replace=True)
     pipe = _load(model)
     import torch
-
-    from latte_flow_hf.files import save_image
 
     images = pipe(
         prompt,
@@ -150,7 +156,6 @@ def generate(
         generator=torch.Generator().manual_seed(seed),
         **call,
     ).images
-    output.parent.mkdir(parents=True, exist_ok=True)
     for number, generated in enumerate(images):
         path = output if len(images) == 1 else output.with_stem(f"{output.stem}-{number}")
         save_image(generated, path)
@@ -220,12 +225,20 @@ def chat(
 
 
 @_verb
-def info(model: Model = None) -> None:
+def info(
+    model: Model = None,
+    check: Annotated[
+        bool, typer.Option("--verify", help="Also check the weights against the hashes stored in them.")
+    ] = False,
+) -> None:
     """Show the experts of a checkpoint: their intervals, layers and sizes."""
     from latte_flow_hf import tiny_checkpoint
-    from latte_flow_hf.checkpoints import describe
+    from latte_flow_hf.checkpoints import describe, verify
 
-    for line in describe(model or tiny_checkpoint()):
+    checkpoint = model or tiny_checkpoint()
+    for line in describe(checkpoint):
+        typer.echo(line)
+    for line in verify(checkpoint) if check else []:
         typer.echo(line)
 
 
@@ -239,6 +252,10 @@ def train(
         Path | None,
         typer.Option(help="Folder for checkpoints and logs; defaults to runs/ and the name of the recipe."),
     ] = None,
+    allow_changes: Annotated[
+        bool,
+        typer.Option("--allow-changes", help="Resume although the recipe or the starting model has changed."),
+    ] = False,
 ) -> None:
     """Train a model. Started again, the command resumes from the last checkpoint."""
     from accelerate import PartialState
@@ -246,7 +263,7 @@ def train(
     from latte_flow_hf.training import train
     from latte_flow_hf.training.recipe import Recipe
 
-    result = train.train(Recipe.from_yaml(recipe), work_dir or Path("runs", recipe.stem), output)
+    result = train.train(Recipe.from_yaml(recipe), work_dir or Path("runs", recipe.stem), output, allow_changes)
     if PartialState().is_main_process:
         typer.echo(f"wrote {result}")
 
@@ -260,9 +277,12 @@ def evaluate(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for all results.")] = None,
 ) -> None:
     """Evaluate a checkpoint on the tiny world: accuracy of generated images and of answers."""
+    from latte_flow_hf.files import check_output, write_json
+
+    if output is not None:
+        check_output(output, replace=True)
     pipe = _load(model)
     from latte_flow_hf.evaluation import tinyworld
-    from latte_flow_hf.files import write_json
 
     pipe.set_progress_bar_config(disable=True)
     call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}

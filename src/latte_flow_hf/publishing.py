@@ -9,6 +9,8 @@ import ast
 import importlib
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from importlib.util import resolve_name
 from pathlib import Path
@@ -18,7 +20,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
 
 from .checkpoints import describe
-from .files import atomic_write, read_json
+from .files import atomic_write, check_hash, read_json, store_hash
 from .modeling.configuration_latte_flow import LatteFlowConfig
 from .modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from .modeling.processing_latte_flow import LatteFlowProcessor
@@ -157,8 +159,9 @@ def save_with_code(pipe: DiffusionPipeline, folder: str | Path, **kwargs) -> Pat
 def publish(folder: str | Path, repo_id: str, private: bool | None = None, with_code: bool = False) -> str:
     """Upload a saved pipeline to the hub in one commit.
 
-    The same commit deletes weights, code and configurations of an earlier upload that the folder does not have:
-    otherwise an old `model.safetensors`, for example, would be loaded instead of new shards.
+    Weights without a stored hash get one, in temporary copies (`latte-flow info --verify` checks it). The same commit
+    deletes weights, code and configurations of an earlier upload that the folder does not have: otherwise an old
+    `model.safetensors`, for example, would be loaded instead of new shards.
 
     Args:
         folder (`str` or `Path`): the saved pipeline.
@@ -172,7 +175,7 @@ def publish(folder: str | Path, repo_id: str, private: bool | None = None, with_
     Raises:
         `ValueError`: if the folder is not a complete LaTtE-Flow pipeline, or `private` is set but the repository
             exists and is public.
-        `OSError`: if a file is missing or truncated, or the hub refuses. Nothing is uploaded before the folder is
+        `OSError`: if a file is missing or damaged, or the hub refuses. Nothing is uploaded before the folder is
             checked.
     """
     folder = Path(folder)
@@ -193,6 +196,27 @@ def publish(folder: str | Path, repo_id: str, private: bool | None = None, with_
         if name.endswith(("config.json", "model_index.json")):
             text = source if isinstance(source, bytes) else source.read_bytes()
             files[name] = _LOCAL_ORIGIN.sub(rb'\1""', text)
+    with tempfile.TemporaryDirectory() as hashed:
+        return _upload(files | _with_hashes(files, Path(hashed)), folder, repo_id, private, with_code)
+
+
+def _with_hashes(files: dict[str, Path | bytes], folder: Path) -> dict[str, Path | bytes]:
+    """Copies in `folder` of those weights that have no stored hash, with one, by their path in the repository.
+
+    Raises:
+        `OSError`: if weights do not have the stored hash.
+    """
+    copies: dict[str, Path | bytes] = {}
+    for name, path in files.items():
+        if isinstance(path, Path) and path.suffix == ".safetensors" and not check_hash(path):
+            copy = folder / str(len(copies))
+            shutil.copyfile(path, copy)
+            store_hash(copy)
+            copies[name] = copy
+    return copies
+
+
+def _upload(files: dict[str, Path | bytes], folder: Path, repo_id: str, private: bool | None, with_code: bool) -> str:
     hub = HfApi()
     repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not hub.model_info(repo_id).private:

@@ -4,14 +4,18 @@ The quick tests use a few prompts; `--run-slow` evaluates everything in the READ
 """
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, AutoProcessor
+from typer.testing import CliRunner
 
 from latte_flow_hf import LatteFlowPipeline, tiny_checkpoint
+from latte_flow_hf.checkpoints import verify
+from latte_flow_hf.cli import app
 from latte_flow_hf.evaluation import tinyworld
 from latte_flow_hf.evaluation.demo import DEMO_PROMPTS, contact_sheet, generate_and_ask
 
@@ -110,3 +114,29 @@ def test_understanding_reaches_the_targets(tiny):
     results = tinyworld.evaluate_understanding(tiny, tinyworld.understanding_questions(seed=1))
     assert results["shapes"]["accuracy"] >= 0.97
     assert results["held-out digits"]["accuracy"] >= 0.95
+
+
+@pytest.mark.parametrize("file", ["model/model.safetensors", "vae/diffusion_pytorch_model.safetensors"])
+def test_a_flipped_bit_is_found(file, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint(), tmp_path / "copy")
+    assert [line.split()[1] for line in verify(str(folder))] == [
+        "model/model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    with open(folder / file, "r+b") as weights:
+        weights.seek(-1000, 2)
+        byte = weights.read(1)[0]
+        weights.seek(-1, 1)
+        weights.write(bytes([byte ^ 4]))
+    result = CliRunner().invoke(app, ["info", "--verify", "-m", str(folder)])
+    assert result.exit_code == 1 and f"{folder / file} is damaged" in result.stderr
+    # Without the flag the weights are not read.
+    assert CliRunner().invoke(app, ["info", "-m", str(folder)]).exit_code == 0
+
+
+def test_what_cannot_be_verified_is_an_error(pipeline, tmp_path):
+    with pytest.raises(OSError, match=r"model\.safetensors was saved without a hash"):
+        verify(pipeline)
+    with pytest.raises(OSError, match="nothing to verify"):
+        verify(str(tmp_path))
+    assert CliRunner().invoke(app, ["info", "--verify"]).exit_code == 0

@@ -166,3 +166,15 @@ def test_a_file_that_is_truncated_or_missing(suffix, flat, pipeline_folder, tmp_
         from_original(path, pipeline_folder)
     with pytest.raises(OSError, match="nowhere"):
         from_original(tmp_path / f"nowhere{suffix}", pipeline_folder)
+
+
+def test_the_type_that_loads_survives_there_and_back(pipeline_folder, tmp_path):
+    """float16 on disk that is loaded as float32, as in the embedded checkpoint."""
+    source = tmp_path / "half"
+    LatteFlowPipeline.from_pretrained(pipeline_folder, dtype=torch.float16).save_pretrained(source)
+    config = source / "model" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    to_original(source).write(tmp_path / "flat.safetensors")
+    from_original(tmp_path / "flat.safetensors", source).write(tmp_path / "back")
+    assert (tmp_path / "back" / "model" / "config.json").read_text() == config.read_text()
+    assert LatteFlowPipeline.from_pretrained(tmp_path / "back").model.dtype == torch.float32

@@ -7,6 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import AutoencoderDC
+from safetensors.torch import load_file, save_file
 
 from latte_flow_hf import LatteFlowPipeline
 
@@ -59,6 +62,27 @@ def test_truncated_configuration_is_named(damaged, file):
     path.write_text(path.read_text()[: path.stat().st_size // 2])
     with pytest.raises((OSError, ValueError), match=re.escape(path.name)):
         LatteFlowPipeline.from_pretrained(damaged)
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"])
+def test_an_autoencoder_that_lacks_a_tensor_is_refused(name, damaged):
+    path = damaged / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["decoder.conv_in.weight"]
+    save_file(weights, damaged / "vae" / name)
+    with pytest.raises(OSError, match=rf"{name} lacks tensors of AutoencoderDC: decoder\.conv_in\.weight; save or"):
+        LatteFlowPipeline.from_pretrained(damaged)
+    vae = AutoencoderDC.from_config(AutoencoderDC.load_config(damaged / "vae"))
+    assert LatteFlowPipeline.from_pretrained(damaged, vae=vae).vae is vae
+
+
+def test_a_sharded_autoencoder_is_complete(damaged):
+    vae = AutoencoderDC.from_pretrained(damaged / "vae")
+    shutil.rmtree(damaged / "vae")
+    vae.save_pretrained(damaged / "vae", max_shard_size="20KB")
+    assert len(list((damaged / "vae").glob("*.safetensors"))) > 1
+    loaded = LatteFlowPipeline.from_pretrained(damaged).vae.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in vae.state_dict().items())
 
 
 @pytest.mark.parametrize("as_type", [str, Path])

@@ -3,6 +3,8 @@
 
 from pathlib import Path
 
+from ..files import check_hash
+
 
 def tiny_checkpoint() -> str:
     """The folder of the embedded checkpoint, for `LatteFlowPipeline.from_pretrained`."""
@@ -56,3 +58,35 @@ def describe(checkpoint: str) -> list[str]:
             f"layers {layers[0]} to {layers[-1]}, {active:.2f} M parameters"
         )
     return lines
+
+
+def verify(checkpoint: str) -> list[str]:
+    """Check the weights of a checkpoint against the hashes stored in them.
+
+    The embedded checkpoint, and those that were written by `latte-flow train` and `latte-flow convert` or uploaded by
+    `latte-flow publish`, have hashes; `save_pretrained` alone stores none.
+
+    Args:
+        checkpoint (`str`): folder or hub id of a pipeline, folder of a component or an adapter, or a safetensors file.
+
+    Returns:
+        `list[str]`: one line for each file, which `latte-flow info --verify` prints.
+
+    Raises:
+        `OSError`: if a file is damaged or has no stored hash, or there are no weights.
+    """
+    path = Path(checkpoint)
+    if not path.exists():
+        from huggingface_hub import snapshot_download
+
+        path = Path(snapshot_download(checkpoint, allow_patterns="*.safetensors"))
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    if not files:
+        raise OSError(f"{checkpoint} has no safetensors files, so that there is nothing to verify.")
+    unknown = [file.name for file in files if not check_hash(file)]
+    if unknown:
+        raise OSError(
+            f"{checkpoint} cannot be verified: {', '.join(unknown)} was saved without a hash. `latte-flow convert`, "
+            "`train` and `publish` store hashes."
+        )
+    return [f"verified    {file.relative_to(path) if path.is_dir() else file.name}" for file in files]

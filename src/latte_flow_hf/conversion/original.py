@@ -12,7 +12,7 @@ from ..cards import pipeline_card, state_dict_card
 from ..files import read_yaml
 from .folders import MODEL, check_velocity, edit_json, read_pipeline, source_name
 from .plan import Plan
-from .streaming import format_names, module_tensors, read_pickle, read_safetensors
+from .streaming import StoredTensor, format_names, module_tensors, read_pickle, read_safetensors
 
 
 class KeyTable:
@@ -133,17 +133,24 @@ def from_original(
             )
         tensors |= {name: tensor for name, tensor in pipeline.weights[MODEL].items() if name.startswith("vlm.")}
     tensors = module_tensors(tensors, pipeline.model, checkpoint)
-    dtype = functools.reduce(torch.promote_types, [t.dtype for n, t in tensors.items() if n.startswith("tower.")])
+    dtype, template_dtype = _tower_dtype(tensors), _tower_dtype(pipeline.weights[MODEL])
     origin = f"The weights of `{source_name(checkpoint)}`; everything else is from `{pipeline.name}`."
     model_config = pipeline.small_files["model/config.json"]
+    if dtype != template_dtype:
+        # transformers loads weights in this type: the template's must not change that of the file. Where both are the
+        # same, it may differ from them on purpose, such as float16 on disk that is loaded as float32.
+        model_config = edit_json(model_config, dtype=str(dtype).removeprefix("torch."))
     small_files = {
         **pipeline.small_files,
         "README.md": pipeline_card(pipeline.config, origin),
-        # transformers loads weights in this type: the template's must not change that of the file.
-        "model/config.json": edit_json(model_config, dtype=str(dtype).removeprefix("torch.")),
+        "model/config.json": model_config,
     }
     weights = {**pipeline.weights, MODEL: tensors}
     return Plan(small_files, weights, lambda written: check_velocity(pipeline.config, written[MODEL]))
+
+
+def _tower_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, [t.dtype for n, t in tensors.items() if n.startswith("tower.")])
 
 
 def to_original(source: str | Path, table: str | Path | None = None, tower_only: bool = False) -> Plan:

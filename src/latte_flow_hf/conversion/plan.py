@@ -6,7 +6,6 @@ Each conversion of this package returns a [`Plan`], which is cheap: it holds nam
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from tqdm import tqdm
 
-from ..files import atomic_write
+from ..files import atomic_write, check_hash, check_output
 from .streaming import StoredTensor, read_safetensors, read_weights, write_safetensors
 
 
@@ -74,18 +73,18 @@ class Plan:
 
         Raises:
             `ValueError`: if `output` exists or is not a name for a single file, or `max_shard_size` is not a size.
-            `OSError`: if the disk has too little space, or an output reads back differently. Nothing is left behind.
+            `OSError`: if the disk has too little space, a source is damaged according to its stored hash, or an output
+                reads back differently. Nothing is left behind.
         """
         output = Path(output)
         if self.single_file and output.suffix != ".safetensors":
             raise ValueError(f"output must name a .safetensors file, got {str(output)!r}.")
-        if output.exists() or output.is_symlink():
-            raise ValueError(f"output {output} exists; choose another name, or remove it.")
+        check_output(output)
         weights_files, indices = self._shard(max_shard_size)
-        parent = next(folder for folder in output.absolute().parents if folder.exists())
-        free = shutil.disk_usage(parent).free
-        if self.num_bytes > free:
-            raise OSError(f"output {output} takes {self.num_bytes:,} bytes, but its disk has {free:,} left.")
+        check_output(output, self.num_bytes)
+        for source in {tensor.file for tensors in self.weights.values() for tensor in tensors.values()} - {None}:
+            # The output gets a hash of its own, which would be right for damaged tensors as well.
+            check_hash(source)
         with atomic_write(output) as partial:
             self._write_weights(partial, weights_files)
             if self.single_file:

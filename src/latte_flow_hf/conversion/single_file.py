@@ -5,6 +5,7 @@ import json
 from pathlib import Path, PurePosixPath
 
 from ..cards import pipeline_card
+from ..files import HASH_KEY
 from ..modeling.configuration_latte_flow import LatteFlowConfig
 from .folders import AUTOENCODER, MODEL, autoencoder_on_meta, check_velocity, model_on_meta, read_pipeline
 from .plan import Plan, Weights
@@ -55,7 +56,8 @@ def from_single_file(path: str | Path) -> Plan:
     """
     path = Path(path)
     tensors, metadata = read_safetensors(path), read_metadata(path)
-    metadata.pop("format", None)
+    for name in ("format", HASH_KEY):
+        metadata.pop(name, None)
     outside = [p for p in metadata if PurePosixPath(p).is_absolute() or ".." in PurePosixPath(p).parts or "\\" in p]
     if outside:
         raise ValueError(f"{path} names files outside the folder: {format_names(outside)}.")

@@ -24,7 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.modeling_utils import PreTrainedModel, str_to_torch_dtype
 
-from ..files import read_weight_map
+from ..files import EMPTY_HASH, HASH_KEY, read_weight_map, store_hash
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,13 @@ class StoredTensor:
         dtype (`torch.dtype`): its type.
         shape (`tuple[int, ...]`): its shape.
         read (`Callable[[], torch.Tensor]`): returns it, on the CPU.
+        file (`Path`, *optional*): the safetensors file that it is read from.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
+    file: Path | None = None
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +75,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
                 raise ValueError(f"weights {path} hold tensors of unknown types: {format_names(unknown)}.")
             return {
                 name: StoredTensor(
-                    str_to_torch_dtype[s.get_dtype()], tuple(s.get_shape()), partial(_read_tensor, path, name)
+                    str_to_torch_dtype[s.get_dtype()], tuple(s.get_shape()), partial(_read_tensor, path, name), path
                 )
                 for name, s in slices.items()
             }
@@ -150,13 +152,14 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
 
 
 def write_safetensors(path: Path, tensors: dict[str, StoredTensor], metadata: dict[str, str]) -> None:
-    """Write one file, read it back, and compare every tensor with its source.
+    """Write one file, read it back, compare every tensor with its source, and store its hash.
 
     Raises:
         `OSError`: if the file cannot be written, or does not read back as its sources.
     """
     try:
-        save_file({name: tensor.read().contiguous() for name, tensor in tensors.items()}, path, metadata)
+        weights = {name: tensor.read().contiguous() for name, tensor in tensors.items()}
+        save_file(weights, path, {**metadata, HASH_KEY: EMPTY_HASH})
     except SafetensorError as error:
         raise OSError(f"cannot write {path.name}: {error}") from error
     written = read_safetensors(path)
@@ -164,6 +167,7 @@ def write_safetensors(path: Path, tensors: dict[str, StoredTensor], metadata: di
     wrong |= {name for name in written.keys() & tensors.keys() if not written[name].equals(tensors[name])}
     if wrong:
         raise OSError(f"{path.name} does not read back as it was written: {format_names(wrong)}; check the disk.")
+    store_hash(path)
 
 
 def module_tensors(stored: dict[str, StoredTensor], model: PreTrainedModel, where: Any) -> dict[str, StoredTensor]:
@@ -216,7 +220,7 @@ def _convert(
         return converted[0] if isinstance(converted, list) else converted
 
     on_meta = convert(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
-    return StoredTensor(on_meta.dtype, tuple(on_meta.shape), lambda: convert(tensor.read()))
+    return StoredTensor(on_meta.dtype, tuple(on_meta.shape), lambda: convert(tensor.read()), tensor.file)
 
 
 def _without_tied_copies(

@@ -17,7 +17,7 @@ from diffusers.utils.torch_utils import get_device
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..files import save_image
+from ..files import check_output, save_image
 from .fingerprint import pipeline_fingerprint
 
 
@@ -43,11 +43,13 @@ def check_image_folder(folder: Path) -> None:
     """
     Raises:
         `ValueError`: if `folder` is a file, or has the extension of an image.
+        `OSError`: if images cannot be written there.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output must be a folder for many prompts, and {folder} is a file.")
     if folder.suffix.lower() in Image.registered_extensions():
         raise ValueError(f"output must be a folder for many prompts, got {str(folder)!r}.")
+    check_output(folder / "image.png", replace=True)
 
 
 def image_name(number: int, prompt: str, seed: int, model: Any, call: dict[str, Any]) -> str:

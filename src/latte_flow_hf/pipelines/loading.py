@@ -3,12 +3,16 @@
 not run if this package is installed."""
 
 import contextlib
+import re
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from safetensors import safe_open
 from transformers import GenerationConfig
 
 from ..files import check_files, read_json
@@ -47,7 +51,11 @@ class LatteFlowLoadingMixin(ConfigMixin):
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
         """Same as `DiffusionPipeline.download`, and fetches the model's generation_config.json, which diffusers does
-        not."""
+        not; the autoencoder is checked.
+
+        Raises:
+            `OSError`: if the autoencoder lacks tensors.
+        """
         folder = Path(super().download(pretrained_model_name, **kwargs))
         with contextlib.suppress(OSError):  # The file is optional.
             GenerationConfig.from_pretrained(
@@ -56,6 +64,8 @@ class LatteFlowLoadingMixin(ConfigMixin):
                 revision=folder.name,  # the commit
                 **{name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if kwargs.get(name)},
             )
+        if (folder / "vae" / "config.json").exists():
+            check_autoencoder(folder / "vae")
         return str(folder)
 
     @classmethod
@@ -86,3 +96,41 @@ def check_pipeline_files(folder: Path, given: Container[str] = ()) -> None:
     for component, names in _COMPONENT_FILES.items():
         if component not in given and index.get(component) != [None, None]:
             check_files(folder / component, *names)
+            if component == "vae":
+                check_autoencoder(folder / component)
+
+
+def check_autoencoder(folder: Path) -> None:
+    """Check that a folder has all tensors of its autoencoder: diffusers leaves those that are missing uninitialised.
+
+    Only safetensors are checked, and only autoencoders of diffusers.
+
+    Args:
+        folder (`Path`): the folder of the autoencoder.
+
+    Raises:
+        `OSError`: naming the tensors that are missing.
+    """
+    config = read_json(folder / "config.json")
+    autoencoder_class = getattr(diffusers, str(config.get("_class_name")), None)
+    # Each variant, such as fp16, has files of its own.
+    stored: dict[str, set[str]] = {}
+    for weights in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+        variant = re.sub(r"-\d{5}-of-\d{5}", "", weights.name)
+        with safe_open(weights, framework="pt") as file:
+            stored.setdefault(variant, set()).update(file.keys())
+    if autoencoder_class is None or not stored:
+        return
+    with torch.device("meta"):
+        autoencoder = autoencoder_class.from_config(config)
+    for variant, names in stored.items():
+        # What diffusers does to the names in old checkpoints when it loads them.
+        renamed = dict.fromkeys(names)
+        autoencoder._fix_state_dict_keys_on_load(renamed)
+        missing = sorted(autoencoder.state_dict().keys() - renamed.keys())
+        if missing:
+            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+            raise OSError(
+                f"{folder / variant} lacks tensors of {autoencoder_class.__name__}: {', '.join(missing[:8])}{more}; "
+                "save or download it again."
+            )

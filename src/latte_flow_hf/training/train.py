@@ -26,6 +26,7 @@ from ..modeling.configuration_latte_flow import LatteFlowConfig
 from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from ..modeling.processing_latte_flow import LatteFlowProcessor
 from ..pipelines.fingerprint import pipeline_fingerprint
+from ..pipelines.loading import check_autoencoder
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
 from .adapters import expert_lora_config, set_trainable
@@ -310,6 +311,8 @@ def load_pipeline(settings: ModelSettings) -> LatteFlowPipeline:
             config = {**pipe.model.config.to_dict(), "timestep_sampling": settings.timestep_sampling}
             pipe.model.config.timestep_sampling = LatteFlowConfig.from_dict(config).timestep_sampling
     else:
+        if Path(settings.autoencoder).is_dir():
+            check_autoencoder(Path(settings.autoencoder))
         vae = AutoModel.from_pretrained(settings.autoencoder, torch_dtype=dtype).eval()
         backbone = AutoModelForImageTextToText.from_pretrained(settings.backbone, dtype=dtype)
         experts = {"latent_channels": vae.config.latent_channels, **settings.experts}
