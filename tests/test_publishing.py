@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from latte_flow_hf import LatteFlowPipeline
-from latte_flow_hf.publishing import code_files, join_modules, model_card, publish, save_with_code
+from latte_flow_hf.files import check_hash, store_hash
+from latte_flow_hf.publishing import _with_hashes, code_files, join_modules, model_card, publish, save_with_code
 
 
 @pytest.fixture
@@ -143,3 +144,18 @@ def test_a_pipeline_without_a_component_is_not_published(pipe, tmp_path):
     LatteFlowPipeline(pipe.model, pipe.processor, None, pipe.scheduler).save_pretrained(tmp_path / "out")
     with pytest.raises(ValueError, match="has no vae; save a pipeline with all of its components"):
         publish(tmp_path / "out", "user/name")
+
+
+def test_published_weights_have_hashes_and_the_folder_is_unchanged(pipeline, tmp_path):
+    folder = shutil.copytree(pipeline, tmp_path / "folder")
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    files = {"vae/w.safetensors": weights, "README.md": b"card", "model_index.json": folder / "model_index.json"}
+    before = weights.read_bytes()
+    copies = _with_hashes(files, tmp_path)
+    assert list(copies) == ["vae/w.safetensors"] and check_hash(copies["vae/w.safetensors"])
+    assert weights.read_bytes() == before and not check_hash(weights)
+    store_hash(weights)
+    assert _with_hashes(files, tmp_path) == {}
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(OSError, match="is damaged"):
+        _with_hashes(files, tmp_path)

@@ -74,7 +74,7 @@ def check_output(path: str | Path, num_bytes: int = 0, replace: bool = False) ->
     """
     path = Path(path)
     if path.is_symlink() and not path.exists():
-        raise ValueError(f"output {path} is a link to nowhere; remove it, or choose another name.")
+        raise ValueError(f"output {path} exists: it is a link to nowhere; choose another name, or remove it.")
     if path.is_dir() or (path.exists() and not replace):
         raise ValueError(f"output {path} exists; choose another name, or remove it.")
     parent = next(folder for folder in path.absolute().parents if folder.exists() or folder.is_symlink())

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latte_flow_hf.conversion import initialize, plan, regroup, streaming
+from latte_flow_hf.conversion import from_single_file, initialize, plan, regroup, streaming, to_single_file
 from latte_flow_hf.conversion.streaming import write_safetensors
+from latte_flow_hf.files import check_hash
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_invalid_size(new, tmp_path):
 
 def test_disk_with_too_little_space(new, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OSError, match=r"takes [\d,]+ bytes, but its disk has 1,000 left"):
         new.write(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -135,3 +136,20 @@ def test_files_beside_the_output_stay(new, tmp_path):
     new.write(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"]
     assert (tmp_path / "out.partial" / "model" / "mine").read_text() == "mine"
+
+
+def test_written_weights_have_hashes_and_damaged_sources_are_refused(new, tmp_path):
+    new.write(tmp_path / "out", "50KB")
+    to_single_file(tmp_path / "out").write(tmp_path / "out.safetensors")
+    from_single_file(tmp_path / "out.safetensors").write(tmp_path / "again")
+    written = [*sorted(tmp_path.rglob("*.safetensors"))]
+    assert len(written) > 5 and all(check_hash(path) for path in written)
+    for source, make in (
+        (tmp_path / "again" / "model" / "model.safetensors", lambda: regroup(tmp_path / "again", 4)),
+        (tmp_path / "out.safetensors", lambda: from_single_file(tmp_path / "out.safetensors")),
+    ):
+        content = source.read_bytes()
+        source.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        with pytest.raises(OSError, match=f"{source.name} is damaged"):
+            make().write(tmp_path / "damaged")
+        assert not (tmp_path / "damaged").exists()

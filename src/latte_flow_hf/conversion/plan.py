@@ -82,7 +82,8 @@ class Plan:
         check_output(output)
         weights_files, indices = self._shard(max_shard_size)
         check_output(output, self.num_bytes)
-        for source in {tensor.file for tensors in self.weights.values() for tensor in tensors.values()} - {None}:
+        sources = {tensor.file for tensors in self.weights.values() for tensor in tensors.values()}
+        for source in sorted(source for source in sources if source is not None):
             # The output gets a hash of its own, which would be right for damaged tensors as well.
             check_hash(source)
         with atomic_write(output) as partial:

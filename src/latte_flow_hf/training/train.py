@@ -217,6 +217,8 @@ class RecipeTrainer(Trainer):
         args, kwargs: see `Trainer`.
     """
 
+    data_collator: Any
+
     def __init__(self, *args: Any, eval_collator: TextToImageCollator | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.eval_collator = eval_collator
@@ -304,15 +306,16 @@ def load_pipeline(settings: ModelSettings) -> LatteFlowPipeline:
     """
     dtype = getattr(torch, settings.dtype)
     if settings.pipeline is not None:
-        folder = tiny_checkpoint() if settings.pipeline == "tinyworld" else settings.pipeline
-        pipe = LatteFlowPipeline.from_pretrained(folder, dtype=dtype)
+        checkpoint = tiny_checkpoint() if settings.pipeline == "tinyworld" else settings.pipeline
+        pipe = LatteFlowPipeline.from_pretrained(checkpoint, dtype=dtype)
         if settings.timestep_sampling is not None:
             # A new configuration, because it checks the value.
             config = {**pipe.model.config.to_dict(), "timestep_sampling": settings.timestep_sampling}
             pipe.model.config.timestep_sampling = LatteFlowConfig.from_dict(config).timestep_sampling
     else:
-        if Path(settings.autoencoder).is_dir():
-            check_autoencoder(Path(settings.autoencoder))
+        folder = Path(str(settings.autoencoder))
+        if folder.is_dir():
+            check_autoencoder(folder)
         vae = AutoModel.from_pretrained(settings.autoencoder, torch_dtype=dtype).eval()
         backbone = AutoModelForImageTextToText.from_pretrained(settings.backbone, dtype=dtype)
         experts = {"latent_channels": vae.config.latent_channels, **settings.experts}
