@@ -296,8 +296,10 @@ def test_a_folder_is_held_by_one_process_and_free_when_that_is_killed(tmp_path):
         raise AssertionError("the block must not run")
     holder.kill()
     holder.wait()
+    assert names(tmp_path / "run") == ["lock"]
     with lock_folder(tmp_path / "run"):
         pass
+    assert names(tmp_path / "run") == []
 
 
 @pytest.fixture

@@ -115,6 +115,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:
+        # Before the release: a process that waits for the removed file notices, and makes a new one.
+        path.unlink(missing_ok=True)
         lock.release()
 
 

@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 # What a working folder remembers, and the changes of a recipe that leave the weights as they are.
 RUN_FILE = "run.json"
-_HARMLESS_CHANGES = {"samples", "data: cache", "data: max_unreadable"} | {
+_HARMLESS_CHANGES = {"samples", "data: cache", "data: max_unreadable", "ema: device"} | {
     f"training: {name}"
     for name in (
         "dataloader_num_workers",
@@ -151,7 +151,7 @@ def _train(
             shutil.rmtree(run_dir / f"checkpoint-{trainer.state.global_step}", ignore_errors=True)
         raise OSError(
             f"saving the checkpoint of step {trainer.state.global_step} failed ({error}); the last complete one is "
-            f"{last_checkpoint(run_dir)}: free disk space and start again."
+            f"{last_checkpoint(run_dir) or 'the starting model'}: free disk space and start again."
         ) from error
     if unreadable.reasons:
         logger.warning(f"{len(unreadable.reasons)} images were skipped: {', '.join(unreadable.reasons)}")
