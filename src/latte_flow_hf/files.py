@@ -141,7 +141,7 @@ def check_files(folder: str | Path, *names: str) -> None:
 
 
 def component_subfolder(checkpoint: str | Path, component: str, **kwargs: Any) -> str:
-    """Where a component is in a checkpoint: its name in a saved pipeline, or "" in a checkpoint of the component alone.
+    """The subfolder of a component: its name in a saved pipeline, or "" in a checkpoint of the component alone.
 
     Args:
         checkpoint (`str` or `Path`): folder or hub id.

@@ -10,7 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -111,6 +115,24 @@ def check_prompts(input_ids: torch.Tensor | None, attention_mask: torch.Tensor |
         )
 
 
+def warn_of_long_prompts(
+    input_ids: torch.Tensor, mm_token_type_ids: torch.Tensor | None, text_config: PreTrainedConfig
+) -> None:
+    """Warn once if a prompt (P, T) has more tokens of text than the backbone has positions.
+
+    Tokens of images are not counted: there are more of them than they take positions.
+    """
+    max_positions = getattr(text_config, "max_position_embeddings", None)
+    num_tokens = input_ids.shape[-1]
+    if max_positions is not None and num_tokens > max_positions and mm_token_type_ids is not None:
+        num_tokens = int((mm_token_type_ids == 0).sum(dim=-1).max())
+    if max_positions is not None and num_tokens > max_positions:
+        logger.warning_once(
+            f"A prompt has more tokens than the {max_positions} positions that the backbone was trained on "
+            "(max_position_embeddings): answers and images will not follow it. Use a shorter prompt."
+        )
+
+
 def prefill_context(
     vlm: PreTrainedModel,
     has_mrope: bool,
@@ -126,6 +148,7 @@ def prefill_context(
     those of [`~LatteFlowForConditionalGeneration.encode_context`].
     """
     check_prompts(input_ids, attention_mask)
+    warn_of_long_prompts(input_ids, mm_token_type_ids, vlm.config.get_text_config(decoder=True))
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     has_images = vision_inputs.get("image_grid_thw") is not None

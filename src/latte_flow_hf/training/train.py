@@ -142,6 +142,8 @@ def load_pipeline(settings: ModelSettings) -> LatteFlowPipeline:
     if settings.pipeline is not None:
         folder = tiny_checkpoint() if settings.pipeline == "tinyworld" else settings.pipeline
         pipe = LatteFlowPipeline.from_pretrained(folder, dtype=dtype)
+        # The data may teach other words and sizes than the pipeline knew.
+        pipe.model.config.trained_words = None
         if settings.timestep_sampling is not None:
             # A new configuration, because it checks the value.
             config = {**pipe.model.config.to_dict(), "timestep_sampling": settings.timestep_sampling}
