@@ -18,7 +18,7 @@ LAYERS = (
     ("checkpoints",),
     ("training", "evaluation", "conversion"),
     ("publishing",),
-    ("cli",),
+    ("cli", "transformers_cli"),
 )
 
 

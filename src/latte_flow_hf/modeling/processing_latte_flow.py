@@ -143,6 +143,30 @@ class LatteFlowProcessor(ProcessorMixin):
             raise ValueError(f"messages must be a string or a non-empty list of messages, got {messages!r}.")
         return [self._checked_message(message) for message in messages]
 
+    def training_conversation(self, messages: list[dict]) -> list[dict]:
+        """Same as [`~LatteFlowProcessor.conversation`], but with `sanitize_control_tokens` it refuses control
+        tokens in text: transformers cannot encode them as text and mark the tokens of the assistant.
+
+        Raises:
+            `ValueError`: with the control tokens, and for the reasons of `conversation`.
+        """
+        checked = self.conversation(messages)
+        self._refuse_control_tokens(checked)
+        return checked
+
+    def _refuse_control_tokens(self, messages: list[dict]) -> None:
+        if not self.sanitize_control_tokens:
+            return
+        for message in messages:
+            content = message["content"]
+            parts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
+            found = sorted({token for token in self.tokenizer.all_special_tokens for part in parts if token in part})
+            if found:
+                raise ValueError(
+                    f"the text of a message to train on contains the control tokens {found}; remove them, or set "
+                    "sanitize_control_tokens=False to train on them as control tokens."
+                )
+
     def _checked_message(self, message: dict) -> dict:
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise ValueError(f"a message must be a dict with `role` and `content`, got {message!r}.")
@@ -170,6 +194,7 @@ class LatteFlowProcessor(ProcessorMixin):
         options = {name: part[name] for name in SIZE_OPTIONS if part.get(name) is not None}
         if options:
             check_size_options(options)
+            options = {name: int(value) for name, value in options.items()}
             if not hasattr(self.image_processor, "merge_size"):
                 raise ValueError(
                     f"{', '.join(options)} of an image need an image processor like Qwen2-VL's, not "
@@ -181,19 +206,24 @@ class LatteFlowProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """Same as `ProcessorMixin.apply_chat_template`, but parts of messages are those of
-        [`~LatteFlowProcessor.conversation`], and `sanitize_control_tokens` defaults to that of the processor (with
-        `return_assistant_tokens_mask=True`, which transformers cannot combine with it, to `False`)."""
+        [`~LatteFlowProcessor.conversation`], and `sanitize_control_tokens` defaults to that of the processor. With
+        `return_assistant_tokens_mask=True`, which transformers cannot combine with it, control tokens are refused."""
         if kwargs.get("tokenize"):
 
             def checked(message: Any) -> Any:
                 has_parts = isinstance(message, dict) and isinstance(message.get("content"), (list, tuple))
                 return self._checked_message(message) if has_parts else message
 
-            if conversation and isinstance(conversation[0], (list, tuple)):
-                conversation = [[checked(message) for message in messages] for messages in conversation]
-            elif isinstance(conversation, (list, tuple)):
-                conversation = [checked(message) for message in conversation]
-            if not kwargs.get("return_assistant_tokens_mask"):
+            is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
+            batch = [
+                [checked(message) for message in messages]
+                for messages in (conversation if is_batch else [conversation])
+            ]
+            conversation = batch if is_batch else batch[0]
+            if kwargs.get("return_assistant_tokens_mask"):
+                for messages in batch:
+                    self._refuse_control_tokens(messages)
+            else:
                 kwargs.setdefault("sanitize_control_tokens", self.sanitize_control_tokens)
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
@@ -210,10 +240,6 @@ class LatteFlowProcessor(ProcessorMixin):
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left"},
         )
-
-    def control_tokens_in(self, text: str) -> list[str]:
-        """The control tokens of the tokenizer that occur in `text`."""
-        return sorted({token for token in self.tokenizer.all_special_tokens if token in text})
 
     def post_process_multimodal_output(
         self,

@@ -61,6 +61,7 @@ def cache_fingerprint(pipe: Any, rows: ImageRows, with_contexts: bool) -> dict[s
         "format": str(CACHE_FORMAT),
         "autoencoder": hash_module(pipe.vae),
         "size": str(settings.size),
+        "background": settings.background,
         "flip": str(settings.flip),
         "source": hashlib.sha256(rows.fingerprint.encode()).hexdigest(),
         "columns": json.dumps([settings.image, settings.caption, settings.label, settings.prompt]),
@@ -68,7 +69,14 @@ def cache_fingerprint(pipe: Any, rows: ImageRows, with_contexts: bool) -> dict[s
         "contexts": str(with_contexts),
     }
     if with_contexts:
-        processor = json.dumps([pipe.processor.tokenizer.get_vocab(), pipe.processor.chat_template], sort_keys=True)
+        processor = json.dumps(
+            [
+                pipe.processor.tokenizer.get_vocab(),
+                pipe.processor.chat_template,
+                pipe.processor.sanitize_control_tokens,
+            ],
+            sort_keys=True,
+        )
         fingerprint["backbone"] = hash_module(pipe.model.vlm)
         fingerprint["processor"] = hashlib.sha256(processor.encode()).hexdigest()
     return fingerprint

@@ -5,7 +5,6 @@ An image that cannot be read is replaced by the next readable one and does not s
 its index and the epoch alone, and a resumed run has the same examples.
 """
 
-import io
 import logging
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,6 +15,8 @@ from typing import Any
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, IterableDataset
 
+from ..modeling.images import load_rgb_image
+from ..modeling.processing_latte_flow import check_text
 from ..tinyworld.datasets import Conversations, TinyWorldImages
 from .recipe import DataSettings
 
@@ -97,6 +98,10 @@ class ImageRows:
                 f"image {self.name(row, index)} has no caption: {settings.caption} is {caption!r}; "
                 "add one, or remove the image."
             )
+        try:
+            check_text(caption)
+        except ValueError as error:
+            raise ValueError(f"image {self.name(row, index)}: {settings.caption} is no caption: {error}") from error
         return settings.prompt.format(caption.strip())
 
     def image(self, row: dict) -> Image.Image:
@@ -109,12 +114,11 @@ class ImageRows:
         assert size is not None
         try:
             if isinstance(image, dict):
-                image = Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"])
-            if not isinstance(image, Image.Image):
-                raise UnreadableImageError(f"it is {type(image).__name__}, not an image")
-            image = ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, SyntaxError, ValueError, TypeError, AttributeError, Image.DecompressionBombError) as error:
-            raise UnreadableImageError(str(error)) from error
+                image = image["bytes"] if image.get("bytes") is not None else image["path"]
+            image = load_rgb_image(image, self.settings.background)
+        except ValueError as error:
+            # The cause alone: the name of the image is in the log already.
+            raise UnreadableImageError(str(error.__cause__ or error)) from error
         if image.size == (size, size):
             return image
         return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)

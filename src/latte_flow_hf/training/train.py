@@ -200,7 +200,7 @@ def load_data(
     if recipe.understanding is not None:
         source, share = recipe.understanding.source, recipe.understanding.share
         conversations = {
-            "conversations": load_conversations(source, recipe.seed, pipe.processor.conversation),
+            "conversations": load_conversations(source, recipe.seed, pipe.processor.training_conversation),
             "conversation_collator": ConversationCollator(pipe.processor),
             "conversation_share": share,
         }
