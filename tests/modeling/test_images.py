@@ -118,7 +118,7 @@ def test_a_transparent_value_of_a_grey_file():
     for mode, value in (("L", GREY[0, 0]), ("I;16", int(GREY[0, 0]) * 257)):
         grey = Image.fromarray(GREY if mode == "L" else GREY.astype(np.uint16) * 257)
         found = pixels(file_of(grey, "PNG", transparency=int(value)))
-        assert np.array_equal(found, np.where(GREY_RGB == GREY[0, 0], 255, GREY_RGB)), mode
+        assert np.array_equal(found, np.where(GREY[0, 0] == GREY_RGB, 255, GREY_RGB)), mode
 
 
 @pytest.mark.parametrize("background", ["reddish", (1, 2), (1, 2, 256), 7, None, (0.5, 0, 0)])
@@ -146,7 +146,20 @@ def test_what_is_no_background_is_refused(background):
         (file_of(Image.fromarray(GREY.astype(np.float32) / 255), "TIFF"), GREY_RGB, 0),
         (file_of(lab(MILD), "TIFF"), np.asarray(MILD).astype(int), 8),
     ],
-    ids=["png", "bmp", "tiff", "webp", "jpeg", "cmyk jpeg", "gif", "png16", "tiff16", "ppm16", "float tiff", "lab tiff"],
+    ids=[
+        "png",
+        "bmp",
+        "tiff",
+        "webp",
+        "jpeg",
+        "cmyk jpeg",
+        "gif",
+        "png16",
+        "tiff16",
+        "ppm16",
+        "float tiff",
+        "lab tiff",
+    ],
 )
 def test_every_format(data, expected, tolerance):
     assert np.abs(pixels(data) - expected).max() <= tolerance
@@ -329,7 +342,10 @@ def test_what_is_no_image_is_refused(source, found):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (RGB.astype(np.float32), "image of float32, (24, 40, 3), cannot be used: float values must be from 0 to 1, got"),
+        (
+            RGB.astype(np.float32),
+            "image of float32, (24, 40, 3), cannot be used: float values must be from 0 to 1, got",
+        ),
         (FLOATS * 2 - 1, "float values must be from 0 to 1, got -1 to "),
         (np.full((8, 8), np.nan), "float values must be from 0 to 1, got nan to nan"),
         (torch.full((3, 8, 8), float("inf")), "got inf to inf"),
@@ -382,6 +398,6 @@ def test_a_file_that_is_no_image_is_named(text_file, tmp_path):
 
 def test_a_decompression_bomb_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match="cannot be read: Image size .* could be decompression bomb") as refused:
+    with pytest.raises(ValueError, match=r"cannot be read: Image size .* could be decompression bomb") as refused:
         load_rgb_image(file_of(IMAGE, "PNG"))
     assert "\n" not in str(refused.value)

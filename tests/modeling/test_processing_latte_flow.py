@@ -198,7 +198,9 @@ def test_the_processor_composites_on_its_background(picture):
         assert message["content"][0]["image"].getpixel((5, 5)) == colour
         flat = Image.new("RGB", (64, 64), colour)
         inputs = processor(text="<|image_pad|>", images=transparent, return_tensors="pt")
-        assert torch.equal(inputs["pixel_values"], processor.image_processor(flat, return_tensors="pt")["pixel_values"])
+        assert torch.equal(
+            inputs["pixel_values"], processor.image_processor(flat, return_tensors="pt")["pixel_values"]
+        )
     with pytest.raises(ValueError, match="background must be a colour such as 'white' or '#ffffff', got 'reddish'"):
         LatteFlowProcessor.from_pretrained(PROCESSOR, background="reddish")
 

@@ -5,7 +5,8 @@ Shapes: P prompts, G key-value heads, T prompt tokens, d head size.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -130,6 +131,20 @@ def warn_of_long_prompts(
         logger.warning_once(
             f"A prompt has more tokens than the {max_positions} positions that the backbone was trained on "
             "(max_position_embeddings): answers and images will not follow it. Use a shorter prompt."
+        )
+
+
+def warn_of_unknown_words(conversations: list[list[dict]], trained_words: Collection[str] | None) -> None:
+    """Warn once of words that a model of a small world never learned; `None` as its words is no small world."""
+    if trained_words is None:
+        return
+    texts = [part.get("text", "") for messages in conversations for message in messages for part in message["content"]]
+    words = dict.fromkeys(word for text in texts for word in re.findall(r"\w+", text.lower()))
+    unknown = [word for word in words if word not in trained_words]
+    if unknown:
+        logger.warning_once(
+            f"The model never learned the words {unknown}: expect a wrong answer or image. It knows "
+            f"{', '.join(sorted(trained_words))}."
         )
 
 

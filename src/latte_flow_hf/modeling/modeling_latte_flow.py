@@ -44,7 +44,7 @@ from .attention import (
 )
 from .backbone import check_decoder, linear_like, rms_norm_like
 from .configuration_latte_flow import LatteFlowConfig
-from .context import LatteFlowContext, check_prompts, prefill_context, warn_of_long_prompts
+from .context import LatteFlowContext, check_prompts, prefill_context, warn_of_long_prompts, warn_of_unknown_words
 from .conversion_mapping import CHECKPOINT_CONVERSIONS
 from .distributed import all_gather_list, randn_local_rows, rank_and_world_size
 from .flow_matching import (
@@ -55,7 +55,6 @@ from .flow_matching import (
     velocity_target,
 )
 from .positions import interleaved_rotary_embedding, sincos_pos_embed
-from .processing_latte_flow import warn_of_unknown_words
 
 
 logger = logging.get_logger(__name__)

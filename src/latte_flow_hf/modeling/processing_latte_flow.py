@@ -5,8 +5,6 @@ What is unusual here: there is no video processor. `Qwen2VLProcessor` has one, a
 """
 
 import math
-import re
-from collections.abc import Collection
 from numbers import Integral
 from typing import Any
 
@@ -17,13 +15,10 @@ from transformers.image_utils import make_flat_list_of_images
 
 # `ProcessorMixin` must be visible here: diffusers looks for the known base class in the module of a component.
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import logging
 
 from ..files import component_subfolder
 from .images import Background, check_background, load_rgb_image, load_rgb_images
 
-
-logger = logging.get_logger(__name__)
 
 # The size of an image in a message, as in Qwen's own messages.
 SIZE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
@@ -296,18 +291,4 @@ def check_size_options(options: dict[str, Any]) -> None:
         raise ValueError(
             "the size of an image is given by min_pixels and max_pixels, or by both resized_height and resized_width, "
             f"got {options}."
-        )
-
-
-def warn_of_unknown_words(conversations: list[list[dict]], trained_words: Collection[str] | None) -> None:
-    """Warn once of words that a model of a small world never learned; `None` as its words is no small world."""
-    if trained_words is None:
-        return
-    texts = [part.get("text", "") for messages in conversations for message in messages for part in message["content"]]
-    words = dict.fromkeys(word for text in texts for word in re.findall(r"\w+", text.lower()))
-    unknown = [word for word in words if word not in trained_words]
-    if unknown:
-        logger.warning_once(
-            f"The model never learned the words {unknown}: expect a wrong answer or image. It knows "
-            f"{', '.join(sorted(trained_words))}."
         )

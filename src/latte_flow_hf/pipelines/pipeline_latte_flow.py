@@ -15,14 +15,13 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageOps
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import logging
 
-from ..modeling.context import LatteFlowContext
+from ..modeling.context import LatteFlowContext, warn_of_unknown_words
 from ..modeling.images import load_rgb_images
-from ..modeling.processing_latte_flow import warn_of_unknown_words
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
 from .loading import LatteFlowLoadingMixin
 from .lora import LatteFlowLoraMixin
