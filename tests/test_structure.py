@@ -18,7 +18,7 @@ LAYERS = (
     ("checkpoints", "cards"),
     ("training", "evaluation", "conversion"),
     ("publishing",),
-    ("cli",),
+    ("cli", "transformers_cli"),
 )
 
 

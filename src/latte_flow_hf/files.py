@@ -291,3 +291,30 @@ def _hash_weights(file: Any) -> str:
     while chunk := file.read(1 << 24):
         digest.update(chunk)
     return digest.hexdigest()
+
+
+def component_subfolder(checkpoint: str | Path, component: str, **kwargs: Any) -> str:
+    """The subfolder of a component: its name in a saved pipeline, or "" in a checkpoint of the component alone.
+
+    Args:
+        checkpoint (`str` or `Path`): folder or hub id.
+        component (`str`): such as `"model"`.
+        kwargs: arguments of `from_pretrained`; those for the hub are used.
+    """
+    if Path(checkpoint).is_dir():
+        is_pipeline = Path(checkpoint, "model_index.json").is_file()
+    else:
+        from transformers.utils import cached_file
+
+        names = ("cache_dir", "force_download", "token", "revision", "local_files_only", "repo_type")
+        is_pipeline = bool(
+            cached_file(
+                str(checkpoint),
+                "model_index.json",
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                **{name: kwargs[name] for name in names if name in kwargs},
+            )
+        )
+    return component if is_pipeline else ""

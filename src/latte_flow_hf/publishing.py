@@ -129,6 +129,8 @@ def code_files(folder: Path) -> dict[str, str]:
         config, module = read_json(folder / path), index[component][0]
         config["auto_map"] = {auto: f"{module}.{cls.__name__}" for auto, cls in classes.items()}
         files[path] = json.dumps(config, indent=2) + "\n"
+    if "model/config.json" in files:
+        files["config.json"] = files["model/config.json"]
     return files
 
 

@@ -46,6 +46,10 @@ class LatteFlowConfig(PreTrainedConfig):
         timestep_sampling (`str`, defaults to `"uniform"`):
             How training draws timesteps in the interval of each expert: `"uniform"` or `"logit_normal"`. (Chosen: the
             sources are silent.) A field of the configuration, because `forward` draws them.
+        trained_words (`list[str]`, *optional*):
+            For a model of a small world: the words of all texts that it was trained on, in lower case. Other words,
+            and other sizes than `sample_size`, are warned of. (Chosen for the embedded checkpoint, whose images of
+            anything else are blobs.)
 
     Raises:
         `ValueError`: if `num_experts` does not divide the backbone's layers, or another value is out of range.
@@ -66,6 +70,7 @@ class LatteFlowConfig(PreTrainedConfig):
     timestep_frequency_dim: int = 256
     timestep_embed_dim: int = None  # type: ignore[assignment]
     timestep_sampling: str = "uniform"
+    trained_words: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

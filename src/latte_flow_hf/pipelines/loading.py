@@ -28,7 +28,7 @@ _COMPONENT_FILES = {
 
 
 class LatteFlowLoadingMixin(ConfigMixin):
-    """`from_pretrained`, `from_pipe` and `download` for the pipeline; it stands before `DiffusionPipeline`."""
+    """Loading and saving for the pipeline; it stands before `DiffusionPipeline`."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -41,6 +41,11 @@ class LatteFlowLoadingMixin(ConfigMixin):
         if folder.is_dir():
             check_pipeline_files(folder, given=kwargs)
         return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Same as `DiffusionPipeline.save_pretrained`, and transformers can load the model from the folder itself."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_root_config(Path(save_directory))
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
@@ -79,6 +84,14 @@ class LatteFlowLoadingMixin(ConfigMixin):
                 if name in _COMPONENT_FILES and str(entry[1]).startswith("LatteFlow"):
                     config[name] = ["latte_flow_hf", entry[1]]
         return config
+
+
+def write_root_config(folder: Path) -> None:
+    """Copy the configuration of the model to the folder of the pipeline, where the Auto classes of transformers look
+    for it."""
+    config = folder / "model" / "config.json"
+    if config.is_file():
+        (folder / "config.json").write_bytes(config.read_bytes())
 
 
 def check_pipeline_files(folder: Path, given: Container[str] = ()) -> None:

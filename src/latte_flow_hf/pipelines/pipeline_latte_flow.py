@@ -7,18 +7,20 @@ prompts, their encoding is the backbone's key-value cache, and the same backbone
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import logging
 
-from ..modeling.context import LatteFlowContext
+from ..modeling.context import LatteFlowContext, warn_of_unknown_words
+from ..modeling.images import load_rgb_images
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
 from ..schedulers.steps import experts_of_steps, finish_step, generator_kwargs, model_timesteps, set_timesteps
 from .calls import LatteFlowCallsMixin, one_thread_at_a_time, own_call
@@ -108,6 +110,11 @@ class LatteFlowPipeline(
         return self.model.config.sample_size * self.vae_scale_factor
 
     @property
+    def _size_multiple(self) -> int:
+        """Pixels per token along a side."""
+        return self.vae_scale_factor * self.model.config.latent_patch_size
+
+    @property
     def guidance_scale(self) -> float:
         """The guidance scale of the current expert."""
         if isinstance(self._guidance_scale, list):
@@ -154,10 +161,10 @@ class LatteFlowPipeline(
             `ValueError`: with the name and the value of the first invalid argument.
         """
         _check_prompts(prompt, image, messages, negative_prompt, context, negative_context)
-        _check_size(height, width, multiple=self.vae_scale_factor * self.model.config.latent_patch_size)
+        _check_size(height, width, multiple=self._size_multiple)
         check_num_inference_steps(num_inference_steps)
         _check_guidance(guidance_scale, guidance_interval, self.model.config.num_experts)
-        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+        if not _is_whole(num_images_per_prompt) or num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be a positive integer, got {num_images_per_prompt!r}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {list(OUTPUT_TYPES)}, got {output_type!r}.")
@@ -209,6 +216,7 @@ class LatteFlowPipeline(
             conversations = self._conversations(prompt, image, messages)
         if do_classifier_free_guidance and negative_context is None:
             negatives = self._conversations("" if negative_prompt is None else negative_prompt)
+        warn_of_unknown_words([*conversations, *negatives], self.model.trained_words)
         if conversations or negatives:
             inputs = self.processor.encode_conversations([*negatives, *conversations]).to(self._execution_device)
             encoded = self.model.encode_context(**inputs)
@@ -295,8 +303,9 @@ class LatteFlowPipeline(
         Args:
             prompt (`str` or `list[str]`, *optional*): the prompt or prompts.
             image (*optional*):
-                Images shown to the model before the prompt: with one prompt, an image or a list of images; with a list
-                of prompts, one for all of them, or one entry for each.
+                Images shown to the model before the prompt, from any source that [`load_rgb_image`] reads: with one
+                prompt, an image or a list of images; with a list of prompts, one for all of them, or one entry for
+                each.
             messages (`list`, *optional*):
                 A conversation in the chat-template form, images included, or a list of conversations. Instead of
                 `prompt`.
@@ -357,6 +366,12 @@ class LatteFlowPipeline(
         )
         self._check_components()
         check_hooks(self.model)
+        # Numpy's numbers become Python's.
+        height, width, num_images_per_prompt = int(height), int(width), int(num_images_per_prompt)
+        if self.model.trained_words is not None and (height, width) != (self.default_size, self.default_size):
+            logger.warning_once(
+                f"The model only learned images of {self.default_size}x{self.default_size} pixels: expect a wrong one."
+            )
         self._guidance_scale: float | list[float]
         if isinstance(guidance_scale, (list, tuple)):
             self._guidance_scale = [float(scale) for scale in guidance_scale]
@@ -484,10 +499,42 @@ class LatteFlowPipeline(
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
     @torch.no_grad()
-    def encode_images(self, images: Image.Image | list[Image.Image]) -> torch.Tensor:
-        """Images -> clean latents (batch, channels, height, width), scaled as for training."""
+    def encode_images(self, images: Any, height: int | None = None, width: int | None = None) -> torch.Tensor:
+        """Images -> clean latents (batch, channels, height / f, width / f), scaled as for training.
+
+        An image of another size is resized and cropped at the centre, as for training: its aspect ratio is kept.
+
+        Args:
+            images: an image, a list of them, or a batch; see [`load_rgb_image`].
+            height, width (`int`, *optional*):
+                In pixels. Default to the size of the images, which must then be the same for all, less what is not a
+                multiple of the pixels per token.
+
+        Raises:
+            `ValueError`: if an image cannot be read, a size is not a multiple of the pixels per token, or images
+                differ in size and none is given.
+        """
         self._require("vae")
-        pixels = self.image_processor.preprocess(images).to(self._execution_device, self.vae.dtype)
+        loaded = load_rgb_images(images, getattr(self.processor, "background", "white"))
+        sizes = {image.size for image in loaded}
+        if (height is None) != (width is None):
+            raise ValueError(f"give both height and width, or neither; got {height} and {width}.")
+        if height is None or width is None:
+            if len(sizes) != 1:
+                raise ValueError(
+                    f"images must have one size, or height and width be given, got sizes {sorted(sizes)}."
+                )
+            width, height = (side // self._size_multiple * self._size_multiple for side in loaded[0].size)
+            if not width or not height:
+                raise ValueError(
+                    f"images must have {self._size_multiple} pixels a side or more, got {loaded[0].size}."
+                )
+        _check_size(height, width, multiple=self._size_multiple)
+        size = (int(width), int(height))
+        fitted = [
+            image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in loaded
+        ]
+        pixels = self.image_processor.preprocess(fitted).to(self._execution_device, self.vae.dtype)
         with one_thread_at_a_time(self.vae):
             return encode_pixels(self.vae, pixels)
 
@@ -547,9 +594,14 @@ def _check_prompts(
         raise ValueError(f"messages must be a non-empty list of messages or of conversations, got {messages!r}.")
 
 
+def _is_whole(value: Any) -> bool:
+    """Whether `value` is an integer, of numpy too."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _check_size(height: int, width: int, multiple: int) -> None:
     for name, size in (("height", height), ("width", width)):
-        if not isinstance(size, int) or size < multiple or size % multiple:
+        if not _is_whole(size) or size < multiple or size % multiple:
             raise ValueError(f"{name} must be a positive multiple of {multiple}, got {size!r}.")
 
 
@@ -557,7 +609,7 @@ def _check_guidance(
     guidance_scale: float | list[float], guidance_interval: tuple[float, float] | None, num_experts: int
 ) -> None:
     scales = list(guidance_scale) if isinstance(guidance_scale, (list, tuple)) else [guidance_scale] * num_experts
-    are_finite = all(isinstance(scale, (int, float)) and math.isfinite(scale) for scale in scales)
+    are_finite = all(isinstance(scale, Real) and math.isfinite(scale) for scale in scales)
     if not are_finite or len(scales) != num_experts:
         raise ValueError(
             f"guidance_scale must be a finite number, or one for each of {num_experts} experts, got "

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 
 from ..files import read_yaml
 from ..modeling.configuration_latte_flow import LatteFlowConfig
+from ..modeling.images import check_background
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
 from ..tinyworld.datasets import Conversations, TinyWorldImages
 
@@ -189,6 +190,7 @@ class DataSettings(Settings):
         prompt (`str`, defaults to `"{}"`): a format string; `{}` stands for the caption or the name of the label.
         size (`int`, *optional*): height and width in pixels after resizing and cropping at the centre; defaults to
             that of the pipeline.
+        background (`str`, defaults to `"white"`): the colour behind transparent images, a name or `"#rrggbb"`.
         flip (`bool`, defaults to `False`): whether half of the images are flipped horizontally, at random in each
             epoch.
         max_unreadable (`int`, defaults to 100): how many images may be unreadable or without a caption before the run
@@ -207,6 +209,7 @@ class DataSettings(Settings):
     label: str | None = None
     prompt: str = "{}"
     size: int | None = None
+    background: str = "white"
     flip: bool = False
     max_unreadable: int = 100
     shuffle_buffer: int = 1000
@@ -252,6 +255,12 @@ class ValidationSettings(Settings):
         if source.get("streaming"):
             raise ValueError("must have an end, so that its mean loss can be computed: leave out `streaming`")
         return _check_source(source, TinyWorldImages)
+
+    @field_validator("background")
+    @classmethod
+    def _check_background(cls, background: str) -> str:
+        check_background(background)
+        return background
 
 
 class UnderstandingSettings(Settings):

@@ -308,6 +308,8 @@ def load_pipeline(settings: ModelSettings) -> LatteFlowPipeline:
     if settings.pipeline is not None:
         checkpoint = tiny_checkpoint() if settings.pipeline == "tinyworld" else settings.pipeline
         pipe = LatteFlowPipeline.from_pretrained(checkpoint, dtype=dtype)
+        # The data may teach other words and sizes than the pipeline knew.
+        pipe.model.config.trained_words = None
         if settings.timestep_sampling is not None:
             # A new configuration, because it checks the value.
             config = {**pipe.model.config.to_dict(), "timestep_sampling": settings.timestep_sampling}
@@ -368,7 +370,7 @@ def load_data(
     if recipe.understanding is not None:
         source, share = recipe.understanding.source, recipe.understanding.share
         conversations = {
-            "conversations": load_conversations(source, recipe.seed, pipe.processor.conversation, unreadable),
+            "conversations": load_conversations(source, recipe.seed, pipe.processor.training_conversation, unreadable),
             "conversation_collator": ConversationCollator(pipe.processor),
             "conversation_share": share,
         }
