@@ -5,6 +5,7 @@ Unlike other diffusers pipelines there is no text encoder beside the model. The 
 prompts, their encoding is the backbone's key-value cache, and the same backbone answers in `chat`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
@@ -551,11 +552,11 @@ class LatteFlowPipeline(
         """Compile the `forward` of the tower's layers; layers with equal shapes share a graph. Call it before any
         off-loading is enabled.
 
-        Shapes are dynamic: another prompt length, image size, batch size or number of steps compiles nothing anew.
-        There are two graphs, one for the first layer of an expert and one for all others, at the first call; and two
-        more at the first call of each other kind: one image or several, several images of a prompt or of each of
-        several prompts, with or without padded prompts (with guidance, prompts are padded), with other active
-        adapters. After 64 graphs torch runs new kinds without compilation. (Chosen: layers rather than the whole
+        The numbers of images, prompts and tokens are dynamic: another prompt length, image size, batch size or number
+        of steps compiles nothing anew. The first call compiles two graphs, one for the first layer of an expert and
+        one for all others; so does the first call of each other kind: one image or several, one prompt or several,
+        several images of a prompt, no padding of prompts (with guidance they are padded), other active adapters.
+        Kinds after the 64th graph run without compilation, and torch logs it. (Chosen: layers rather than the whole
         model, which would take K times as long to compile and share nothing.)
 
         Args:
@@ -563,7 +564,40 @@ class LatteFlowPipeline(
                 have the same shapes.
         """
         for layer in self.model.tower.layers:
-            layer.forward = torch.compile(layer.forward, **{"dynamic": True, "recompile_limit": 64, **kwargs})
+            forward = torch.compile(layer.forward, **{"recompile_limit": 64, **kwargs})
+            layer.forward = forward if "dynamic" in kwargs else _with_dynamic_shapes(forward)
+
+
+def _with_dynamic_shapes(forward: Callable) -> Callable:
+    """Mark the dimensions of a layer's inputs that differ between calls: those of images, prompts and tokens.
+
+    `torch.compile(dynamic=True)` would make all dimensions dynamic, and two that are equal at first, such as prompts
+    and heads, equal for ever.
+    """
+
+    @functools.wraps(forward)
+    def marked(
+        hidden_states: torch.Tensor,
+        timestep_embedding: torch.Tensor | None,
+        previous_scores: torch.Tensor | None = None,
+        modulation: Any = None,
+        **attention_inputs: Any,
+    ) -> Any:
+        dynamic: list[tuple[Any, list[int]]] = [
+            (hidden_states, [0, 1]),
+            (timestep_embedding, [0]),
+            (previous_scores, [0, 2, 3]),
+            (attention_inputs["context_keys"], [0, 2]),
+            (attention_inputs["context_values"], [0, 2]),
+            (attention_inputs["attention_mask"], [0, 2, 3]),
+            *((embedding, [0, 1]) for embedding in attention_inputs["position_embeddings"]),
+        ]
+        for tensor, dimensions in dynamic:
+            if isinstance(tensor, torch.Tensor):
+                torch._dynamo.maybe_mark_dynamic(tensor, dimensions)
+        return forward(hidden_states, timestep_embedding, previous_scores, modulation, **attention_inputs)
+
+    return marked
 
 
 def _check_prompts(
