@@ -392,8 +392,8 @@ class LatteFlowPipeline(
             steps_per_expert,
             starts_from_noise=latents is None,
         )
-        scheduler_timesteps, timesteps = self.scheduler.timesteps, model_timesteps(self.scheduler)
-        self._num_timesteps = len(timesteps)
+        scheduler_timesteps, model_times = self.scheduler.timesteps, model_timesteps(self.scheduler)
+        self._num_timesteps = len(model_times)
         experts = experts_of_steps(self.scheduler, self.model.config.expert_boundaries)
         scales = self._guidance_scale
         if not isinstance(scales, list):
@@ -401,7 +401,7 @@ class LatteFlowPipeline(
         low, high = (0.0, 1.0) if guidance_interval is None else guidance_interval
         is_guided = [
             scales[expert] > 1 and low <= timestep / 1000.0 <= high
-            for expert, timestep in zip(experts, timesteps.tolist())
+            for expert, timestep in zip(experts, model_times.tolist())
         ]
 
         # 3. Prepare latents
@@ -424,8 +424,8 @@ class LatteFlowPipeline(
                 guided_layout = self.model.latent_layout(torch.cat([latents, latents]), guided_context)
         extra_step_kwargs = generator_kwargs(self.scheduler, generator)
 
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, (t, scheduler_t, expert) in enumerate(zip(timesteps, scheduler_timesteps, experts)):
+        with self.progress_bar(total=len(model_times)) as progress_bar:
+            for i, (t, scheduler_t, expert) in enumerate(zip(model_times, scheduler_timesteps, experts)):
                 if self.interrupt:
                     continue
                 progress_bar.set_description(f"expert {expert} of {self.model.config.num_experts}")
@@ -436,7 +436,7 @@ class LatteFlowPipeline(
                         self.expert_offload.enter(expert)
                 if precompute and (i == first_step or callback_on_step_end is not None):
                     # A callback may have changed adapters since the step before.
-                    modulation = self.model.modulate(timesteps[first_step : last_step + 1], expert)
+                    modulation = self.model.modulate(model_times[first_step : last_step + 1], expert)
                 if self.expert_offload is not None and i == last_step and i + 1 < len(experts):
                     self.expert_offload.next_expert = experts[i + 1]
 
