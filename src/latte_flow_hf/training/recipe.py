@@ -233,6 +233,12 @@ class DataSettings(Settings):
             pass
         raise ValueError(f"must contain {{}} once, where the caption goes, and no other braces, got {prompt!r}")
 
+    @field_validator("background")
+    @classmethod
+    def _check_background(cls, background: str) -> str:
+        check_background(background)
+        return background
+
 
 class ValidationSettings(Settings):
     """The section `validation`: images that are not trained on. Their loss is logged as `eval_loss`.
@@ -255,12 +261,6 @@ class ValidationSettings(Settings):
         if source.get("streaming"):
             raise ValueError("must have an end, so that its mean loss can be computed: leave out `streaming`")
         return _check_source(source, TinyWorldImages)
-
-    @field_validator("background")
-    @classmethod
-    def _check_background(cls, background: str) -> str:
-        check_background(background)
-        return background
 
 
 class UnderstandingSettings(Settings):
