@@ -265,6 +265,7 @@ def test_an_adapter_changed_in_a_callback_acts_from_the_next_step(change, adapte
         callback_on_step_end=callback,
     )
     # What the sixth step should give: from the fifth one's latents, by a model that was changed before it began.
+    pipe.scheduler.set_timesteps(STEPS)
     timestep = pipe.scheduler.timesteps[5]
     context, negative = pipe.encode_prompt(PROMPT)
     with torch.no_grad():
