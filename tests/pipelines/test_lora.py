@@ -236,7 +236,7 @@ def test_an_adapter_has_a_weight_for_each_expert(adapters, pipe):
     assert pipe.model.adapter_weights == {"b": [0.5] * 4}
 
 
-@pytest.mark.parametrize("change", ["weight", "disable", "other", "hotswap", "fuse"])
+@pytest.mark.parametrize("change", ["weight", "disable", "other", "hotswap", "fuse", "unload"])
 def test_an_adapter_changed_in_a_callback_acts_from_the_next_step(change, adapters, pipe):
     """Within the interval of one expert: expert 2 has the fifth and sixth step of eight."""
     changes = {
@@ -245,6 +245,7 @@ def test_an_adapter_changed_in_a_callback_acts_from_the_next_step(change, adapte
         "other": lambda: pipe.set_adapters("both"),
         "hotswap": lambda: pipe.load_lora_weights(adapters["both"], adapter_name="late", hotswap=True),
         "fuse": lambda: pipe.fuse_lora(lora_scale=3.0),
+        "unload": pipe.unload_lora_weights,
     }
     for name in ("both", "late"):
         pipe.load_lora_weights(adapters[name], adapter_name=name)

@@ -423,6 +423,7 @@ class LatteFlowPipeline(
             if guided_context is not None:
                 guided_layout = self.model.latent_layout(torch.cat([latents, latents]), guided_context)
         extra_step_kwargs = generator_kwargs(self.scheduler, generator)
+        adapters = self._adapters()
 
         with self.progress_bar(total=len(model_times)) as progress_bar:
             for i, (t, scheduler_t, expert) in enumerate(zip(model_times, scheduler_timesteps, experts)):
@@ -434,8 +435,10 @@ class LatteFlowPipeline(
                     first_step, last_step = i, i + experts.count(expert) - 1
                     if self.expert_offload is not None:
                         self.expert_offload.enter(expert)
-                if precompute and (i == first_step or callback_on_step_end is not None):
-                    # A callback may have changed adapters since the step before.
+                # A callback may have changed, loaded or unloaded adapters since the step before.
+                is_adapted = adapters != [] or self._adapters() != []
+                if precompute and (i == first_step or (callback_on_step_end is not None and is_adapted)):
+                    adapters = self._adapters()
                     modulation = self.model.modulate(model_times[first_step : last_step + 1], expert)
                 if self.expert_offload is not None and i == last_step and i + 1 < len(experts):
                     self.expert_offload.next_expert = experts[i + 1]
