@@ -87,35 +87,37 @@ def assert_compiled_graphs(pipe, plain, calls: list[dict], graphs: int) -> None:
 
 def test_new_shapes_compile_nothing(compiled_pipe, own_pipe):
     words = "a red circle left of a blue square "
-    prompts = [{"prompt": words * n} for n in (1, 2, 3, 5, 8, 13)] + [{"prompt": ""}, {"prompt": "a"}]
-    sizes = [{"prompt": "a", "height": h, "width": w} for h, w in ((32, 64), (64, 32), (16, 24), (96, 96), (8, 16))]
-    steps = [{"prompt": "a", "num_inference_steps": n} for n in (1, 2, 5, 13)] + [
-        {"prompt": "a", "steps_per_expert": [3, 1]}
-    ]
-    # One graph for the first layer of an expert and one for the second, which adds the scores of the first.
-    assert_compiled_graphs(compiled_pipe, own_pipe, prompts + sizes + steps, graphs=2)
-    # Several prompts are another kind.
+    prompts = [{"prompt": words * n} for n in (1, 2, 3, 5, 8, 13)] + [{"prompt": "a"}]
     batches = [{"prompt": ["a", words, "a cross"][:n]} for n in (2, 3)] + [{"prompt": [words] * 5, "height": 32}]
-    assert_compiled_graphs(compiled_pipe, own_pipe, batches, graphs=4)
+    sizes = [{"prompt": "a", "height": h, "width": w} for h, w in ((32, 64), (64, 32), (16, 24), (96, 96), (8, 16))]
+    steps = [{"prompt": "a", "num_inference_steps": n} for n in (1, 2, 5, 13)]
+    steps += [{"prompt": "a", "steps_per_expert": [3, 1]}]
+    # One graph for the first layer of an expert and one for the second, which adds the scores of the first.
+    assert_compiled_graphs(compiled_pipe, own_pipe, prompts + batches + sizes + steps, graphs=2)
 
 
+KINDS = [
+    {"prompt": "a"},
+    {"prompt": "a", "guidance_scale": 1.0},
+    {"prompt": ["a", "a"], "guidance_scale": 1.0},
+    {"prompt": ["a", "a cross"], "guidance_scale": 1.0},
+    {"prompt": "a", "num_images_per_prompt": 2},
+    {"prompt": "a", "num_images_per_prompt": 2, "guidance_scale": 1.0},
+    {"prompt": "a", "height": 8, "width": 8},
+]
+
+
+@pytest.mark.slow
 def test_more_kinds_than_torch_s_own_limit(compiled_pipe, own_pipe):
     assert torch._dynamo.config.recompile_limit == 8
-    kinds = [
-        {"prompt": "a"},
-        {"prompt": ["a", "a cross"]},
-        {"prompt": "a", "guidance_scale": 1.0},
-        {"prompt": ["a", "a"], "guidance_scale": 1.0},
-        {"prompt": ["a", "a cross"], "guidance_scale": 1.0},
-        {"prompt": "a", "num_images_per_prompt": 2, "guidance_scale": 1.0},
-    ]
-    assert_compiled_graphs(compiled_pipe, own_pipe, kinds, graphs=10)
+    # Prompts without guidance that are padded are of the first kind.
+    assert_compiled_graphs(compiled_pipe, own_pipe, KINDS, graphs=12)
 
 
 def test_after_the_last_graph_images_are_still_right(make_model, pipe, own_pipe, dynamo):
     pipe.register_modules(model=make_model())
     pipe.compile(backend="eager", recompile_limit=2)
-    assert_compiled_graphs(pipe, own_pipe, [{"prompt": "a"}, {"prompt": ["a", "a cross"]}], graphs=2)
+    assert_compiled_graphs(pipe, own_pipe, KINDS[:2], graphs=2)
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ class LatteFlowPipeline(
 ):
     """Generates images from prompts or conversations, and chats, with one LaTtE-Flow model.
 
-    Several threads may use one pipeline at the same time: a call changes neither the pipeline nor its components.
+    Several threads may use one pipeline at the same time: a call has its own state, and its own copy of the scheduler.
 
     Args:
         model ([`LatteFlowForConditionalGeneration`]): the frozen backbone and the generation tower.
