@@ -222,6 +222,12 @@ class DataSettings(Settings):
     def _check_source(cls, source: dict) -> dict:
         return _check_source(source, TinyWorldImages)
 
+    @field_validator("background")
+    @classmethod
+    def _check_background(cls, background: str) -> str:
+        check_background(background)
+        return background
+
     @field_validator("prompt")
     @classmethod
     def _check_prompt(cls, prompt: str) -> str:
@@ -255,12 +261,6 @@ class ValidationSettings(Settings):
         if source.get("streaming"):
             raise ValueError("must have an end, so that its mean loss can be computed: leave out `streaming`")
         return _check_source(source, TinyWorldImages)
-
-    @field_validator("background")
-    @classmethod
-    def _check_background(cls, background: str) -> str:
-        check_background(background)
-        return background
 
 
 class UnderstandingSettings(Settings):
