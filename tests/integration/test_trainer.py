@@ -98,3 +98,23 @@ def test_evaluation_gives_a_loss_and_the_best_checkpoint_is_loaded(model, proces
     assert sorted(losses) == [4, 8]
     assert trainer.state.best_global_step == min(losses, key=losses.get)
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_images_reach_the_backbone_with_the_trainer_s_defaults(model, processor, picture, tmp_path):
+    model = copy.deepcopy(model)
+    model.vlm.requires_grad_(True)
+    before = hash_module(model.vlm)
+    inputs = processor.encode_conversations([processor.conversation("what is this?", picture)])
+    # The patches of an image are no rows of a batch: one example, and the default collator adds an axis for it.
+    example = {**{name: values[0] for name, values in inputs.items() if name != "pixel_values"}}
+    example |= {"labels": example["input_ids"], "pixel_values": inputs["pixel_values"]}
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=1, report_to=[], disable_tqdm=True, save_strategy="no"
+    )
+    assert arguments.remove_unused_columns
+    seen = []
+    model.vlm.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(int(kwargs["mm_token_type_ids"].sum())), with_kwargs=True
+    )
+    Trainer(model, arguments, train_dataset=[example] * 2).train()
+    assert seen == [16, 16] and hash_module(model.vlm) != before

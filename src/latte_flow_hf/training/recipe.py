@@ -222,6 +222,12 @@ class DataSettings(Settings):
     def _check_source(cls, source: dict) -> dict:
         return _check_source(source, TinyWorldImages)
 
+    @field_validator("background")
+    @classmethod
+    def _check_background(cls, background: str) -> str:
+        check_background(background)
+        return background
+
     @field_validator("prompt")
     @classmethod
     def _check_prompt(cls, prompt: str) -> str:
