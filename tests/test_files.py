@@ -1,11 +1,9 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Atomic writes, locks, reading of JSON and YAML, hashes, and the check of a checkpoint folder."""
+"""Atomic writes, reading of JSON and YAML, hashes, and the check of a checkpoint folder."""
 
 import errno
 import json
 import os
-import subprocess
-import sys
 import tempfile
 
 import pytest
@@ -20,7 +18,6 @@ from latte_flow_hf.files import (
     check_files,
     check_hash,
     check_output,
-    lock_folder,
     read_json,
     read_weight_map,
     read_yaml,
@@ -272,34 +269,6 @@ def test_an_output_is_checked_and_nothing_is_made(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"output .*a cannot be written: No space left"):
         check_output(tmp_path / "a")
     assert names(tmp_path) == ["file.txt", "nowhere"]
-
-
-HOLD = """
-import sys
-from pathlib import Path
-from latte_flow_hf.files import lock_folder
-
-with lock_folder(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_a_folder_is_held_by_one_process_and_free_when_that_is_killed(tmp_path):
-    with lock_folder(tmp_path / "run"):
-        pass
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(OSError, match=rf"run is in use by process {holder.pid} on "), lock_folder(tmp_path / "run"):
-        raise AssertionError("the block must not run")
-    holder.kill()
-    holder.wait()
-    assert names(tmp_path / "run") == ["lock"]
-    with lock_folder(tmp_path / "run"):
-        pass
-    assert names(tmp_path / "run") == []
 
 
 @pytest.fixture

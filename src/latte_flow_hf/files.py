@@ -1,11 +1,10 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Files that appear whole or not at all, locks, small files of known formats, and checks of checkpoint folders."""
+"""Files that appear whole or not at all, small files of known formats, and checks of checkpoint folders."""
 
 import hashlib
 import json
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
@@ -89,35 +87,6 @@ def check_output(path: str | Path, num_bytes: int = 0, replace: bool = False) ->
     free = shutil.disk_usage(parent).free
     if num_bytes > free:
         raise OSError(f"output {path} takes {num_bytes:,} bytes, but its disk has {free:,} left.")
-
-
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder alone. The system ends the lock with its process, so a killed one leaves no stale lock.
-
-    Args:
-        folder (`Path`): made if it does not exist; the file `lock` in it names the process that holds it.
-
-    Raises:
-        `OSError`: if another process holds it, with that process.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "lock"
-    lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        owner = path.read_text(encoding="utf-8").strip() if path.exists() else ""
-        raise OSError(
-            f"folder {folder} is in use by {owner or 'another process'}; wait until it ends, or use another folder."
-        ) from error
-    try:
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-        yield
-    finally:
-        # Before the release: a process that waits for the removed file notices, and makes a new one.
-        path.unlink(missing_ok=True)
-        lock.release()
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:
@@ -268,7 +237,10 @@ def check_hash(path: Path) -> bool:
     with open(path, "rb") as file:
         _, metadata = _read_header(file)
         if HASH_KEY in metadata and _hash_weights(file) != metadata[HASH_KEY]:
-            raise OSError(f"{path} is damaged: its content does not have the stored hash; download or save it again.")
+            raise OSError(
+                f"{path} is damaged, or was changed by a tool that kept its metadata: its tensors do not have the "
+                "stored hash; download or save it again."
+            )
         return HASH_KEY in metadata
 
 
