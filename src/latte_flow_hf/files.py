@@ -2,6 +2,7 @@
 """Files that appear whole or not at all, small files of known formats, and checks of checkpoint folders."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -68,25 +69,47 @@ def check_output(path: str | Path, num_bytes: int = 0, replace: bool = False) ->
 
     Raises:
         `ValueError`: if `path` exists, or is a link to nowhere.
-        `OSError`: if it cannot be written, or its disk has less than `num_bytes` left.
+        `OSError`: if it is read-only or cannot be written, or its disk has less than `num_bytes` left.
     """
     path = Path(path)
     if path.is_symlink() and not path.exists():
         raise ValueError(f"output {path} exists: it is a link to nowhere; choose another name, or remove it.")
     if path.is_dir() or (path.exists() and not replace):
         raise ValueError(f"output {path} exists; choose another name, or remove it.")
+    # The permission bits, because an administrator may write to read-only files too.
+    if path.exists() and not path.stat().st_mode & 0o222:
+        raise PermissionError(f"output {path} is read-only; choose another name.")
     parent = next(folder for folder in path.absolute().parents if folder.exists() or folder.is_symlink())
     if not parent.is_dir():
         raise NotADirectoryError(f"output {path} cannot be written: {parent} is not a folder.")
     try:
-        # Permissions alone do not tell: the disk may be read-only or full.
-        with tempfile.TemporaryFile(dir=parent) as file:
+        # Permissions alone do not tell: the disk may be read-only or full, the name too long.
+        with tempfile.NamedTemporaryFile(dir=parent, prefix=f".{path.name}.") as file:
             file.write(b"0")
     except OSError as error:
         raise OSError(f"output {path} cannot be written: {error.strerror or error}.") from error
     free = shutil.disk_usage(parent).free
     if num_bytes > free:
         raise OSError(f"output {path} takes {num_bytes:,} bytes, but its disk has {free:,} left.")
+
+
+def check_image_output(path: str | Path) -> None:
+    """Same as [`check_output`] for an image, which may replace an existing file.
+
+    Args:
+        path (`str` or `Path`): the file.
+
+    Raises:
+        `ValueError`: if its extension is not that of an image format that can be written.
+        `ValueError` or `OSError`: for the reasons of [`check_output`].
+    """
+    path = Path(path)
+    try:
+        # Some formats are registered without a working encoder.
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError(f"output must be an image file such as out.png, got {str(path)!r}.") from error
+    check_output(path, replace=True)
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:
@@ -170,15 +193,21 @@ def check_files(folder: str | Path, *names: str) -> None:
         `OSError`: with the path of the file that is missing, truncated or damaged.
     """
     folder = Path(folder)
+    required: set[Path] = set()
     for name in names:
-        if not any(any(folder.glob(alternative)) for alternative in name.split("|")):
+        paths = {path for alternative in name.split("|") for path in folder.glob(alternative)}
+        if not paths:
             raise OSError(f"checkpoint folder {folder} has no {name.replace('|', ' or ')}; save or download it again.")
+        required |= paths
     for index in sorted(folder.glob("*.safetensors.index*.json")):
         for shard in sorted(set(read_weight_map(index).values())):
             if not (folder / shard).is_file():
                 raise OSError(
                     f"checkpoint folder {folder} has no {shard}, which {index.name} names; download it again."
                 )
+    for path in sorted(required):
+        if path.suffix == ".json" and not read_json(path):
+            raise OSError(f"{path} is empty; save or download it again.")
     for weights in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(weights, framework="pt"):

@@ -124,16 +124,21 @@ class LatteFlowConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LatteFlowConfig":
         """Same as `PreTrainedConfig.from_dict`, but for this model type alone.
 
-        From the configuration of another model `PreTrainedConfig` would build the defaults, a 72B backbone.
+        From the configuration of another model, or without a backbone, `PreTrainedConfig` would build the defaults, a
+        72B backbone.
 
         Raises:
-            `ValueError`: if `config_dict` belongs to another model type.
+            `ValueError`: if `config_dict` belongs to another model type or has no `vlm_config`.
         """
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
                 f"model_type must be {cls.model_type!r}, got {model_type!r}; use "
                 "LatteFlowForConditionalGeneration.from_vlm to build a LaTtE-Flow model from a backbone."
+            )
+        if "vlm_config" not in config_dict and "vlm_config" not in kwargs:
+            raise ValueError(
+                "config.json has no vlm_config, the configuration of the backbone; save or download it again."
             )
         return super().from_dict(config_dict, **kwargs)
 

@@ -21,7 +21,11 @@ from ..files import check_files, read_json
 # The files of each component. Weights may be sharded, or of a variant such as fp16.
 _COMPONENT_FILES = {
     "model": ("config.json", "model.safetensors|model.*.safetensors|model.safetensors.index*.json"),
-    "processor": ("processor_config.json|preprocessor_config.json", "tokenizer.json|vocab.json"),
+    "processor": (
+        "processor_config.json|preprocessor_config.json",
+        "tokenizer.json|vocab.json",
+        "tokenizer_config.json",
+    ),
     "scheduler": ("scheduler_config.json",),
     "vae": ("config.json", "diffusion_pytorch_model.safetensors|diffusion_pytorch_model*"),
 }
@@ -106,9 +110,15 @@ def check_pipeline_files(folder: Path, given: Container[str] = ()) -> None:
     """
     check_files(folder, "model_index.json")
     index = read_json(folder / "model_index.json")
+    for name in ("_class_name", *_COMPONENT_FILES):
+        if name not in index and name not in given:
+            raise OSError(f"{folder / 'model_index.json'} has no {name}; save or download it again.")
     for component, names in _COMPONENT_FILES.items():
         if component not in given and index.get(component) != [None, None]:
             check_files(folder / component, *names)
+            # transformers ignores some of these, or does not name the file, if it cannot read them.
+            for path in sorted((folder / component).glob("*.json")):
+                read_json(path)
             if component == "vae":
                 check_autoencoder(folder / component)
 

@@ -7,6 +7,7 @@ prompts, their encoding is the backbone's key-value cache, and the same backbone
 
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -188,6 +189,29 @@ class LatteFlowPipeline(
         for name, negative in (("negative_prompt", negative_prompt), ("negative_context", negative_context)):
             if negative is not None and not isinstance(negative, str) and len(negative) not in (1, num_prompts):
                 raise ValueError(f"{name} must be one, or one for each of {num_prompts} prompts, got {len(negative)}.")
+        self._check_memory(height, width, num_prompts * num_images_per_prompt, is_guided)
+
+    def _check_memory(self, height: int, width: int, num_images: int, is_guided: bool) -> None:
+        """Refuse a call whose pixels and attention maps alone cannot fit into the memory of the device."""
+        config, device = self.model.config, self._execution_device
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+        elif device.type == "cpu" and hasattr(os, "sysconf"):
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        else:
+            return
+        required = num_images * 3 * height * width * 4
+        if config.residual_attention is not None or config._attn_implementation == "eager":
+            # The scores of one layer and those of the layer before, of latents to latents.
+            num_tokens = height * width // (self.vae_scale_factor * config.latent_patch_size) ** 2
+            num_heads = config.vlm_config.get_text_config().num_attention_heads
+            num_rows = num_images * (2 if is_guided else 1)
+            required += 2 * num_rows * num_heads * num_tokens**2 * self.model.dtype.itemsize
+        if required > memory:
+            raise ValueError(
+                f"{num_images} image(s) of height {height} and width {width} need at least {required / 1e9:,.1f} GB, "
+                f"but {device} has {memory / 1e9:,.1f} GB; use a smaller size or fewer images at once."
+            )
 
     def encode_prompt(
         self,

@@ -170,6 +170,7 @@ assert found["published"].model.generation_config.to_dict() == pipe.model.genera
 """
 
 OFFLINE = """
+from latte_flow_cli import app
 from latte_flow_hf import LatteFlowPipeline
 from diffusers import DiffusionPipeline
 
@@ -177,6 +178,7 @@ out = sys.argv[2]
 np.save(f"{out}/offline.npy", generate(LatteFlowPipeline.from_pretrained("user/pipe")))
 np.save(f"{out}/offline-diffusers.npy", generate(DiffusionPipeline.from_pretrained("user/pipe")))
 np.save(f"{out}/offline-carried.npy", generate(LatteFlowPipeline.from_pretrained("user/carried")))
+app(["info", "--model", "user/pipe"], standalone_mode=False)
 try:
     LatteFlowPipeline.from_pretrained("user/unknown")
     raise SystemExit("from where?")
@@ -215,7 +217,8 @@ def test_to_the_hub_and_back(pushed, hub, saved, expected):
 
 def test_what_was_fetched_is_there_offline(pushed, hub, run_child, tmp_path, expected):
     before = len(hub.requests)
-    run_child(OFFLINE, tmp_path, **{**hub.environment, "HF_HUB_OFFLINE": "1"})
+    said = run_child(OFFLINE, tmp_path, **{**hub.environment, "HF_HUB_OFFLINE": "1"})
+    assert "checkpoint  user/pipe" in said
     assert_images(tmp_path, 3, expected)
     assert len(hub.requests) == before
 
