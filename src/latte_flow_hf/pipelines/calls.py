@@ -88,8 +88,8 @@ class LatteFlowCallsMixin:
 
     @property
     def scheduler(self) -> Any:
-        """The scheduler. During a call, in its callbacks, it is the copy that the call uses. Between calls, its `sigmas`
-        and `timesteps` are those of the last call that ended, same as in other pipelines."""
+        """The scheduler. During a call, in its callbacks, it is the copy that the call uses. Between calls, its
+        `sigmas` and `timesteps` are those of the last call that ended, same as in other pipelines."""
         call = self._running_call
         return self.__dict__["scheduler"] if call is None else call.scheduler
 
