@@ -84,7 +84,7 @@ def as_markdown(rows: list[dict]) -> str:
         steps = row.get("steps_per_expert", row.get("num_inference_steps"))
         accuracies = " | ".join(f"{row['accuracy'][kind]:.1%}" for kind in kinds)
         lost = 100 * (rows[0]["all"] - row["all"])
-        new_noise = "own" if row["new_noise"] is None else row["new_noise"] or "none"
+        new_noise = "-" if row["new_noise"] is None else row["new_noise"] or "none"
         columns = f"{row['solver']} | {new_noise} | {steps} | {row['evaluations']}"
         lines.append(f"| {columns} | {accuracies} | {row['all']:.1%} | {lost:+.1f} |")
     return "\n".join(lines)

@@ -5,7 +5,6 @@ import pytest
 from huggingface_hub import ModelCard
 
 from latte_flow_hf.cards import backbone_card, pipeline_card, state_dict_card
-from latte_flow_hf.conversion import initialize
 
 
 @pytest.mark.parametrize(
@@ -30,10 +29,3 @@ def test_a_card_says_what_it_is_and_how_to_load_it(make, library, words, model):
     assert card.data.library_name == library and (library != "diffusers" or card.data.pipeline_tag == "text-to-image")
     for part in (*words, "## Licence", "latte_flow_hf"):
         assert part in card.text
-
-
-def test_converted_folders_do_not_name_local_paths(backbone_folder, vae_folder, tmp_path):
-    initialize(backbone_folder, vae_folder, 2).write(tmp_path / "out")
-    card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert backbone_folder.name in card.text
-    assert not any(str(tmp_path.parent) in path.read_text() for path in (tmp_path / "out").rglob("*.[jm]*"))

@@ -1,7 +1,13 @@
 """The command line over a small random pipeline and over the embedded checkpoint: what a user types and sees."""
 
+import configparser
 import copy
 import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from typer.testing import CliRunner
 
+from latte_flow_cli import _load, _user_message, app
 from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler
-from latte_flow_hf.cli import app
 
 
 @pytest.fixture(scope="module")
@@ -95,26 +101,226 @@ def test_another_adapter_makes_other_images_of_a_file_of_prompts(folder, adapter
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("generate", "a", "-o", "{tmp}/o.png", "-m", "{folder}", "--lora", "{tmp}/none:0.5"), "none"),
-        (("generate", "a", "-o", "{tmp}/o.png", "-m", "{folder}", "--lora", "{folder}"), "adapter_config.json"),
-        (("generate", "a", "-o", "out"), "output must be an image file"),
-        (("generate", "a", "-o", "{tmp}/o.png", "-m", "{folder}", "--steps", "0"), "num_inference_steps"),
-        (
-            ("generate", "a", "-o", "{tmp}/o.png", "-m", "{folder}", "--size", "30"),
-            "height must be a positive multiple",
-        ),
-        (("generate", "a", "-o", "{tmp}/o.png", "-m", "{folder}", "--image", "{tmp}/none.png"), "none.png"),
+        (("generate", "a", "-o", "{tmp}/o.png", "--lora", "{tmp}/none:0.5"), "none"),
+        (("generate", "a", "-o", "{tmp}/o.png", "--lora", "{folder}"), "adapter_config.json"),
+        (("generate", "a", "-o", "{tmp}/out"), "output must be an image file"),
+        (("generate", "a", "-o", "{tmp}/o.png", "--device", "nowhere"), "device must be one of"),
+        (("generate", "a", "-o", "{tmp}/o.png", "--guidance", "nan"), "guidance_scale must be a finite number"),
+        (("generate", "a", "-o", "{tmp}/o.png", "--size", "30"), "height must be a positive multiple"),
+        (("generate", "a", "-o", "{tmp}/o.png", "--size", "100000"), "height 100000 and width 100000 need at least"),
+        (("generate", "a", "-o", "{tmp}/o.png", "--num-images", "1000000000"), "1000000000 image(s)"),
         (("generate", "a", "-o", "{tmp}/o.png", "-m", "{tmp}/nowhere"), "nowhere"),
-        (("chat", "what?", "-i", "{tmp}/none.png", "-m", "{folder}"), "none.png"),
+        (("chat", "what?", "-m", "{folder}/model_index.json"), "is a file"),
         (("info", "-m", "{tmp}/nowhere"), "nowhere"),
-        (("train", "{tmp}/none.yaml", "-o", "{tmp}/out"), "none.yaml"),
+        (("info", "-m", "nowhere"), "a hub id such as user/name, and there is no folder 'nowhere'"),
+        (("info", "-m", "user/nowhere"), "user/nowhere"),
+        (
+            ("convert", "regroup", "nowhere", "-o", "{tmp}/out", "--experts", "2"),
+            "source must be a folder or a hub id",
+        ),
+        (("convert", "init", "{folder}", "nowhere", "-o", "{tmp}/out"), "autoencoder must be a folder or a hub id"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_writes_nothing(arguments, words, folder, tmp_path):
-    result = run(*[argument.format(tmp=tmp_path, folder=folder) for argument in arguments])
+    arguments = [argument.format(tmp=tmp_path, folder=folder) for argument in arguments]
+    result = run(*arguments, *(() if "-m" in arguments or arguments[0] == "convert" else ("-m", folder)))
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1].startswith("Error: ") and words in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("Error: ") and words in result.stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+# What is found without importing the package.
+USAGE = [
+    (("genrate",), "Did you mean 'generate'?"),
+    (("generate", "a", "--stepz", "3"), "No such option: --stepz"),
+    (("generate", "a", "--steps", "0"), "--steps"),
+    (("generate", "a", "--dtype", "half"), "'float32', 'bfloat16', 'float16'"),
+    (("generate", "a", "--image", "none.png"), "file 'none.png' does not exist"),
+    (("generate",), "either a prompt or --prompts"),
+    (("chat", "what?", "-i", "none.png"), "file 'none.png' does not exist"),
+    (("train", "none.yaml", "-o", "out"), "file 'none.yaml' does not exist"),
+    (("evaluate", "-o", "out.txt"), "must be a .json file"),
+    (("convert", "to-single-file", "a/b", "-o", "out.bin"), "must be a .safetensors file"),
+    (("publish", "none", "--repo-id", "a/b"), "directory 'none' does not exist"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), USAGE)
+def test_usage_errors(arguments, words):
+    result = run(*arguments)
+    assert result.exit_code == 2 and words in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("generate", "--help"), ("--version",), *(line[0] for line in USAGE)]
+)
+def test_help_and_usage_errors_take_no_time(arguments):
+    """Processor time, because the machine may be busy; the package alone takes several seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-m", "latte_flow_cli", *arguments], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == (0 if arguments[-1] in ("--help", "--version") else 2), done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_the_console_script_is_outside_the_package():
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parents[1] / "setup.cfg")
+    assert setup["options.entry_points"]["console_scripts"].strip() == "latte-flow = latte_flow_cli:app"
+    assert setup["options"]["py_modules"] == "latte_flow_cli"
+
+
+def test_version():
+    from latte_flow_hf import __version__
+
+    assert run("--version").stdout == f"latte_flow_hf {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("generate", "a", "-o", "folder.png"), "folder.png exists"),
+        (("generate", "a", "-o", "link.png"), "link.png exists: it is a link"),
+        (("generate", "a", "-o", "read-only.png"), "read-only.png is read-only"),
+        (("generate", "a", "-o", "read-only.png/out.png"), "cannot be written"),
+        (("generate", "a", "-o", "out.txt"), "must be an image file"),
+        (("generate", "a", "-o", "many.png", "--num-images", "2"), "many-1.png exists"),
+        (("generate", "--prompts", "prompts.txt", "-o", "link.png"), "must be a folder"),
+        (("generate", "--prompts", "prompts.txt", "-o", "link"), "link is not a folder"),
+        (("generate", "--prompts", "prompts.txt", "-o", "prompts.txt"), "prompts.txt is not a folder"),
+        (("evaluate", "-o", "folder.json"), "folder.json exists"),
+        (("evaluate", "-o", "link.json"), "link.json exists"),
+        (("convert", "to-single-file", "nowhere", "-o", "link.safetensors"), "link.safetensors exists"),
+        (("convert", "extract-backbone", "nowhere", "-o", "folder.png"), "folder.png exists"),
+        (("convert", "extract-backbone", "nowhere", "-o", "prompts.txt/out"), "cannot be written"),
+        (("train", "recipe.yaml", "-o", "folder.png"), "folder.png exists"),
+        (("train", "recipe.yaml", "-o", "link"), "link exists"),
+        (("demo", "-o", "prompts.txt"), "prompts.txt is not a folder"),
+        (("demo", "-o", "link"), "link is not a folder"),
+    ],
+)
+def test_outputs_are_checked_before_the_work(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder.png", "many-1.png", "folder.json"):
+        Path(name).mkdir()
+    for name in ("link", "link.png", "link.json", "link.safetensors"):
+        Path(name).symlink_to("none")
+    for name in ("read-only.png", "prompts.txt"):
+        Path(name).write_text("a red circle")
+    Path("read-only.png").chmod(0o444)
+    recipe = {"model": {"pipeline": "nowhere"}, "data": {"source": {"path": "tinyworld"}}, "training": {}}
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+    before = sorted(tmp_path.rglob("*"))
+    model = ("-m", "nowhere") if arguments[0] in ("generate", "evaluate") else ()
+    result = run(*arguments, *model)
+    assert result.exit_code == 1 and words in result.stderr and "nowhere" not in result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_device_and_dtype(folder):
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    default = _load(folder, None, "float32")
+    assert default.device.type == ("cpu" if accelerator is None else accelerator.type)
+    assert default.model.dtype == torch.float32
+    half = _load(folder, "cpu", "bfloat16")
+    assert half.device.type == "cpu" and half.model.dtype == half.vae.dtype == torch.bfloat16
+
+
+def test_embedded_weights_are_stored_in_half_and_run_in_float32():
+    import torch
+
+    assert {p.dtype for p in _load(None, "cpu", "float32").model.parameters()} == {torch.float32}
+    assert {p.dtype for p in _load(None, "cpu", "float16").model.parameters()} == {torch.float16}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_generate_and_chat_on_the_device_that_is_named(dtype, folder, tmp_path):
+    out = str(tmp_path / "out.png")
+    options = ("-m", folder, "--device", "cpu", "--dtype", dtype)
+    assert run("generate", "a cross", "-o", out, "--steps", "2", *options).exit_code == 0
+    assert run("chat", "what?", "-i", out, "--max-new-tokens", "2", *options).exit_code == 0
+    (tmp_path / "prompts.txt").write_text("a cross")
+    many = run("generate", "--prompts", str(tmp_path / "prompts.txt"), "-o", str(tmp_path), "--steps", "2", *options)
+    assert many.exit_code == 0 and "1 new images" in many.stdout
+
+
+@pytest.fixture
+def without_network(monkeypatch):
+    """The tests are offline anyway, in a way that huggingface_hub knows of; here it does not."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(without_network, folder, tmp_path):
+    for arguments in (
+        ("info", "-m", "user/nowhere"),
+        ("generate", "a", "-o", str(tmp_path / "out.png"), "-m", "user/nowhere"),
+        ("convert", "regroup", "user/nowhere", "-o", str(tmp_path / "out"), "--experts", "2"),
+        ("publish", folder, "--repo-id", "user/new"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 1 and "cannot be reached" in result.stderr and "Retrying" not in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    recipe = {
+        "model": {"pipeline": "tinyworld"},
+        "data": {"source": {"path": "tinyworld"}},
+        "training": {},
+        "lora": {"experts": [0]},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    result = run("train", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out"))
+    assert result.exit_code == 1 and "peft is not installed" in result.stderr and "'.[train]'" in result.stderr
+
+
+def test_errors_of_the_user_and_bugs():
+    import torch
+
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(10**15)
+    message = _user_message(raised.value)
+    assert message.startswith("out of memory (tried to allocate 4000000000000000 bytes); use smaller images")
+    cuda = RuntimeError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of ...")
+    assert _user_message(cuda).startswith("out of memory (tried to allocate 2.50 GiB);")
+    assert _user_message(MemoryError()).startswith("out of memory; use smaller")
+    assert (
+        _user_message(OSError(28, "No space left on device", "out.png"))
+        == "[Errno 28] No space left on device: 'out.png'"
+    )
+    assert "'.[quantization]'" in _user_message(ModuleNotFoundError("torchao", name="torchao"))
+    assert _user_message(ModuleNotFoundError("No module named 'other'", name="other")) == "No module named 'other'"
+    for bug in (KeyError("a"), TypeError("a"), RuntimeError("a"), AssertionError("a")):
+        assert _user_message(bug) is None
+
+
+JSON_FILES = [
+    "model_index.json",
+    "model/config.json",
+    "processor/tokenizer_config.json",
+    "processor/tokenizer.json",
+    "scheduler/scheduler_config.json",
+    "vae/config.json",
+]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"a"'])
+@pytest.mark.parametrize("file", JSON_FILES)
+def test_a_damaged_json_file_is_named(file, content, folder, tmp_path):
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    (damaged / file).write_text(content)
+    verbs = [("generate", "a", "-o", str(tmp_path / "out.png"))]
+    if file in ("model_index.json", "model/config.json"):
+        verbs.append(("info",))
+    for verb in verbs:
+        result = run(*verb, "-m", str(damaged))
+        assert result.exit_code == 1 and file in result.stderr.splitlines()[-1]
 
 
 def test_chat_answers_and_streams(folder, tmp_path):

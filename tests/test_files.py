@@ -1,12 +1,11 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Atomic writes, locks, reading of JSON and YAML, hashes, and the check of a checkpoint folder."""
+"""Atomic writes, reading of JSON and YAML, hashes, and the check of a checkpoint folder."""
 
 import errno
 import json
 import os
-import subprocess
-import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +18,8 @@ from latte_flow_hf.files import (
     atomic_write,
     check_files,
     check_hash,
+    check_image_output,
     check_output,
-    lock_folder,
     read_json,
     read_weight_map,
     read_yaml,
@@ -167,7 +166,7 @@ def folder(tmp_path):
     """A checkpoint in two shards."""
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"model_type": "small"}')
     weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     for name, file in weight_map.items():
         save_file({name: torch.zeros(64)}, folder / file)
@@ -206,6 +205,14 @@ def test_an_index_that_is_damaged_or_leads_outside_its_folder(content, words, fo
     for check in (lambda: check_files(folder, "config.json"), lambda: read_weight_map(folder / INDEX)):
         with pytest.raises(OSError, match=rf"model\.safetensors\.index\.json {words}"):
             check()
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "null", "3"])
+def test_a_required_json_file_is_empty_or_damaged(content, folder):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(OSError, match=r"config\.json .*save or download it again"):
+        check_files(folder, "config.json")
+    check_files(folder)
 
 
 @pytest.mark.parametrize("name", [INDEX, "model.safetensors.index.fp16.json"])
@@ -268,36 +275,10 @@ def test_an_output_is_checked_and_nothing_is_made(tmp_path, monkeypatch):
             check_output(tmp_path / path)
     with pytest.raises(OSError, match=r"a takes .* bytes, but its disk has"):
         check_output(tmp_path / "a", num_bytes=10**18)
-    monkeypatch.setattr(tempfile, "TemporaryFile", full_disk)
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", full_disk)
     with pytest.raises(OSError, match=r"output .*a cannot be written: No space left"):
         check_output(tmp_path / "a")
     assert names(tmp_path) == ["file.txt", "nowhere"]
-
-
-HOLD = """
-import sys
-from pathlib import Path
-from latte_flow_hf.files import lock_folder
-
-with lock_folder(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_a_folder_is_held_by_one_process_and_free_when_that_is_killed(tmp_path):
-    with lock_folder(tmp_path / "run"):
-        pass
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(OSError, match=rf"run is in use by process {holder.pid} on "), lock_folder(tmp_path / "run"):
-        raise AssertionError("the block must not run")
-    holder.kill()
-    holder.wait()
-    with lock_folder(tmp_path / "run"):
-        pass
 
 
 @pytest.fixture
@@ -342,3 +323,36 @@ def test_a_flipped_bit_is_found_in_every_byte(weights):
     weights.write_bytes(content[:-1])
     with pytest.raises(OSError, match=r"a\.safetensors is damaged"):
         check_hash(weights)
+
+
+@pytest.mark.parametrize("check", [check_output, check_image_output])
+@pytest.mark.parametrize("name", ["new.png", "new/deep/new.png", "to-a-folder/new.png", "new.JPEG"])
+def test_an_output_that_can_be_written(check, name, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "to-a-folder").symlink_to("folder")
+    check(tmp_path / name)
+    assert names(tmp_path) == ["folder", "to-a-folder"] and names(tmp_path / "folder") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("folder.png", "exists; choose another name"),
+        ("read-only.png", "is read-only"),
+        ("n" * 260 + ".png", "cannot be written: File name too long"),
+        *((name, "must be an image file") for name in ("new", "new.txt", "new.psd", "new.h5", "folder")),
+    ],
+)
+def test_an_image_that_cannot_be_written(name, words, tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "read-only.png").write_text("mine")
+    (tmp_path / "read-only.png").chmod(0o444)
+    with pytest.raises((ValueError, OSError), match=rf"^output .*{words}"):
+        check_image_output(tmp_path / name)
+    assert names(tmp_path) == ["folder.png", "read-only.png"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder to which nobody can write")
+def test_an_output_in_a_folder_that_cannot_be_written_to():
+    with pytest.raises(OSError, match=r"output /proc/new\.png cannot be written"):
+        check_output("/proc/new.png")

@@ -87,7 +87,7 @@ def test_save_with_code_refuses_an_existing_folder(with_files, pipe, tmp_path):
     (tmp_path / "out").mkdir()
     if with_files:
         (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"folder .*out exists; choose another name"):
+    with pytest.raises(ValueError, match=r"output .*out exists; choose another name"):
         save_with_code(pipe, tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == ["out"] + ["mine.txt"] * with_files
 

@@ -8,6 +8,7 @@ import pytest
 
 
 SOURCE = Path(__file__).parents[1] / "src" / "latte_flow_hf"
+COMMAND = SOURCE.parent / "latte_flow_cli.py"
 
 # From the lowest to the highest. Subpackages of the same layer do not import each other.
 LAYERS = (
@@ -18,7 +19,7 @@ LAYERS = (
     ("checkpoints", "cards"),
     ("training", "evaluation", "conversion"),
     ("publishing",),
-    ("cli",),
+    ("cli", "transformers_cli"),
 )
 
 
@@ -74,4 +75,13 @@ def test_there_are_no_import_cycles():
 
 def test_imports_are_found():
     assert {"modeling.context", "files", "training.data"} <= imports_of("training.cache")
-    assert "training.train" in imports_of("cli") and "modeling.configuration_latte_flow" in imports_of("")
+    assert "modeling.configuration_latte_flow" in imports_of("")
+
+
+def test_the_command_imports_the_package_only_inside_its_verbs():
+    """Importing any part of the package takes seconds, which help and usage errors would wait for."""
+    allowed = {"functools", "importlib", "pathlib", "re", "time", "typer", "typing"}
+    for node in ast.parse(COMMAND.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert set(names) <= allowed

@@ -11,6 +11,7 @@ resumes an unfinished one from its last checkpoint.
 
 import argparse
 import functools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -353,12 +354,14 @@ def build_checkpoint(stages: Stages, recipe: Recipe, work_dir: Path, output_dir:
     # Don't store local paths: a new pipeline has none.
     pipe.vae.register_to_config(_name_or_path="")
     pipe = LatteFlowPipeline(**pipe.components)
+    texts = " ".join(tokenizer_texts(stages.seed)).lower()
+    pipe.model.config.trained_words = sorted(set(re.findall(r"\w+", texts)))
     with atomic_write(output_dir) as folder:
         pipe.to(torch.float16).save_pretrained(folder)
         # transformers loads weights in the dtype of the configuration, and float32 is faster on a CPU.
-        config_file = folder / "model" / "config.json"
-        config = config_file.read_text(encoding="utf-8")
-        config_file.write_text(config.replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8")
+        for config_file in (folder / "model" / "config.json", folder / "config.json"):
+            config = config_file.read_text(encoding="utf-8")
+            config_file.write_text(config.replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8")
         store_hashes(folder)
     return output_dir
 

@@ -13,6 +13,7 @@ import logging
 logging.getLogger("torchao").setLevel(logging.ERROR)
 
 import diffusers
+import transformers
 
 # The base classes stand here too: for a library it knows, diffusers looks for them beside the class that it loads.
 from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin  # noqa: F401
@@ -26,6 +27,11 @@ from transformers import (
     PreTrainedModel,  # noqa: F401
     ProcessorMixin,  # noqa: F401
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .checkpoints import tiny_checkpoint
 from .modeling.configuration_latte_flow import LatteFlowConfig
@@ -52,6 +58,13 @@ AutoConfig.register("latte_flow", LatteFlowConfig, exist_ok=True)
 for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     auto_class.register(LatteFlowConfig, LatteFlowForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(LatteFlowConfig, LatteFlowProcessor, exist_ok=True)
+# Pipelines, `transformers serve` and `transformers chat` look model classes up by name.
+transformers.LatteFlowForConditionalGeneration = LatteFlowForConditionalGeneration
+for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+    names["latte_flow"] = LatteFlowForConditionalGeneration.__name__
+# transformers' own demands torchvision of every model that takes images.
+PIPELINE_REGISTRY.supported_tasks["any-to-any"]["impl"] = "latte_flow_hf.pipelines.any_to_any.AnyToAnyPipeline"
+LatteFlowForConditionalGeneration.pipeline_class = LatteFlowPipeline
 # `DiffusionPipeline.from_pretrained` looks a pipeline's class up as an attribute of diffusers.
 diffusers.LatteFlowPipeline = LatteFlowPipeline
 # Components from the hub are rejected unless their library is known.

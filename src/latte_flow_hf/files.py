@@ -1,11 +1,11 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Files that appear whole or not at all, locks, small files of known formats, and checks of checkpoint folders."""
+"""Files that appear whole or not at all, small files of known formats, and checks of checkpoint folders."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
@@ -70,19 +69,22 @@ def check_output(path: str | Path, num_bytes: int = 0, replace: bool = False) ->
 
     Raises:
         `ValueError`: if `path` exists, or is a link to nowhere.
-        `OSError`: if it cannot be written, or its disk has less than `num_bytes` left.
+        `OSError`: if it is read-only or cannot be written, or its disk has less than `num_bytes` left.
     """
     path = Path(path)
     if path.is_symlink() and not path.exists():
         raise ValueError(f"output {path} exists: it is a link to nowhere; choose another name, or remove it.")
     if path.is_dir() or (path.exists() and not replace):
         raise ValueError(f"output {path} exists; choose another name, or remove it.")
+    # The permission bits, because an administrator may write to read-only files too.
+    if path.exists() and not path.stat().st_mode & 0o222:
+        raise PermissionError(f"output {path} is read-only; choose another name.")
     parent = next(folder for folder in path.absolute().parents if folder.exists() or folder.is_symlink())
     if not parent.is_dir():
         raise NotADirectoryError(f"output {path} cannot be written: {parent} is not a folder.")
     try:
-        # Permissions alone do not tell: the disk may be read-only or full.
-        with tempfile.TemporaryFile(dir=parent) as file:
+        # Permissions alone do not tell: the disk may be read-only or full, the name too long.
+        with tempfile.NamedTemporaryFile(dir=parent, prefix=f".{path.name}.") as file:
             file.write(b"0")
     except OSError as error:
         raise OSError(f"output {path} cannot be written: {error.strerror or error}.") from error
@@ -91,31 +93,23 @@ def check_output(path: str | Path, num_bytes: int = 0, replace: bool = False) ->
         raise OSError(f"output {path} takes {num_bytes:,} bytes, but its disk has {free:,} left.")
 
 
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder alone. The system ends the lock with its process, so a killed one leaves no stale lock.
+def check_image_output(path: str | Path) -> None:
+    """Same as [`check_output`] for an image, which may replace an existing file.
 
     Args:
-        folder (`Path`): made if it does not exist; the file `lock` in it names the process that holds it.
+        path (`str` or `Path`): the file.
 
     Raises:
-        `OSError`: if another process holds it, with that process.
+        `ValueError`: if its extension is not that of an image format that can be written.
+        `ValueError` or `OSError`: for the reasons of [`check_output`].
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "lock"
-    lock = FileLock(path)
+    path = Path(path)
     try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        owner = path.read_text(encoding="utf-8").strip() if path.exists() else ""
-        raise OSError(
-            f"folder {folder} is in use by {owner or 'another process'}; wait until it ends, or use another folder."
-        ) from error
-    try:
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-        yield
-    finally:
-        lock.release()
+        # Some formats are registered without a working encoder.
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError(f"output must be an image file such as out.png, got {str(path)!r}.") from error
+    check_output(path, replace=True)
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:
@@ -199,15 +193,21 @@ def check_files(folder: str | Path, *names: str) -> None:
         `OSError`: with the path of the file that is missing, truncated or damaged.
     """
     folder = Path(folder)
+    required: set[Path] = set()
     for name in names:
-        if not any(any(folder.glob(alternative)) for alternative in name.split("|")):
+        paths = {path for alternative in name.split("|") for path in folder.glob(alternative)}
+        if not paths:
             raise OSError(f"checkpoint folder {folder} has no {name.replace('|', ' or ')}; save or download it again.")
+        required |= paths
     for index in sorted(folder.glob("*.safetensors.index*.json")):
         for shard in sorted(set(read_weight_map(index).values())):
             if not (folder / shard).is_file():
                 raise OSError(
                     f"checkpoint folder {folder} has no {shard}, which {index.name} names; download it again."
                 )
+    for path in sorted(required):
+        if path.suffix == ".json" and not read_json(path):
+            raise OSError(f"{path} is empty; save or download it again.")
     for weights in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(weights, framework="pt"):
@@ -266,7 +266,10 @@ def check_hash(path: Path) -> bool:
     with open(path, "rb") as file:
         _, metadata = _read_header(file)
         if HASH_KEY in metadata and _hash_weights(file) != metadata[HASH_KEY]:
-            raise OSError(f"{path} is damaged: its content does not have the stored hash; download or save it again.")
+            raise OSError(
+                f"{path} is damaged, or was changed by a tool that kept its metadata: its tensors do not have the "
+                "stored hash; download or save it again."
+            )
         return HASH_KEY in metadata
 
 
@@ -289,3 +292,30 @@ def _hash_weights(file: Any) -> str:
     while chunk := file.read(1 << 24):
         digest.update(chunk)
     return digest.hexdigest()
+
+
+def component_subfolder(checkpoint: str | Path, component: str, **kwargs: Any) -> str:
+    """The subfolder of a component: its name in a saved pipeline, or "" in a checkpoint of the component alone.
+
+    Args:
+        checkpoint (`str` or `Path`): folder or hub id.
+        component (`str`): such as `"model"`.
+        kwargs: arguments of `from_pretrained`; those for the hub are used.
+    """
+    if Path(checkpoint).is_dir():
+        is_pipeline = Path(checkpoint, "model_index.json").is_file()
+    else:
+        from transformers.utils import cached_file
+
+        names = ("cache_dir", "force_download", "token", "revision", "local_files_only", "repo_type")
+        is_pipeline = bool(
+            cached_file(
+                str(checkpoint),
+                "model_index.json",
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                **{name: kwargs[name] for name in names if name in kwargs},
+            )
+        )
+    return component if is_pipeline else ""

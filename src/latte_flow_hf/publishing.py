@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
 
 from .checkpoints import describe
-from .files import atomic_write, check_hash, read_json, store_hash
+from .files import atomic_write, check_hash, check_output, read_json, store_hash
 from .modeling.configuration_latte_flow import LatteFlowConfig
 from .modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from .modeling.processing_latte_flow import LatteFlowProcessor
@@ -129,6 +129,8 @@ def code_files(folder: Path) -> dict[str, str]:
         config, module = read_json(folder / path), index[component][0]
         config["auto_map"] = {auto: f"{module}.{cls.__name__}" for auto, cls in classes.items()}
         files[path] = json.dumps(config, indent=2) + "\n"
+    if "model/config.json" in files:
+        files["config.json"] = files["model/config.json"]
     return files
 
 
@@ -147,8 +149,7 @@ def save_with_code(pipe: DiffusionPipeline, folder: str | Path, **kwargs) -> Pat
         `ValueError`: if the folder exists.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"folder {folder} exists; choose another name, or remove it.")
+    check_output(folder)
     with atomic_write(folder) as partial:
         pipe.save_pretrained(partial, **kwargs)
         for path, text in code_files(partial).items():

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
@@ -238,3 +239,10 @@ def test_an_autoencoder_without_some_of_its_weights(backbone_folder, vae_folder,
     save_file(tensors, file)
     with pytest.raises(ValueError, match=f"1 missing: {lost}"):
         initialize(backbone_folder, tmp_path / "vae", 2)
+
+
+def test_converted_folders_do_not_name_local_paths(backbone_folder, vae_folder, tmp_path):
+    initialize(backbone_folder, vae_folder, 2).write(tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert backbone_folder.name in card.text
+    assert not any(str(tmp_path.parent) in path.read_text() for path in (tmp_path / "out").rglob("*.[jm]*"))

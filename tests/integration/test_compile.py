@@ -1,5 +1,6 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""`torch.compile`: the same velocity from one full graph for each expert, at any timestep.
+"""`torch.compile`: the same velocity from one full graph for each expert, at any timestep; `pipe.compile()`: the same
+images from layers that share their graphs, for calls of any shape.
 
 `backend="eager"` traces and guards as every backend does, but runs the graph as it is, without a compiler.
 """
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from latte_flow_hf import LatteFlowPipeline
 from latte_flow_hf.modeling.context import LatteFlowContext
 
 
@@ -59,6 +61,63 @@ def test_pipeline_with_a_compiled_model(pipe, monkeypatch, dynamo):
     monkeypatch.setattr(pipe.model, "predict_velocity", compiled, raising=False)
     assert torch.equal(generate(), expected)
     assert counters["stats"]["unique_graphs"] == 2
+
+
+# `pipe.compile()`.
+
+
+@pytest.fixture
+def compiled_pipe(make_model, pipe, dynamo) -> LatteFlowPipeline:
+    pipe.register_modules(model=make_model())
+    pipe.compile(backend="eager")
+    return pipe
+
+
+def assert_compiled_graphs(pipe, plain, calls: list[dict], graphs: int) -> None:
+    for call in calls:
+        expected, found = (
+            p(
+                **{"num_inference_steps": 4, **call}, generator=torch.Generator().manual_seed(0), output_type="latent"
+            ).images
+            for p in (plain, pipe)
+        )
+        assert torch.equal(found, expected), call
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+
+
+def test_new_shapes_compile_nothing(compiled_pipe, own_pipe):
+    words = "a red circle left of a blue square "
+    prompts = [{"prompt": words * n} for n in (1, 2, 3, 5, 8, 13)] + [{"prompt": "a"}]
+    batches = [{"prompt": ["a", words, "a cross"][:n]} for n in (2, 3)] + [{"prompt": [words] * 5, "height": 32}]
+    sizes = [{"prompt": "a", "height": h, "width": w} for h, w in ((32, 64), (64, 32), (16, 24), (96, 96), (8, 16))]
+    steps = [{"prompt": "a", "num_inference_steps": n} for n in (1, 2, 5, 13)]
+    steps += [{"prompt": "a", "steps_per_expert": [3, 1]}]
+    # One graph for the first layer of an expert and one for the second, which adds the scores of the first.
+    assert_compiled_graphs(compiled_pipe, own_pipe, prompts + batches + sizes + steps, graphs=2)
+
+
+KINDS = [
+    {"prompt": "a"},
+    {"prompt": "a", "guidance_scale": 1.0},
+    {"prompt": ["a", "a"], "guidance_scale": 1.0},
+    {"prompt": ["a", "a cross"], "guidance_scale": 1.0},
+    {"prompt": "a", "num_images_per_prompt": 2},
+    {"prompt": "a", "num_images_per_prompt": 2, "guidance_scale": 1.0},
+    {"prompt": "a", "height": 8, "width": 8},
+]
+
+
+@pytest.mark.slow
+def test_more_kinds_than_torch_s_own_limit(compiled_pipe, own_pipe):
+    assert torch._dynamo.config.recompile_limit == 8
+    # Prompts without guidance that are padded are of the first kind.
+    assert_compiled_graphs(compiled_pipe, own_pipe, KINDS, graphs=12)
+
+
+def test_after_the_last_graph_images_are_still_right(make_model, pipe, own_pipe, dynamo):
+    pipe.register_modules(model=make_model())
+    pipe.compile(backend="eager", recompile_limit=2)
+    assert_compiled_graphs(pipe, own_pipe, KINDS[:2], graphs=2)
 
 
 @pytest.mark.slow

@@ -25,6 +25,22 @@ def smaller(recipe: str) -> str:
     return yaml.safe_dump(sections)
 
 
+def test_the_guide_to_images_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    kinds = []
+    for kind, _, text in BLOCK.findall((GUIDES / "images_in_prompts.md").read_text()):
+        kinds.append(kind)
+        if kind == "python":
+            exec(compile(text, "images_in_prompts.md", "exec"), {})
+        else:
+            _, *arguments = shlex.split(text)
+            outcome = CliRunner().invoke(app, arguments)
+            assert outcome.exit_code == 0 and "a red circle" in outcome.output
+    assert kinds == ["python", "sh", "python", "python", "python"]
+    printed = capsys.readouterr().out
+    assert "a red circle\nred\n" in printed and "[ 1,  4, 12]" in printed
+
+
 @pytest.mark.parametrize(("guide", "result"), [("train_from_a_vlm", "red-circle.png"), ("add_a_class", "star.png")])
 def test_a_guide_runs_as_it_stands(guide, result, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

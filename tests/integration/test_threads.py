@@ -102,19 +102,20 @@ def test_chats_and_images_together(pipe, picture):
 # What belongs to a call.
 
 
-def test_a_call_leaves_the_scheduler_as_it_is(pipe):
-    scheduler, before = pipe.scheduler, copy.deepcopy(pipe.scheduler)
+def test_a_call_uses_a_copy_of_the_scheduler(pipe):
+    scheduler = pipe.scheduler
     seen = []
 
     def look(pipe, step, timestep, tensors):
         seen.append((len(pipe.scheduler.timesteps), pipe.scheduler.step_index, float(timestep)))
-        assert pipe.scheduler is not scheduler and pipe.components["scheduler"] is pipe.scheduler
+        assert pipe.scheduler is not scheduler and len(scheduler.timesteps) == 1000
+        assert pipe.components["scheduler"] is pipe.scheduler
 
     generate(pipe, **CALLS[0], callback_on_step_end=look)
     # Callbacks see the scheduler of their call.
     assert seen == [(4, 1, 1000.0), (4, 2, 750.0), (4, 3, 500.0), (4, 4, 250.0)]
-    assert pipe.scheduler is scheduler and scheduler.num_inference_steps is None and scheduler.step_index is None
-    assert torch.equal(scheduler.timesteps, before.timesteps)
+    # Afterwards it shows the steps of the last call.
+    assert pipe.scheduler is scheduler and scheduler.timesteps.tolist() == [1000.0, 750.0, 500.0, 250.0]
 
 
 def test_a_scheduler_set_during_a_call_is_for_the_next(pipe):

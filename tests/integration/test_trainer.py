@@ -26,7 +26,7 @@ class TwoImages(Dataset):
         return {"latents": self.latents[index % 2], "prompt": index % 2}
 
 
-def train(model, processor, folder, max_steps, resume=None, callbacks=()):
+def train(model, processor, folder, max_steps, resume=None, callbacks=(), **settings):
     contexts = encode_prompts(model, processor, ["a red circle", "a blue square", ""])
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -40,11 +40,13 @@ def train(model, processor, folder, max_steps, resume=None, callbacks=()):
         remove_unused_columns=False,
         disable_tqdm=True,
         seed=0,
+        **settings,
     )
     trainer = Trainer(
         model,
         arguments,
         train_dataset=TwoImages(64),
+        eval_dataset=TwoImages(8),
         data_collator=TextToImageCollator(contexts, 0.1),
         callbacks=[EMACallback(0.9), IntervalWarmupCallback(6), *callbacks],
     )
@@ -87,3 +89,32 @@ def test_intervals_narrow_by_the_step_also_after_a_resume(model, processor, tmp_
     resumed, recorded = copy.deepcopy(model), RecordOverlaps()
     train(resumed, processor, tmp_path, 8, resume=str(tmp_path / "checkpoint-4"), callbacks=[recorded])
     assert recorded.overlaps == pytest.approx([2 / 6, 1 / 6, 0, 0])
+
+
+def test_evaluation_gives_a_loss_and_the_best_checkpoint_is_loaded(model, processor, tmp_path):
+    settings = {"label_names": ["latents"], "eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True}
+    trainer = train(copy.deepcopy(model), processor, tmp_path, 8, **settings)
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert sorted(losses) == [4, 8]
+    assert trainer.state.best_global_step == min(losses, key=losses.get)
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_images_reach_the_backbone_with_the_trainer_s_defaults(model, processor, picture, tmp_path):
+    model = copy.deepcopy(model)
+    model.vlm.requires_grad_(True)
+    before = hash_module(model.vlm)
+    inputs = processor.encode_conversations([processor.conversation("what is this?", picture)])
+    # The patches of an image are no rows of a batch: one example, and the default collator adds an axis for it.
+    example = {**{name: values[0] for name, values in inputs.items() if name != "pixel_values"}}
+    example |= {"labels": example["input_ids"], "pixel_values": inputs["pixel_values"]}
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=1, report_to=[], disable_tqdm=True, save_strategy="no"
+    )
+    assert arguments.remove_unused_columns
+    seen = []
+    model.vlm.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(int(kwargs["mm_token_type_ids"].sum())), with_kwargs=True
+    )
+    Trainer(model, arguments, train_dataset=[example] * 2).train()
+    assert seen == [16, 16] and hash_module(model.vlm) != before

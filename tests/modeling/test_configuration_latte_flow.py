@@ -160,3 +160,10 @@ def test_boundaries_fall_from_one_to_zero(boundaries):
 def test_timestep_sampling_is_one_of_two():
     with pytest.raises(ValueError, match=r"timestep_sampling must be one of .*, got 'normal'"):
         LatteFlowConfig(vlm_config=vlm_config(), timestep_sampling="normal")
+
+
+@pytest.mark.parametrize("content", [{}, {"model_type": "latte_flow"}, {"num_experts": 2}])
+def test_a_configuration_without_a_backbone_is_refused(content):
+    """transformers would build the defaults, a 72B backbone."""
+    with pytest.raises(ValueError, match="has no vlm_config"):
+        LatteFlowConfig.from_dict(content)

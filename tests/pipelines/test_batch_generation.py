@@ -148,7 +148,7 @@ def test_what_decides_an_image_is_in_its_name(own_pipe, tmp_path):
 def test_bad_input_is_refused_before_a_model_is_loaded(arguments, words, prompts, tmp_path):
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
     result = CliRunner().invoke(app, ["generate", *arguments, "-m", str(tmp_path / "nowhere")])
-    assert result.exit_code == 1 and words in result.stderr and "nowhere" not in result.stderr
+    assert result.exit_code and words in result.stderr and "nowhere" not in result.stderr
 
 
 def test_nothing_is_written_for_invalid_arguments(pipe, tmp_path):

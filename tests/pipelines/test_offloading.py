@@ -6,6 +6,14 @@ import copy
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
+from diffusers.hooks import HookRegistry, apply_faster_cache, apply_layerwise_casting, apply_taylorseer_cache
 from torch.distributed.tensor import DTensor, init_device_mesh
 
 from latte_flow_hf.pipelines.offloading import runs_only_in_forward
@@ -116,3 +124,53 @@ def test_sharded_layers_run_only_in_forward(model, tmp_path):
         assert runs_only_in_forward(tower)
     finally:
         torch.distributed.destroy_process_group()
+
+
+# Caches of diffusers.
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TaylorSeerCacheConfig(),
+        FasterCacheConfig(),
+        FirstBlockCacheConfig(),
+        MagCacheConfig(mag_ratios=[1.0] * 4, num_inference_steps=4),
+        PyramidAttentionBroadcastConfig(),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_enable_cache_is_refused(model, config):
+    with pytest.raises(ValueError, match=f"{type(config).__name__} is not supported: diffusers' caches find no layer"):
+        model.enable_cache(config)
+
+
+def apply_faster(model):
+    config = FasterCacheConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500, tensor_format="BCHW"
+    )
+    apply_faster_cache(model, config)
+
+
+def apply_taylor(model):
+    apply_taylorseer_cache(model.tower, TaylorSeerCacheConfig(cache_identifiers=[r"layers\.\d+\.mlp"]))
+
+
+@pytest.mark.parametrize(
+    ("apply", "hook"), [(apply_faster, "faster_cache_denoiser"), (apply_taylor, "taylorseer_cache")]
+)
+def test_a_call_with_a_cache_is_refused(own_pipe, pipe, apply, hook):
+    apply(own_pipe.model)
+    with pytest.raises(
+        ValueError, match=rf"model has the hooks \['{hook}'\], but caches of diffusers are not supported"
+    ):
+        generate(own_pipe)
+    for module in own_pipe.model.modules():
+        if hasattr(module, "_diffusers_hook"):
+            HookRegistry.check_if_exists_or_initialize(module).remove_hook(hook, recurse=False)
+    torch.testing.assert_close(generate(own_pipe), generate(pipe), rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_that_keep_nothing_are_allowed(own_pipe, pipe):
+    apply_layerwise_casting(own_pipe.model.tower.layers, torch.bfloat16, torch.float32)
+    assert (generate(own_pipe) - generate(pipe)).abs().max() < 0.2

@@ -17,6 +17,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from transformers.utils import logging as transformers_logging
 
 from latte_flow_hf import LatteFlowPipeline, LatteFlowPipelineOutput, LatteFlowScheduler
 from latte_flow_hf.modeling.context import LatteFlowContext
@@ -111,6 +112,89 @@ def test_encode_images_gives_scaled_latents(pipe, vae, picture):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_encode_images_takes_every_source(pipe, picture):
+    expected = pipe.encode_images(picture)
+    array = np.asarray(picture)
+    floats = torch.from_numpy(array / 255).permute(2, 0, 1)
+    for source in (array, torch.from_numpy(array.copy()), floats, floats[None], [picture], array[None]):
+        assert torch.equal(pipe.encode_images(source), expected)
+    batch = pipe.encode_images(np.stack([array, array[::-1]]))
+    assert batch.shape == (2, 4, 8, 8)
+    torch.testing.assert_close(batch[:1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_encode_images_keeps_the_aspect_ratio(pipe, picture):
+    wide = Image.new("RGB", (128, 64), (255, 0, 0))
+    wide.paste(picture, (32, 0))
+    assert pipe.encode_images(wide).shape == (1, 4, 8, 16)
+    expected = pipe.encode_images(picture)
+    assert torch.equal(pipe.encode_images(wide, height=64, width=64), expected)
+    found = pipe.encode_images([wide, picture], height=np.int64(64), width=64)
+    torch.testing.assert_close(found, expected.expand(2, -1, -1, -1), rtol=1e-4, atol=1e-5)
+    # What is no multiple of 8 is cut off, not squeezed.
+    odd = Image.new("RGB", (70, 64))
+    odd.paste(picture, (3, 0))
+    assert torch.equal(pipe.encode_images(odd), expected)
+
+
+def test_encode_images_composites_on_the_processor_s_background(own_pipe):
+    transparent = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    for background, colour in (("white", (255, 255, 255)), ("#102030", (16, 32, 48))):
+        own_pipe.processor.background = background
+        assert torch.equal(
+            own_pipe.encode_images(transparent), own_pipe.encode_images(Image.new("RGB", (64, 64), colour))
+        )
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "message"),
+    [
+        (
+            [(64, 64), (128, 64)],
+            {},
+            "images must have one size, or height and width be given, got sizes [(64, 64), (128",
+        ),
+        ([], {}, "images must have one size"),
+        ([(7, 64)], {}, "images must have 8 pixels a side or more, got (7, 64)."),
+        ([(64, 64)], {"height": 60, "width": 64}, "height must be a positive multiple of 8, got 60."),
+        ([(64, 64)], {"height": 64}, "give both height and width, or neither; got 64 and None."),
+    ],
+)
+def test_encode_images_refuses_what_it_would_squeeze(pipe, images, size, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pipe.encode_images([Image.new("RGB", shape) for shape in images], **size)
+
+
+def test_numbers_of_numpy_are_numbers(pipe):
+    plain = {"height": 64, "width": 64, "num_inference_steps": 2, "num_images_per_prompt": 2, "guidance_scale": 3.0}
+    numpy = {**{name: np.int64(value) for name, value in plain.items()}, "guidance_scale": np.float32(3)}
+    found, expected = (
+        pipe(PROMPT, generator=seeded(), output_type="latent", **numbers).images for numbers in (numpy, plain)
+    )
+    assert torch.equal(found, expected)
+
+
+def test_other_words_and_sizes_than_those_of_a_small_world_are_warned_of(own_pipe, caplog):
+    transformers_logging.warning_once.cache_clear()
+    call = {"num_inference_steps": 2, "output_type": "latent"}
+    own_pipe("a dog", height=128, **call)
+    assert caplog.messages == []
+    own_pipe.model.config.trained_words = ["a", "cat"]
+    own_pipe("a cat", **call)
+    assert caplog.messages == []
+    own_pipe(["a cat", "a dog"], negative_prompt="fog", height=128, **call)
+    assert sorted(message.split(":")[0] for message in caplog.messages) == [
+        "The model never learned the words ['dog', 'fog']",
+        "The model only learned images of 64x64 pixels",
+    ]
+
+
+def test_control_tokens_in_a_prompt_are_text(pipe):
+    found = pipe.encode_prompt("a<|im_end|>", do_classifier_free_guidance=False)[0]
+    plain = pipe.encode_prompt("a", do_classifier_free_guidance=False)[0]
+    assert found.attention_mask.shape[1] > plain.attention_mask.shape[1] + 5
+
+
 def test_return_dict_or_tuple(pipe):
     output = pipe(PROMPT, num_inference_steps=2, output_type="latent", generator=seeded())
     assert isinstance(output, LatteFlowPipelineOutput)
@@ -182,14 +266,11 @@ def test_layers_run_steps_times_layers_per_expert(pipe, model, count_layers, gui
 
 
 def test_steps_per_expert(pipe, model, count_layers):
-    seen = []
     with count_layers(model) as calls:
-        found = generate(
-            pipe, steps_per_expert=[5, 2], callback_on_step_end=lambda pipe, *_: seen.append(pipe.scheduler.experts)
-        )
+        found = generate(pipe, steps_per_expert=[5, 2])
     assert calls == {0: 5, 1: 5, 2: 2, 3: 2}
     assert pipe.num_timesteps == 7
-    assert seen == [[0] * 5 + [1] * 2] * 7
+    assert pipe.scheduler.experts == [0] * 5 + [1] * 2
     even = generate(pipe, steps_per_expert=[2, 2])
     assert not torch.allclose(found, even, **CLOSE)
     # Uniform intervals, evenly spent: the four usual steps.
@@ -556,11 +637,12 @@ BAD_CALLS = [
     ({"messages": [{"role": "user"}]}, "a message must be a dict with `role` and `content`, got {'role': 'user'}."),
     ({"messages": [text("x"), []]}, "got []."),
     ({"messages": text("x"), "image": np.zeros((8, 8, 3), np.uint8)}, "`image` goes with `prompt`"),
-    ({"prompt": PROMPT, "image": np.zeros((8, 8, 3))}, "an image must be a PIL image, a path, a URL"),
-    (
-        {"prompt": PROMPT, "image": 7},
-        "an image must be a PIL image, a path, a URL, or uint8 of shape (height, width, 3), got int",
-    ),
+    ({"prompt": PROMPT, "image": np.zeros((8, 8, 3), np.int64)}, "an image must be a PIL image, a path, a URL"),
+    ({"prompt": PROMPT, "image": np.full((8, 8, 3), 2.0)}, "float values must be from 0 to 1, got 2 to 2"),
+    ({"prompt": PROMPT, "image": 7}, "or floats from 0 to 1, got int."),
+    ({"prompt": "a \ud800"}, "half of a surrogate pair at position 2"),
+    ({"prompt": PROMPT, "height": True}, "height must be a positive multiple of 8, got True."),
+    ({"prompt": PROMPT, "num_images_per_prompt": True}, "num_images_per_prompt must be a positive integer, got True."),
     ({"prompt": PROMPTS, "image": [None, None]}, "image must be one, or one for each of 3 prompts, got 2."),
     ({"prompt": PROMPT, "height": 60}, "height must be a positive multiple of 8, got 60."),
     ({"prompt": PROMPT, "width": 65}, "width must be a positive multiple of 8, got 65."),

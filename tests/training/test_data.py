@@ -4,9 +4,11 @@ import json
 import tarfile
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 
+from latte_flow_hf.training.collator import PromptTokenizer
 from latte_flow_hf.training.data import (
     CaptionedImageDataset,
     CaptionedImageStream,
@@ -244,3 +246,70 @@ def test_a_conversation_that_cannot_be_used_is_replaced_and_named(processor, cap
     assert "conversation number 1 of `understanding` cannot be used" in caplog.text and "none.png" in caplog.text
     with pytest.raises(ValueError, match="none of 1 conversations can be used"):
         ConversationDataset(rows[1:], processor.conversation, UnreadableImages(1))[0]
+
+
+def image_rows(*images, **settings) -> ImageRows:
+    rows = [{"image": image, "prompt": "a red circle"} for image in images]
+    return ImageRows(rows, DataSettings(source={"path": "any"}, size=8, **settings), "")
+
+
+def test_images_are_read_as_in_prompts(tmp_path):
+    transparent, deep = Image.new("RGBA", (8, 8), (9, 9, 9, 0)), Image.fromarray(np.full((8, 8), 100 * 257, np.uint16))
+    turned = Image.new("RGB", (8, 16))
+    turned.paste((255, 0, 0), (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    sources = []
+    for number, (image, options) in enumerate(((transparent, {}), (deep, {}), (turned, {"exif": exif}))):
+        path = tmp_path / f"{number}.png"
+        image.save(path, **options)
+        sources.append(
+            [{"bytes": path.read_bytes(), "path": None}, {"bytes": None, "path": str(path)}, Image.open(path)]
+        )
+    colours = {"white": (255, 255, 255), "#010203": (1, 2, 3)}
+    for background, colour in colours.items():
+        for source in sources[0]:
+            rows = image_rows(source, background=background)
+            assert rows.image(rows.dataset[0]).getpixel((4, 4)) == colour
+    for source in sources[1]:
+        assert image_rows(source).image({"image": source}).getpixel((4, 4)) == (100, 100, 100)
+    for source in sources[2]:
+        # Red is to the right of black, and the centre is cut out.
+        found = image_rows(source).image({"image": source})
+        assert found.getpixel((7, 4)) == (255, 0, 0) and found.getpixel((0, 4)) == (0, 0, 0)
+
+
+def test_a_background_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="background must be a colour"):
+        DataSettings.from_dict({"source": {"path": "any"}, "background": "reddish"})
+
+
+def test_images_that_cannot_be_used_are_replaced_and_named(caplog):
+    bad = [np.full((8, 8), 3.0), {"bytes": b"none", "path": None}, {"bytes": None, "path": None}, None, 7]
+    rows = image_rows(*bad, Image.new("RGB", (8, 8), "red"))
+    unreadable = UnreadableImages(len(bad))
+    assert CaptionedImageDataset(rows, 0, unreadable)[0]["name"] == f"number {len(bad)}"
+    assert list(unreadable.reasons) == [f"number {index}" for index in range(len(bad))]
+    assert "float values must be from 0 to 1, got 3 to 3" in unreadable.reasons["number 0"]
+
+
+def test_captions_that_cannot_be_encoded_are_skipped_and_control_tokens_are_text(processor):
+    rows = image_rows(*[Image.new("RGB", (8, 8))] * 2)
+    rows.dataset[0]["prompt"] = "half a pair: \ud800"
+    unreadable = UnreadableImages(1)
+    assert CaptionedImageDataset(rows, 0, unreadable)[0]["name"] == "number 1"
+    assert "half of a surrogate pair" in unreadable.reasons["number 0"]
+    inputs = PromptTokenizer(processor)(["<|image_pad|><|im_end|>", "a cross"])
+    assert not (inputs["input_ids"] == processor.image_token_id).any() and not inputs["mm_token_type_ids"].any()
+
+
+def test_conversations_with_control_tokens_are_skipped_and_named(processor):
+    def turns(question: str) -> dict:
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "yes"}]}
+
+    unreadable = UnreadableImages(1)
+    rows = [turns("is<|im_end|> it?"), turns("is it?")]
+    data = ConversationDataset(rows, processor.training_conversation, unreadable)
+    assert data[0] == data[1]
+    (reason,) = unreadable.reasons.values()
+    assert "contains the control tokens ['<|im_end|>']" in reason

@@ -43,10 +43,14 @@ def describe(checkpoint: str) -> list[str]:
     from transformers import AutoConfig
     from transformers.utils import cached_file
 
+    from ..files import check_files
     from ..modeling.configuration_latte_flow import LatteFlowConfig
     from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
     from ..modeling.sampling import describe_sampling
 
+    if (Path(checkpoint) / "model_index.json").exists():
+        check_files(checkpoint, "model_index.json")
+        check_files(Path(checkpoint) / "model", "config.json")
     is_pipeline = cached_file(checkpoint, "model_index.json", _raise_exceptions_for_missing_entries=False) is not None
     config = AutoConfig.from_pretrained(checkpoint, subfolder="model" if is_pipeline else "")
     if not isinstance(config, LatteFlowConfig):

@@ -42,6 +42,11 @@ class Plan:
     check: Callable[[Weights], str]
     single_file: bool = False
 
+    def __post_init__(self) -> None:
+        # As in `write_root_config`.
+        if not self.single_file and {"model_index.json", "model/config.json"} <= self.small_files.keys():
+            self.small_files = {**self.small_files, "config.json": self.small_files["model/config.json"]}
+
     @property
     def num_bytes(self) -> int:
         """Size of the output in bytes, without the headers and indices of weights files (some kilobytes)."""

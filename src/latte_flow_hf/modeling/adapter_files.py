@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,8 +20,11 @@ from transformers.utils import cached_file
 from ..files import check_files, read_json
 
 
-if TYPE_CHECKING:
-    from peft import PeftConfig
+# PEFT is an extra. In `try`, or code that a checkpoint carries could not be loaded without it.
+try:
+    import peft
+except ImportError:
+    peft = None  # type: ignore[assignment]
 
 
 CONFIG_NAME = "adapter_config.json"
@@ -153,7 +156,7 @@ def convert_adapter_keys(
     return converted, alphas
 
 
-def infer_lora_config(state_dict: Mapping[str, torch.Tensor], alphas: Mapping[str, float]) -> "PeftConfig":
+def infer_lora_config(state_dict: Mapping[str, torch.Tensor], alphas: Mapping[str, float]) -> "peft.PeftConfig":
     """The `LoraConfig` of an adapter that came without one: ranks from the shapes, the scale of a module
     alpha / rank, and 1 if it has no alpha (as in diffusers).
 
@@ -163,7 +166,6 @@ def infer_lora_config(state_dict: Mapping[str, torch.Tensor], alphas: Mapping[st
     Raises:
         `ValueError`: if it is empty, or has keys that are not those of LoRA.
     """
-    from peft import LoraConfig
 
     matches = {key: _LORA_KEY.fullmatch(key) for key in state_dict}
     others = sorted(key for key, match in matches.items() if match is None)
@@ -180,7 +182,7 @@ def infer_lora_config(state_dict: Mapping[str, torch.Tensor], alphas: Mapping[st
         raise ValueError(f"the adapter has no LoRA matrices, only {sorted(state_dict)[:3]}.")
     r = Counter(ranks.values()).most_common(1)[0][0]
     scaled = {module: alphas.get(module, rank) for module, rank in ranks.items()}
-    return LoraConfig(
+    return peft.LoraConfig(
         r=r,
         lora_alpha=r,
         target_modules="|".join(map(re.escape, ranks)),

@@ -18,11 +18,11 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import is_peft_available, logging
+from transformers.utils import is_peft_available
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from .adapter_files import DOWNLOAD_ARGUMENTS, convert_adapter_keys, infer_lora_config, read_adapter
@@ -30,11 +30,12 @@ from .configuration_latte_flow import LatteFlowConfig
 from .sampling import check_sampling
 
 
-if TYPE_CHECKING:
-    from peft import PeftConfig
+# PEFT is an extra. In `try`, or code that a checkpoint carries could not be loaded without it.
+try:
+    import peft
+except ImportError:
+    peft = None  # type: ignore[assignment]
 
-
-logger = logging.get_logger(__name__)
 
 _SAMPLING_MARK = re.compile(r"\(\?#latte_flow_sampling ([^)]*)\)")
 _MARK = re.compile(r"\(\?#latte_flow ([^)]*)\)")
@@ -120,7 +121,7 @@ def check_adapter(config: LatteFlowConfig, target_modules: Any, name: str) -> No
         )
 
 
-def check_adapter_config(model: nn.Module, config: "PeftConfig", name: str) -> None:
+def check_adapter_config(model: nn.Module, config: "peft.PeftConfig", name: str) -> None:
     """Refuse what would be loaded, but not be what was trained, or could not be removed again.
 
     Args:
@@ -131,11 +132,10 @@ def check_adapter_config(model: nn.Module, config: "PeftConfig", name: str) -> N
     Raises:
         `ValueError`: with the name of the method or of the setting, and what to use instead.
     """
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     check_adapter(model.config, getattr(config, "target_modules", None), name)
     method = _method(config)
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)  # type: ignore[call-overload]
+    tuner = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)  # type: ignore[call-overload]
     if config.is_prompt_learning or tuner is None or config.is_adaption_prompt:
         raise ValueError(f"adapter {name!r} is of the method {method}, which changes no layer; use LoRA, for example.")
     if getattr(tuner, "uses_shared_state", False) or method in _METHODS_WITH_SHARED_WEIGHTS:
@@ -157,16 +157,15 @@ def check_adapter_config(model: nn.Module, config: "PeftConfig", name: str) -> N
         _check_dora(model, config, name)
 
 
-def _check_dora(model: nn.Module, config: "PeftConfig", name: str) -> None:
+def _check_dora(model: nn.Module, config: "peft.PeftConfig", name: str) -> None:
     """DoRA divides by the norm of each row of a weight; a new tower has maps that are zero."""
-    from peft.tuners.tuners_utils import check_target_module_exists
 
     zero = [
         module_name
         for module_name, module in model.named_modules()
         if isinstance(weight := getattr(getattr(module, "base_layer", module), "weight", None), torch.Tensor)
         and weight.ndim > 1
-        and check_target_module_exists(config, module_name)
+        and peft.tuners.tuners_utils.check_target_module_exists(config, module_name)
         and not weight.flatten(1).any(dim=1).all()
     ]
     if zero:
@@ -182,19 +181,17 @@ def adapter_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     (`modules_to_save`)."""
     if not is_peft_available():
         return
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
 
     for name, module in list(model.named_modules()):
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        if isinstance(module, (peft.tuners.tuners_utils.BaseTunerLayer, peft.utils.other.AuxiliaryTrainingWrapper)):
             yield name, module
 
 
-def _method(config: "PeftConfig") -> str:
+def _method(config: "peft.PeftConfig") -> str:
     return getattr(config.peft_type, "value", str(config.peft_type))
 
 
-def _is_scalable(config: "PeftConfig", module: Any) -> bool:
+def _is_scalable(config: "peft.PeftConfig", module: Any) -> bool:
     return _method(config) in SCALABLE_METHODS and not _replaces_module(module)
 
 
@@ -279,9 +276,10 @@ class LatteFlowAdapterMixin:
         if config is None:
             config = infer_lora_config(state_dict, alphas)
             if not alphas and any(key.startswith(("base_model.", "tower.", "vlm.")) for key in stored):
-                logger.warning(
+                warnings.warn(
                     f"adapter {label!r} came without a configuration: its scale is taken to be 1 (lora_alpha = r). "
-                    "If it was trained with another one, give its configuration as peft_config."
+                    "If it was trained with another one, give its configuration as peft_config.",
+                    stacklevel=2,
                 )
         elif alphas:
             raise ValueError(
@@ -313,17 +311,15 @@ class LatteFlowAdapterMixin:
         self.set_adapter_weights({**active, name: 1.0} if name in active else {name: 1.0})
         return LoadStateDictInfo(set(), set(), set(), [], {}, set())
 
-    def _adapter_config(self, config: Any, label: str) -> "PeftConfig | None":
-        from peft import PeftConfig
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    def _adapter_config(self, config: Any, label: str) -> "peft.PeftConfig | None":
 
-        if config is None or isinstance(config, PeftConfig):
+        if config is None or isinstance(config, peft.PeftConfig):
             return copy.deepcopy(config)
         # The metadata that diffusers writes have no method, which is then LoRA.
         method = config.get("peft_type", "LORA")
-        if method not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        if method not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
             raise ValueError(f"adapter {label!r} is of the method {method!r}, which the installed PEFT does not know.")
-        return PeftConfig.from_peft_type(**{**config, "peft_type": method})
+        return peft.PeftConfig.from_peft_type(**{**config, "peft_type": method})
 
     def _check_adapter_name(self, name: str) -> None:
         # PEFT finds the keys of an adapter by its name between dots.
@@ -333,27 +329,24 @@ class LatteFlowAdapterMixin:
                 f"adapter_name must not be empty, contain a dot or be the name of a module, got {name!r}."
             )
 
-    def _peft_configs(self) -> dict[str, "PeftConfig"]:
+    def _peft_configs(self) -> dict[str, "peft.PeftConfig"]:
         return getattr(self, "peft_config", None) or {}
 
     def _plain_state_dict(self, name: str) -> dict[str, torch.Tensor]:
-        from peft import get_peft_model_state_dict
 
         # `save_embedding_layers="auto"` would ask the hub for the base model.
-        return get_peft_model_state_dict(self, adapter_name=name, save_embedding_layers=False)
+        return peft.get_peft_model_state_dict(self, adapter_name=name, save_embedding_layers=False)
 
-    def _insert_adapter(self, config: "PeftConfig", state_dict: Any, name: str, label: str) -> None:
+    def _insert_adapter(self, config: "peft.PeftConfig", state_dict: Any, name: str, label: str) -> None:
         """Add the layers of an adapter and load its weights, all of them or none."""
-        from peft import inject_adapter_in_model, set_peft_model_state_dict
-        from peft.functional import cast_adapter_dtype
 
         try:
             with warnings.catch_warnings():
                 # A second adapter is no reason for a warning.
                 warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-                inject_adapter_in_model(config, self, name)  # type: ignore[arg-type]
+                peft.inject_adapter_in_model(config, self, name)  # type: ignore[arg-type]
             # Same as `PeftModel.from_pretrained`: the weights of an adapter stay float32 in a model of half precision.
-            cast_adapter_dtype(self, name)  # type: ignore[arg-type]
+            peft.tuners.tuners_utils.cast_adapter_dtype(self, name)  # type: ignore[arg-type]
             self._hf_peft_config_loaded = True
             expected = self._plain_state_dict(name)
             for problem, keys in (
@@ -370,7 +363,7 @@ class LatteFlowAdapterMixin:
             ):
                 if keys:
                     raise ValueError(f"adapter {label!r} {problem} {len(keys)} weights: {_some(sorted(keys))}.")
-            set_peft_model_state_dict(self, state_dict, name)
+            peft.set_peft_model_state_dict(self, state_dict, name)
             # New modules, dropout for one, are in training mode.
             self.train(self.training)  # type: ignore[attr-defined]
         except Exception:
@@ -381,7 +374,7 @@ class LatteFlowAdapterMixin:
                 self._remove_from_modules(name)
             raise
 
-    def add_adapter(self, adapter_config: "PeftConfig", adapter_name: str | None = None) -> None:
+    def add_adapter(self, adapter_config: "peft.PeftConfig", adapter_name: str | None = None) -> None:
         """Same as `PreTrainedModel.add_adapter`, with the checks of `load_adapter`.
 
         Raises:

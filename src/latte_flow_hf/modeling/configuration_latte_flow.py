@@ -50,6 +50,10 @@ class LatteFlowConfig(PreTrainedConfig):
         sampling (`dict`, *optional*):
             Steps and guidance that the pipeline uses if a call gives none, see [`modeling.sampling.check_sampling`].
             Distillation sets them.
+        trained_words (`list[str]`, *optional*):
+            For a model of a small world: the words of all texts that it was trained on, in lower case. Other words,
+            and other sizes than `sample_size`, are warned of. (Chosen for the embedded checkpoint, whose images of
+            anything else are blobs.)
 
     Raises:
         `ValueError`: if `num_experts` does not divide the backbone's layers, or another value is out of range.
@@ -71,6 +75,7 @@ class LatteFlowConfig(PreTrainedConfig):
     timestep_embed_dim: int = None  # type: ignore[assignment]
     timestep_sampling: str = "uniform"
     sampling: dict[str, Any] | None = None
+    trained_words: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -126,16 +131,21 @@ class LatteFlowConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LatteFlowConfig":
         """Same as `PreTrainedConfig.from_dict`, but for this model type alone.
 
-        From the configuration of another model `PreTrainedConfig` would build the defaults, a 72B backbone.
+        From the configuration of another model, or without a backbone, `PreTrainedConfig` would build the defaults, a
+        72B backbone.
 
         Raises:
-            `ValueError`: if `config_dict` belongs to another model type.
+            `ValueError`: if `config_dict` belongs to another model type or has no `vlm_config`.
         """
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
                 f"model_type must be {cls.model_type!r}, got {model_type!r}; use "
                 "LatteFlowForConditionalGeneration.from_vlm to build a LaTtE-Flow model from a backbone."
+            )
+        if "vlm_config" not in config_dict and "vlm_config" not in kwargs:
+            raise ValueError(
+                "config.json has no vlm_config, the configuration of the backbone; save or download it again."
             )
         return super().from_dict(config_dict, **kwargs)
 

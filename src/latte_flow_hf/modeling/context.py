@@ -5,12 +5,17 @@ Shapes: P prompts, G key-value heads, T prompt tokens, d head size.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -111,6 +116,38 @@ def check_prompts(input_ids: torch.Tensor | None, attention_mask: torch.Tensor |
         )
 
 
+def warn_of_long_prompts(
+    input_ids: torch.Tensor, mm_token_type_ids: torch.Tensor | None, text_config: PreTrainedConfig
+) -> None:
+    """Warn once if a prompt (P, T) has more tokens of text than the backbone has positions.
+
+    Tokens of images are not counted: there are more of them than they take positions.
+    """
+    max_positions = getattr(text_config, "max_position_embeddings", None)
+    num_tokens = input_ids.shape[-1]
+    if max_positions is not None and num_tokens > max_positions and mm_token_type_ids is not None:
+        num_tokens = int((mm_token_type_ids == 0).sum(dim=-1).max())
+    if max_positions is not None and num_tokens > max_positions:
+        logger.warning_once(
+            f"A prompt has more tokens than the {max_positions} positions that the backbone was trained on "
+            "(max_position_embeddings): answers and images will not follow it. Use a shorter prompt."
+        )
+
+
+def warn_of_unknown_words(conversations: list[list[dict]], trained_words: Collection[str] | None) -> None:
+    """Warn once of words that a model of a small world never learned; `None` as its words is no small world."""
+    if trained_words is None:
+        return
+    texts = [part.get("text", "") for messages in conversations for message in messages for part in message["content"]]
+    words = dict.fromkeys(word for text in texts for word in re.findall(r"\w+", text.lower()))
+    unknown = [word for word in words if word not in trained_words]
+    if unknown:
+        logger.warning_once(
+            f"The model never learned the words {unknown}: expect a wrong answer or image. It knows "
+            f"{', '.join(sorted(trained_words))}."
+        )
+
+
 def prefill_context(
     vlm: PreTrainedModel,
     has_mrope: bool,
@@ -126,6 +163,7 @@ def prefill_context(
     those of [`~LatteFlowForConditionalGeneration.encode_context`].
     """
     check_prompts(input_ids, attention_mask)
+    warn_of_long_prompts(input_ids, mm_token_type_ids, vlm.config.get_text_config(decoder=True))
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     has_images = vision_inputs.get("image_grid_thw") is not None

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
@@ -35,7 +35,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb, eager_attention_forward
 from transformers.utils import can_return_tuple, logging
 
-from ..files import check_files
+from ..files import check_files, component_subfolder
 from .adapters import LatteFlowAdapterMixin
 from .attention import (
     check_attention_implementation,
@@ -45,7 +45,7 @@ from .attention import (
 )
 from .backbone import check_decoder, linear_like, rms_norm_like
 from .configuration_latte_flow import LatteFlowConfig
-from .context import LatteFlowContext, check_prompts, prefill_context
+from .context import LatteFlowContext, check_prompts, prefill_context, warn_of_long_prompts, warn_of_unknown_words
 from .conversion_mapping import CHECKPOINT_CONVERSIONS
 from .distributed import all_gather_list, randn_local_rows, rank_and_world_size
 from .flow_matching import (
@@ -523,14 +523,35 @@ class LatteFlowPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
 
 
+class FiniteLogits(LogitsProcessor):
+    """Passes logits through unchanged.
+
+    Raises:
+        `ValueError`: when called, if the largest logit of a row is not finite. An answer would then be empty.
+    """
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        # The largest of a row, since logits of forbidden tokens are -inf. NaN counts as the largest.
+        if not torch.isfinite(scores.amax(dim=-1)).all():
+            raise ValueError(
+                f"the backbone's logits are not finite in dtype {scores.dtype}. Use dtype=torch.float32 or "
+                "torch.bfloat16; if that does not help, the weights are damaged."
+            )
+        return scores
+
+
 class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrainedModel, GenerationMixin):
     """A frozen vision-language model, and beside it a tower of timestep experts that generates images.
 
     `self.vlm` is the backbone as transformers builds it: text through this class is text through the backbone.
+    `pipeline_class` is set by the package, since pipelines are built on models: `generate` makes images with it.
 
     Args:
         config ([`LatteFlowConfig`]): the architecture. All weights are random; `from_vlm` starts from a backbone.
     """
+
+    output_modalities = ("image", "text")
+    pipeline_class: Any = None
 
     def __init__(self, config: LatteFlowConfig):
         super().__init__(config)
@@ -545,13 +566,16 @@ class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrain
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any):
-        """Same as `PreTrainedModel.from_pretrained`, but the weights must be exactly those of the model.
+        """Same as `PreTrainedModel.from_pretrained`, but the weights must be exactly those of the model, and the
+        folder or hub id may be that of a whole pipeline.
 
         Raises:
             `OSError`: if a local folder has no configuration, or its weights are truncated.
             `ValueError`: if weights are missing or unexpected, or have another shape. With
                 `ignore_mismatched_sizes=True` weights of another shape are allowed and initialised anew.
         """
+        if pretrained_model_name_or_path is not None and not kwargs.get("subfolder"):
+            kwargs["subfolder"] = component_subfolder(pretrained_model_name_or_path, "model", **kwargs)
         folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
         if pretrained_model_name_or_path is not None and folder.is_dir():
             check_files(folder, "config.json|adapter_config.json")
@@ -653,6 +677,11 @@ class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrain
         )
 
     @property
+    def trained_words(self) -> list[str] | None:
+        """The words that the model knows, if it is one of a small world. An adapter may have taught it others."""
+        return None if self._hf_peft_config_loaded else self.config.trained_words
+
+    @property
     def training_experts(self) -> list[int]:
         """The experts that a training step is split over: those with a trainable weight, adapters included.
 
@@ -696,14 +725,73 @@ class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrain
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return self.vlm.prepare_inputs_for_generation(*args, **kwargs)
 
+    def get_image_features(self, *args: Any, **kwargs: Any):
+        return self.vlm.get_image_features(*args, **kwargs)
+
     @apply_forward_hook
     @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, **kwargs: Any):
-        """Text, as the backbone's own `generate`: same arguments, same tokens."""
-        if generation_config is None:
-            generation_config = copy.deepcopy(self.generation_config)
-            kwargs = generation_config.update(**kwargs)
-        return self.vlm.generate(inputs, generation_config=generation_config, **kwargs)
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        generation_mode: str = "text",
+        **kwargs: Any,
+    ):
+        """Text, as the backbone's own `generate`: same arguments, same tokens. Or images.
+
+        Args:
+            inputs (`torch.Tensor`, *optional*): (batch, length), another name of `input_ids`.
+            generation_config (`GenerationConfig`, *optional*):
+                What it leaves open is taken from the checkpoint's. Arguments come before both.
+            generation_mode (`str`, defaults to `"text"`):
+                `"image"` generates images with the other components of the pipeline that the model was loaded from.
+            kwargs: the processor's output, and arguments of the backbone's `generate`, or, with `"image"`, of
+                [`LatteFlowPipeline`], such as `guidance_scale`. Arguments that are for text alone then have no effect.
+
+        Returns:
+            Tokens, or images (batch, 3, height, width) with values from 0 to 1; see
+            [`~LatteFlowProcessor.post_process_multimodal_output`].
+
+        Raises:
+            `ValueError`: if there is no such mode, or the model was loaded without a pipeline.
+        """
+        if generation_mode == "image":
+            return self._generate_images(inputs, **kwargs)
+        if generation_mode != "text":
+            raise ValueError(f"generation_mode must be 'text' or 'image', got {generation_mode!r}.")
+        # As in `GenerationMixin`. Merged here, because the backbone has another generation config than the model.
+        merged = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
+        if generation_config is not None:
+            merged.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
+        kwargs = merged.update(**kwargs)
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        if input_ids is not None:
+            warn_of_long_prompts(input_ids, kwargs.get("mm_token_type_ids"), self.config.text_config)
+        return self.vlm.generate(inputs, generation_config=merged, **kwargs)
+
+    def _generate_images(self, inputs: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+        if getattr(self, "_image_pipeline", None) is None:
+            checkpoint = self.name_or_path
+            if not component_subfolder(checkpoint, "model"):
+                checkpoint = str(Path(checkpoint).parent)
+            if not checkpoint or self.pipeline_class is None or not component_subfolder(checkpoint, "model"):
+                raise ValueError(
+                    "generation_mode='image' needs the other components of a pipeline: load the model from the folder "
+                    f"of a pipeline, or use LatteFlowPipeline; this one was loaded from {self.name_or_path!r}."
+                )
+            self._image_pipeline = self.pipeline_class.from_pretrained(checkpoint, model=self)
+            self._image_pipeline.set_progress_bar_config(disable=True)
+        names = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+        encoded = {name: kwargs.pop(name) for name in names if name in kwargs}
+        if inputs is not None:
+            encoded["input_ids"] = inputs
+        num_images = kwargs.pop("num_return_sequences", None)
+        if num_images is not None:
+            kwargs["num_images_per_prompt"] = num_images
+        arguments = inspect.signature(self.pipeline_class.__call__).parameters
+        only_text = {*vars(GenerationConfig()), "tokenizer", "streamer", "logits_processor", "stopping_criteria"}
+        kwargs = {name: value for name, value in kwargs.items() if name in arguments or name not in only_text}
+        return self._image_pipeline(context=self.encode_context(**encoded), output_type="pt", **kwargs).images
 
     @can_return_tuple
     def forward(
@@ -712,6 +800,7 @@ class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrain
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         latents: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
@@ -724,7 +813,8 @@ class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrain
         """Without `latents` or `states` the backbone's own output, with them the training losses.
 
         Args:
-            input_ids, attention_mask, pixel_values, image_grid_thw, labels, and anything else: as for the backbone.
+            input_ids, attention_mask, pixel_values, image_grid_thw, mm_token_type_ids, labels, and anything else: as
+                for the backbone. (The `Trainer` removes what the signature does not name.)
             latents (`torch.Tensor`, *optional*): (B, C, height, width), clean latents of the images that the prompts
                 describe, scaled as by `pipe.encode_images`.
             noise (`torch.Tensor`, *optional*): same shape as `latents`; drawn if not given.
@@ -747,6 +837,9 @@ class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrain
             "image_grid_thw": image_grid_thw,
             **kwargs,
         }
+        # Left out rather than `None`: not every backbone has it.
+        if mm_token_type_ids is not None:
+            inputs["mm_token_type_ids"] = mm_token_type_ids
         if latents is None and states is None:
             return self.vlm(labels=labels, **inputs)
         prompts = inputs if context is None else context
@@ -1032,29 +1125,46 @@ class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrain
         images: Any = None,
         streamer: Any = None,
         device: torch.device | None = None,
+        generation_config: GenerationConfig | None = None,
         **generate_kwargs: Any,
     ) -> str:
         """Answer a question or continue a conversation.
 
+        The length of the answer is that of `generate_kwargs`, else of `generation_config`, else of the checkpoint's
+        generation config, else at most 256 tokens.
+
         Args:
             processor ([`LatteFlowProcessor`]): the processor of the model.
             messages (`str` or `list[dict]`): a question, or a conversation in the chat-template form.
-            images (*optional*): an image or a list of them (PIL image, array, path or URL) that precede the question;
-                only with a string.
+            images (*optional*): an image or a list of them that precede the question, only with a string; see
+                [`load_rgb_image`].
             streamer (*optional*): a transformers streamer that receives the tokens while they are generated.
             device (`torch.device`, *optional*): where the model runs, if that differs from `model.device` because of
                 off-loading.
-            generate_kwargs: arguments of `generate`; `max_new_tokens` is 256 unless given.
+            generation_config (`GenerationConfig`, *optional*): as for `generate`.
+            generate_kwargs: arguments of `generate`.
 
         Returns:
             `str`: the answer.
 
         Raises:
-            `ValueError`: if `messages` is empty, or an image cannot be read.
+            `ValueError`: if `messages` is empty, an image cannot be read, several answers are asked for, or the
+                backbone's logits are not finite.
         """
-        inputs = processor.encode_conversations([processor.conversation(messages, images)])
-        inputs = inputs.to(self.device if device is None else device)
-        tokens = self.generate(**inputs, streamer=streamer, **{"max_new_tokens": 256, **generate_kwargs})
+        levels = [generate_kwargs]
+        levels += [config.to_dict() for config in (generation_config, self.generation_config) if config is not None]
+        num_answers = next((level["num_return_sequences"] for level in levels if level.get("num_return_sequences")), 1)
+        if num_answers != 1:
+            raise ValueError(f"num_return_sequences must be 1 in chat, got {num_answers}; use generate instead.")
+        generate_kwargs |= {name: None if value is None else int(value) for name, value in _length(levels).items()}
+        conversation = processor.conversation(messages, images)
+        warn_of_unknown_words([conversation], self.trained_words)
+        inputs = processor.encode_conversations([conversation]).to(self.device if device is None else device)
+        generate_kwargs["logits_processor"] = LogitsProcessorList(
+            [*(generate_kwargs.get("logits_processor") or []), FiniteLogits()]
+        )
+        output = self.generate(**inputs, streamer=streamer, generation_config=generation_config, **generate_kwargs)
+        tokens = getattr(output, "sequences", output)  # with `return_dict_in_generate`
         answer = tokens[0, inputs["input_ids"].shape[1] :]
         return processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
@@ -1080,3 +1190,13 @@ class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrain
 
 # The arguments of `encode_context` that have a row for each prompt.
 PER_PROMPT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
+
+
+def _length(levels: list[dict[str, Any]]) -> dict[str, Any]:
+    """The limit of the length of an answer, as the first of `levels` that has one gives it."""
+    for level in levels:
+        limits = {name: level.get(name) for name in ("max_new_tokens", "max_length")}
+        if any(limit is not None for limit in limits.values()):
+            return limits
+    # Chosen: as transformers' pipelines do.
+    return {"max_new_tokens": 256}

@@ -42,11 +42,9 @@ def read_prompts(path: Path) -> list[str]:
 def check_image_folder(folder: Path) -> None:
     """
     Raises:
-        `ValueError`: if `folder` is a file, or has the extension of an image.
-        `OSError`: if images cannot be written there.
+        `ValueError`: if `folder` has the extension of an image.
+        `OSError`: if it is a file, or images cannot be written there.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output must be a folder for many prompts, and {folder} is a file.")
     if folder.suffix.lower() in Image.registered_extensions():
         raise ValueError(f"output must be a folder for many prompts, got {str(folder)!r}.")
     check_output(folder / "image.png", replace=True)
@@ -67,6 +65,7 @@ def generate_images(
     seed: int = 0,
     num_images_per_prompt: int = 1,
     batch_size: int = 1,
+    device: str | None = None,
     **call: Any,
 ) -> tuple[int, int]:
     """Generate the images that do not exist yet. With `accelerate launch`, each process generates its share.
@@ -77,28 +76,31 @@ def generate_images(
     images are generated beside those that exist.
 
     Args:
-        pipe ([`LatteFlowPipeline`]): the pipeline; it is moved to the device of the process.
+        pipe ([`LatteFlowPipeline`]): the pipeline; it is moved to the device.
         prompts (`list[str]`): see [`read_prompts`].
         folder (`Path`): made if it does not exist; it must be shared by all processes.
         seed (`int`, defaults to 0): the seed of the first image.
         num_images_per_prompt (`int`, defaults to 1): the number of images of each prompt.
         batch_size (`int`, defaults to 1): the number of images in a batch. 1 makes each image independent of the
             others, bit for bit; larger batches are faster on an accelerator and equal up to rounding.
+        device (`str`, *optional*): where a single process runs; several processes run on the accelerator of each, or
+            all of them on the CPU. Defaults to the accelerator if there is one.
         call: further arguments of the pipeline, numbers and strings only, e.g. `num_inference_steps=20`.
 
     Returns:
         `tuple[int, int]`: the number of images that all processes generated, and of those that existed.
 
     Raises:
-        `ValueError`: if `folder` is a file or an argument is invalid, before anything is written.
+        `ValueError`: if an argument is invalid, before anything is written.
+        `OSError`: if `folder` is a file, or cannot be written to.
     """
     check_image_folder(folder)
     for name, number in (("num_images_per_prompt", num_images_per_prompt), ("batch_size", batch_size)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}.")
     # Without an accelerator, processes form a group only if `cpu` is set.
-    state = PartialState(cpu=get_device() == "cpu")
-    pipe.to(state.device)
+    state = PartialState(cpu=(device or get_device()) == "cpu")
+    pipe.to(device if device is not None and state.num_processes == 1 else state.device)
     prompt_of_image = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
     model = pipeline_fingerprint(pipe)
     paths = [folder / image_name(i, prompt, seed + i, model, call) for i, prompt in enumerate(prompt_of_image)]

@@ -20,6 +20,11 @@ from torch import nn
 from .offloading import uses_shared_state
 
 
+# Held for what several threads read and write: schedulers while they are copied, and the locks of components.
+_GUARD = threading.Lock()
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
 @dataclass
 class PipelineCall:
     """What belongs to one call.
@@ -83,7 +88,8 @@ class LatteFlowCallsMixin:
 
     @property
     def scheduler(self) -> Any:
-        """The scheduler. During a call, in its callbacks, it is the copy that the call uses."""
+        """The scheduler. During a call, in its callbacks, it is the copy that the call uses. Between calls, its
+        `sigmas` and `timesteps` are those of the last call that ended, same as in other pipelines."""
         call = self._running_call
         return self.__dict__["scheduler"] if call is None else call.scheduler
 
@@ -93,13 +99,18 @@ class LatteFlowCallsMixin:
 
     @contextlib.contextmanager
     def _new_call(self) -> Iterator[None]:
-        thread, call = threading.get_ident(), PipelineCall(copy.deepcopy(self.scheduler))
+        component = self.__dict__["scheduler"]
+        with _GUARD:
+            thread, call = threading.get_ident(), PipelineCall(copy.deepcopy(component))
         # A callback may call its pipeline again.
         outer_call = self._running_call
         self._calls[thread] = call
         try:
             yield
         finally:
+            with _GUARD:
+                # No call reads it: `set_timesteps` starts anew.
+                vars(component).update(vars(call.scheduler))
             call.scheduler = None
             if outer_call is not None:
                 self._calls[thread] = outer_call
@@ -120,10 +131,6 @@ def own_call(method: Callable) -> Callable:
     return wrapped
 
 
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-_LOCKS_GUARD = threading.Lock()
-
-
 @contextlib.contextmanager
 def one_thread_at_a_time(*components: nn.Module | None) -> Iterator[None]:
     """Use components that cannot be used by two threads at once, in whichever pipelines they are.
@@ -135,7 +142,7 @@ def one_thread_at_a_time(*components: nn.Module | None) -> Iterator[None]:
         for component in components:
             if component is None or not uses_shared_state(component):
                 continue
-            with _LOCKS_GUARD:
+            with _GUARD:
                 # Re-entrant, since a callback may decode its latents or call the pipeline again.
                 lock = _LOCKS.setdefault(component, threading.RLock())
             if not lock.acquire(blocking=False):

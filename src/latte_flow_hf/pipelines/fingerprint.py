@@ -46,8 +46,10 @@ def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def hash_processor(processor: Any) -> str:
-    """SHA-256 of the vocabulary and the chat template, which decide the tokens of a prompt."""
-    content = json.dumps([processor.tokenizer.get_vocab(), processor.chat_template], sort_keys=True)
+    """SHA-256 of what decides the tokens of a prompt: vocabulary, chat template, treatment of control tokens."""
+    content = json.dumps(
+        [processor.tokenizer.get_vocab(), processor.chat_template, processor.sanitize_control_tokens], sort_keys=True
+    )
     return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -21,14 +21,18 @@ from ..files import check_files, read_json
 # The files of each component. Weights may be sharded, or of a variant such as fp16.
 _COMPONENT_FILES = {
     "model": ("config.json", "model.safetensors|model.*.safetensors|model.safetensors.index*.json"),
-    "processor": ("processor_config.json|preprocessor_config.json", "tokenizer.json|vocab.json"),
+    "processor": (
+        "processor_config.json|preprocessor_config.json",
+        "tokenizer.json|vocab.json",
+        "tokenizer_config.json",
+    ),
     "scheduler": ("scheduler_config.json",),
     "vae": ("config.json", "diffusion_pytorch_model.safetensors|diffusion_pytorch_model*"),
 }
 
 
 class LatteFlowLoadingMixin(ConfigMixin):
-    """`from_pretrained`, `from_pipe` and `download` for the pipeline; it stands before `DiffusionPipeline`."""
+    """Loading and saving for the pipeline; it stands before `DiffusionPipeline`."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -41,6 +45,11 @@ class LatteFlowLoadingMixin(ConfigMixin):
         if folder.is_dir():
             check_pipeline_files(folder, given=kwargs)
         return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Same as `DiffusionPipeline.save_pretrained`, and transformers can load the model from the folder itself."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_root_config(Path(save_directory))
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
@@ -81,6 +90,14 @@ class LatteFlowLoadingMixin(ConfigMixin):
         return config
 
 
+def write_root_config(folder: Path) -> None:
+    """Copy the configuration of the model to the folder of the pipeline, where the Auto classes of transformers look
+    for it."""
+    config = folder / "model" / "config.json"
+    if config.is_file():
+        (folder / "config.json").write_bytes(config.read_bytes())
+
+
 def check_pipeline_files(folder: Path, given: Container[str] = ()) -> None:
     """Check that a local pipeline is complete.
 
@@ -93,9 +110,15 @@ def check_pipeline_files(folder: Path, given: Container[str] = ()) -> None:
     """
     check_files(folder, "model_index.json")
     index = read_json(folder / "model_index.json")
+    for name in ("_class_name", *_COMPONENT_FILES):
+        if name not in index and name not in given:
+            raise OSError(f"{folder / 'model_index.json'} has no {name}; save or download it again.")
     for component, names in _COMPONENT_FILES.items():
         if component not in given and index.get(component) != [None, None]:
             check_files(folder / component, *names)
+            # transformers ignores some of these, or does not name the file, if it cannot read them.
+            for path in sorted((folder / component).glob("*.json")):
+                read_json(path)
             if component == "vae":
                 check_autoencoder(folder / component)
 

@@ -5,20 +5,24 @@ Unlike other diffusers pipelines there is no text encoder beside the model. The 
 prompts, their encoding is the backbone's key-value cache, and the same backbone answers in `chat`.
 """
 
+import functools
 import math
+import os
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import logging
 
-from ..modeling.context import LatteFlowContext
+from ..modeling.context import LatteFlowContext, warn_of_unknown_words
+from ..modeling.images import load_rgb_images
 from ..modeling.sampling import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_STEPS, check_distilled_steps, guides_any
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
 from ..schedulers.steps import (
@@ -46,7 +50,7 @@ class LatteFlowPipeline(
 ):
     """Generates images from prompts or conversations, and chats, with one LaTtE-Flow model.
 
-    Several threads may use one pipeline at the same time: a call changes neither the pipeline nor its components.
+    Several threads may use one pipeline at the same time: a call has its own state, and its own copy of the scheduler.
 
     Args:
         model ([`LatteFlowForConditionalGeneration`]): the frozen backbone and the generation tower.
@@ -116,6 +120,11 @@ class LatteFlowPipeline(
         return self.model.config.sample_size * self.vae_scale_factor
 
     @property
+    def _size_multiple(self) -> int:
+        """Pixels per token along a side."""
+        return self.vae_scale_factor * self.model.config.latent_patch_size
+
+    @property
     def guidance_scale(self) -> float:
         """The guidance scale of the current expert."""
         if isinstance(self._guidance_scale, list):
@@ -162,10 +171,10 @@ class LatteFlowPipeline(
             `ValueError`: with the name and the value of the first invalid argument.
         """
         _check_prompts(prompt, image, messages, negative_prompt, context, negative_context)
-        _check_size(height, width, multiple=self.vae_scale_factor * self.model.config.latent_patch_size)
+        _check_size(height, width, multiple=self._size_multiple)
         check_num_inference_steps(num_inference_steps)
         _check_guidance(guidance_scale, guidance_interval, self.model.config.num_experts)
-        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+        if not _is_whole(num_images_per_prompt) or num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be a positive integer, got {num_images_per_prompt!r}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {list(OUTPUT_TYPES)}, got {output_type!r}.")
@@ -188,6 +197,29 @@ class LatteFlowPipeline(
         for name, negative in (("negative_prompt", negative_prompt), ("negative_context", negative_context)):
             if negative is not None and not isinstance(negative, str) and len(negative) not in (1, num_prompts):
                 raise ValueError(f"{name} must be one, or one for each of {num_prompts} prompts, got {len(negative)}.")
+        self._check_memory(height, width, num_prompts * num_images_per_prompt, is_guided)
+
+    def _check_memory(self, height: int, width: int, num_images: int, is_guided: bool) -> None:
+        """Refuse a call whose pixels and attention maps alone cannot fit into the memory of the device."""
+        config, device = self.model.config, self._execution_device
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+        elif device.type == "cpu" and hasattr(os, "sysconf"):
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        else:
+            return
+        required = num_images * 3 * height * width * 4
+        if config.residual_attention is not None or config._attn_implementation == "eager":
+            # The scores of one layer and those of the layer before, of latents to latents.
+            num_tokens = height * width // (self.vae_scale_factor * config.latent_patch_size) ** 2
+            num_heads = config.vlm_config.get_text_config().num_attention_heads
+            num_rows = num_images * (2 if is_guided else 1)
+            required += 2 * num_rows * num_heads * num_tokens**2 * self.model.dtype.itemsize
+        if required > memory:
+            raise ValueError(
+                f"{num_images} image(s) of height {height} and width {width} need at least {required / 1e9:,.1f} GB, "
+                f"but {device} has {memory / 1e9:,.1f} GB; use a smaller size or fewer images at once."
+            )
 
     def _sampling_arguments(
         self,
@@ -249,6 +281,7 @@ class LatteFlowPipeline(
             conversations = self._conversations(prompt, image, messages)
         if do_classifier_free_guidance and negative_context is None:
             negatives = self._conversations("" if negative_prompt is None else negative_prompt)
+        warn_of_unknown_words([*conversations, *negatives], self.model.trained_words)
         if conversations or negatives:
             device = self._execution_device if device is None else device
             inputs = self.processor.encode_conversations([*negatives, *conversations]).to(device)
@@ -336,8 +369,9 @@ class LatteFlowPipeline(
         Args:
             prompt (`str` or `list[str]`, *optional*): the prompt or prompts.
             image (*optional*):
-                Images shown to the model before the prompt: with one prompt, an image or a list of images; with a list
-                of prompts, one for all of them, or one entry for each.
+                Images shown to the model before the prompt, from any source that [`load_rgb_image`] reads: with one
+                prompt, an image or a list of images; with a list of prompts, one for all of them, or one entry for
+                each.
             messages (`list`, *optional*):
                 A conversation in the chat-template form, images included, or a list of conversations. Instead of
                 `prompt`.
@@ -406,6 +440,12 @@ class LatteFlowPipeline(
         )
         self._check_components()
         check_hooks(self.model)
+        # Numpy's numbers become Python's.
+        height, width, num_images_per_prompt = int(height), int(width), int(num_images_per_prompt)
+        if self.model.trained_words is not None and (height, width) != (self.default_size, self.default_size):
+            logger.warning_once(
+                f"The model only learned images of {self.default_size}x{self.default_size} pixels: expect a wrong one."
+            )
         self._guidance_scale: float | list[float]
         if isinstance(guidance_scale, (list, tuple)):
             self._guidance_scale = [float(scale) for scale in guidance_scale]
@@ -430,8 +470,8 @@ class LatteFlowPipeline(
             starts_from_noise=latents is None,
         )
         check_distilled_steps(self.scheduler.sigmas.tolist(), sampling, self.model.config.expert_boundaries)
-        scheduler_timesteps, timesteps = self.scheduler.timesteps, model_timesteps(self.scheduler)
-        self._num_timesteps = len(timesteps)
+        scheduler_timesteps, model_times = self.scheduler.timesteps, model_timesteps(self.scheduler)
+        self._num_timesteps = len(model_times)
         experts = experts_of_steps(self.scheduler, self.model.config.expert_boundaries)
         scales = self._guidance_scale
         if not isinstance(scales, list):
@@ -439,7 +479,7 @@ class LatteFlowPipeline(
         low, high = (0.0, 1.0) if guidance_interval is None else guidance_interval
         is_guided = [
             scales[expert] > 1 and low <= timestep / 1000.0 <= high
-            for expert, timestep in zip(experts, timesteps.tolist())  # type: ignore[union-attr]
+            for expert, timestep in zip(experts, model_times.tolist())
         ]
 
         # 3. Prepare latents
@@ -461,9 +501,10 @@ class LatteFlowPipeline(
             if guided_context is not None:
                 guided_layout = self.model.latent_layout(torch.cat([latents, latents]), guided_context)
         extra_step_kwargs = generator_kwargs(self.scheduler, generator)
+        adapters = self._adapters()
 
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, (t, scheduler_t, expert) in enumerate(zip(timesteps, scheduler_timesteps, experts)):
+        with self.progress_bar(total=len(model_times)) as progress_bar:
+            for i, (t, scheduler_t, expert) in enumerate(zip(model_times, scheduler_timesteps, experts)):
                 if self.interrupt:
                     continue
                 progress_bar.set_description(f"expert {expert} of {self.model.config.num_experts}")
@@ -472,9 +513,11 @@ class LatteFlowPipeline(
                     first_step, last_step = i, i + experts.count(expert) - 1
                     if self.expert_offload is not None:
                         self.expert_offload.enter(expert)
-                if precompute and (i == first_step or callback_on_step_end is not None):
-                    # A callback may have changed adapters since the step before.
-                    modulation = self.model.modulate(timesteps[first_step : last_step + 1], expert)
+                # A callback may have changed, loaded or unloaded adapters since the step before.
+                is_adapted = adapters != [] or self._adapters() != []
+                if precompute and (i == first_step or (callback_on_step_end is not None and is_adapted)):
+                    adapters = self._adapters()
+                    modulation = self.model.modulate(model_times[first_step : last_step + 1], expert)
                 if self.expert_offload is not None and i == last_step and i + 1 < len(experts):
                     self.expert_offload.next_expert = experts[i + 1]
 
@@ -538,10 +581,42 @@ class LatteFlowPipeline(
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
     @torch.no_grad()
-    def encode_images(self, images: Image.Image | list[Image.Image]) -> torch.Tensor:
-        """Images -> clean latents (batch, channels, height, width), scaled as for training."""
+    def encode_images(self, images: Any, height: int | None = None, width: int | None = None) -> torch.Tensor:
+        """Images -> clean latents (batch, channels, height / f, width / f), scaled as for training.
+
+        An image of another size is resized and cropped at the centre, as for training: its aspect ratio is kept.
+
+        Args:
+            images: an image, a list of them, or a batch; see [`load_rgb_image`].
+            height, width (`int`, *optional*):
+                In pixels. Default to the size of the images, which must then be the same for all, less what is not a
+                multiple of the pixels per token.
+
+        Raises:
+            `ValueError`: if an image cannot be read, a size is not a multiple of the pixels per token, or images
+                differ in size and none is given.
+        """
         self._require("vae")
-        pixels = self.image_processor.preprocess(images).to(self._execution_device, self.vae.dtype)
+        loaded = load_rgb_images(images, getattr(self.processor, "background", "white"))
+        sizes = {image.size for image in loaded}
+        if (height is None) != (width is None):
+            raise ValueError(f"give both height and width, or neither; got {height} and {width}.")
+        if height is None or width is None:
+            if len(sizes) != 1:
+                raise ValueError(
+                    f"images must have one size, or height and width be given, got sizes {sorted(sizes)}."
+                )
+            width, height = (side // self._size_multiple * self._size_multiple for side in loaded[0].size)
+            if not width or not height:
+                raise ValueError(
+                    f"images must have {self._size_multiple} pixels a side or more, got {loaded[0].size}."
+                )
+        _check_size(height, width, multiple=self._size_multiple)
+        size = (int(width), int(height))
+        fitted = [
+            image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in loaded
+        ]
+        pixels = self.image_processor.preprocess(fitted).to(self._execution_device, self.vae.dtype)
         with one_thread_at_a_time(self.vae):
             return encode_pixels(self.vae, pixels)
 
@@ -558,11 +633,11 @@ class LatteFlowPipeline(
         """Compile the `forward` of the tower's layers; layers with equal shapes share a graph. Call it before any
         off-loading is enabled.
 
-        Shapes are dynamic: another prompt length, image size, batch size or number of steps compiles nothing anew.
-        There are two graphs, one for the first layer of an expert and one for all others, at the first call; and two
-        more at the first call of each other kind: one image or several, several images of a prompt or of each of
-        several prompts, with or without padded prompts (with guidance, prompts are padded), with other active
-        adapters. After 64 graphs torch runs new kinds without compilation. (Chosen: layers rather than the whole
+        The numbers of images, prompts and tokens are dynamic: another prompt length, image size, batch size or number
+        of steps compiles nothing anew. The first call compiles two graphs, one for the first layer of an expert and
+        one for all others; so does the first call of each other kind: one image or several, one prompt or several,
+        several images of a prompt, no padding of prompts (with guidance they are padded), other active adapters.
+        Kinds after the 64th graph run without compilation, and torch logs it. (Chosen: layers rather than the whole
         model, which would take K times as long to compile and share nothing.)
 
         Args:
@@ -570,7 +645,40 @@ class LatteFlowPipeline(
                 have the same shapes.
         """
         for layer in self.model.tower.layers:
-            layer.forward = torch.compile(layer.forward, **{"dynamic": True, "recompile_limit": 64, **kwargs})
+            forward = torch.compile(layer.forward, **{"recompile_limit": 64, **kwargs})
+            layer.forward = forward if "dynamic" in kwargs else _with_dynamic_shapes(forward)
+
+
+def _with_dynamic_shapes(forward: Callable) -> Callable:
+    """Mark the dimensions of a layer's inputs that differ between calls: those of images, prompts and tokens.
+
+    `torch.compile(dynamic=True)` would make all dimensions dynamic, and two that are equal at first, such as prompts
+    and heads, equal for ever.
+    """
+
+    @functools.wraps(forward)
+    def marked(
+        hidden_states: torch.Tensor,
+        timestep_embedding: torch.Tensor | None,
+        previous_scores: torch.Tensor | None = None,
+        modulation: Any = None,
+        **attention_inputs: Any,
+    ) -> Any:
+        dynamic: list[tuple[Any, list[int]]] = [
+            (hidden_states, [0, 1]),
+            (timestep_embedding, [0]),
+            (previous_scores, [0, 2, 3]),
+            (attention_inputs["context_keys"], [0, 2]),
+            (attention_inputs["context_values"], [0, 2]),
+            (attention_inputs["attention_mask"], [0, 2, 3]),
+            *((embedding, [0, 1]) for embedding in attention_inputs["position_embeddings"]),
+        ]
+        for tensor, dimensions in dynamic:
+            if isinstance(tensor, torch.Tensor):
+                torch._dynamo.maybe_mark_dynamic(tensor, dimensions)
+        return forward(hidden_states, timestep_embedding, previous_scores, modulation, **attention_inputs)
+
+    return marked
 
 
 def _check_prompts(
@@ -601,9 +709,14 @@ def _check_prompts(
         raise ValueError(f"messages must be a non-empty list of messages or of conversations, got {messages!r}.")
 
 
+def _is_whole(value: Any) -> bool:
+    """Whether `value` is an integer, of numpy too."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _check_size(height: int, width: int, multiple: int) -> None:
     for name, size in (("height", height), ("width", width)):
-        if not isinstance(size, int) or size < multiple or size % multiple:
+        if not _is_whole(size) or size < multiple or size % multiple:
             raise ValueError(f"{name} must be a positive multiple of {multiple}, got {size!r}.")
 
 
@@ -611,7 +724,7 @@ def _check_guidance(
     guidance_scale: float | list[float], guidance_interval: tuple[float, float] | None, num_experts: int
 ) -> None:
     scales = list(guidance_scale) if isinstance(guidance_scale, (list, tuple)) else [guidance_scale] * num_experts
-    are_finite = all(isinstance(scale, (int, float)) and math.isfinite(scale) for scale in scales)
+    are_finite = all(isinstance(scale, Real) and math.isfinite(scale) for scale in scales)
     if not are_finite or len(scales) != num_experts:
         raise ValueError(
             f"guidance_scale must be a finite number, or one for each of {num_experts} experts, got "

@@ -42,6 +42,7 @@ def cache_fingerprint(pipe: Any, rows: ImageRows, with_contexts: bool) -> dict[s
         "format": str(CACHE_FORMAT),
         "autoencoder": hash_module(pipe.vae),
         "size": str(settings.size),
+        "background": settings.background,
         "flip": str(settings.flip),
         "source": hashlib.sha256(rows.fingerprint.encode()).hexdigest(),
         "columns": json.dumps([settings.image, settings.caption, settings.label, settings.prompt]),

@@ -5,7 +5,6 @@ An image that cannot be read or has no caption is replaced by the next usable on
 example depends on its index and the epoch alone, and a resumed run has the same examples.
 """
 
-import io
 import logging
 import math
 import zlib
@@ -18,6 +17,8 @@ from typing import Any
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, IterableDataset
 
+from ..modeling.images import load_rgb_image
+from ..modeling.processing_latte_flow import check_text
 from ..tinyworld.datasets import Conversations, TinyWorldImages
 from .recipe import DataSettings
 
@@ -98,6 +99,11 @@ class ImageRows:
         prompts = [settings.prompt.format(text) for text in captions if text]
         if not prompts:
             raise UnreadableImageError(f"has no caption: {settings.caption} is {caption!r}")
+        try:
+            for prompt in prompts:
+                check_text(prompt)
+        except ValueError as error:
+            raise UnreadableImageError(f"has a caption that cannot be encoded: {error}") from error
         return prompts
 
     def image(self, row: dict) -> Image.Image:
@@ -110,12 +116,11 @@ class ImageRows:
         assert size is not None
         try:
             if isinstance(image, dict):
-                image = Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"])
-            if not isinstance(image, Image.Image):
-                raise TypeError(f"it is {type(image).__name__}, not an image")
-            image = ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, SyntaxError, ValueError, TypeError, AttributeError, Image.DecompressionBombError) as error:
-            raise UnreadableImageError(f"cannot be read: {error}") from error
+                image = image["bytes"] if image.get("bytes") is not None else image["path"]
+            image = load_rgb_image(image, self.settings.background)
+        except ValueError as error:
+            # The cause alone: the name of the image is in the log already.
+            raise UnreadableImageError(f"cannot be read: {error.__cause__ or error}") from error
         if image.size == (size, size):
             return image
         return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 
 from ..files import read_yaml
 from ..modeling.configuration_latte_flow import LatteFlowConfig
+from ..modeling.images import check_background
 from ..modeling.sampling import check_steps_per_expert
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
 from ..tinyworld.datasets import Conversations, TinyWorldImages
@@ -190,6 +191,7 @@ class DataSettings(Settings):
         prompt (`str`, defaults to `"{}"`): a format string; `{}` stands for the caption or the name of the label.
         size (`int`, *optional*): height and width in pixels after resizing and cropping at the centre; defaults to
             that of the pipeline.
+        background (`str`, defaults to `"white"`): the colour behind transparent images, a name or `"#rrggbb"`.
         flip (`bool`, defaults to `False`): whether half of the images are flipped horizontally, at random in each
             epoch.
         max_unreadable (`int`, defaults to 100): how many images may be unreadable or without a caption before the run
@@ -208,6 +210,7 @@ class DataSettings(Settings):
     label: str | None = None
     prompt: str = "{}"
     size: int | None = None
+    background: str = "white"
     flip: bool = False
     max_unreadable: int = 100
     shuffle_buffer: int = 1000
@@ -230,6 +233,12 @@ class DataSettings(Settings):
         except (ValueError, LookupError, AttributeError):
             pass
         raise ValueError(f"must contain {{}} once, where the caption goes, and no other braces, got {prompt!r}")
+
+    @field_validator("background")
+    @classmethod
+    def _check_background(cls, background: str) -> str:
+        check_background(background)
+        return background
 
 
 class ValidationSettings(Settings):

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
 from ..files import write_json
+from ..pipelines.loading import write_root_config
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
@@ -109,6 +110,7 @@ def save_sharded_pipeline(pipe: Any, folder: Path, max_shard_size: int | str = "
         model.config.dtype = model.dtype
         model.config.save_pretrained(folder / "model")
         model.generation_config.save_pretrained(folder / "model")
+        write_root_config(folder)
     for filename, names in split.filename_to_tensors.items():
         shard = {}
         for name in names:

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from ..cards import pipeline_card
 from ..checkpoints import tiny_checkpoint
-from ..files import atomic_write, check_output, lock_folder, read_json, store_hashes, write_json
+from ..files import atomic_write, check_output, store_hashes, write_json
 from ..modeling.adapters import sampling_mark
 from ..modeling.configuration_latte_flow import LatteFlowConfig
 from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
@@ -39,7 +39,6 @@ from .callbacks import (
     IntervalWarmupCallback,
     LossCallback,
     SampleCallback,
-    check_checkpoint,
     last_checkpoint,
     remove_incomplete_checkpoints,
 )
@@ -55,28 +54,10 @@ from .data import (
 from .recipe import DistillationSettings, ModelSettings, Recipe, ValidationSettings
 from .sharding import UnshardedBackboneCallback, check_sharding, full_tensor, is_sharded, save_sharded_pipeline
 from .trajectories import TrajectoryCollator, TrajectoryDataset, build_trajectories, trajectory_sigmas
+from .working_folder import RUN_FILE, check_run, lock_folder
 
 
 logger = logging.getLogger(__name__)
-
-
-# What a working folder remembers, and the changes of a recipe that leave the weights as they are.
-RUN_FILE = "run.json"
-_HARMLESS_CHANGES = {"samples", "data: cache", "data: max_unreadable"} | {
-    f"training: {name}"
-    for name in (
-        "dataloader_num_workers",
-        "disable_tqdm",
-        "logging_first_step",
-        "logging_steps",
-        "logging_strategy",
-        "report_to",
-        "run_name",
-        "save_steps",
-        "save_strategy",
-        "save_total_limit",
-    )
-}
 
 
 def train(recipe: Recipe, work_dir: Path, output_dir: Path, allow_changes: bool = False) -> Path:
@@ -154,7 +135,7 @@ def _train(
             shutil.rmtree(run_dir / f"checkpoint-{trainer.state.global_step}", ignore_errors=True)
         raise OSError(
             f"saving the checkpoint of step {trainer.state.global_step} failed ({error}); the last complete one is "
-            f"{last_checkpoint(run_dir)}: free disk space and start again."
+            f"{last_checkpoint(run_dir) or 'the starting model'}: free disk space and start again."
         ) from error
     if unreadable.reasons:
         logger.warning(f"{len(unreadable.reasons)} images were skipped: {', '.join(unreadable.reasons)}")
@@ -165,53 +146,6 @@ def _train(
         origin = f"Distilled to few steps with `latte-flow distill` for {trainer.state.global_step} steps."
     save_result(pipe, model if recipe.lora is not None else None, output_dir, origin)
     return output_dir
-
-
-def check_run(resume_from: Path, run: dict[str, Any], max_steps: int, allow_changes: bool) -> None:
-    """Check that a run may go on from a checkpoint.
-
-    Args:
-        resume_from (`Path`): the checkpoint; `run.json` beside it was written when the run began.
-        run (`dict`): `recipe` and `starting_model` of now.
-        max_steps (`int`): of the recipe; -1 if it gives epochs.
-        allow_changes (`bool`): see `train`.
-
-    Raises:
-        `ValueError`: naming what changed, or if the checkpoint has more steps than the recipe.
-        `OSError`: if a file of the checkpoint or `run.json` is missing or damaged.
-    """
-    folder = resume_from.parent
-    before, other = read_json(folder / RUN_FILE), "use another --work-dir"
-    changes = _changes(before["recipe"], run["recipe"])
-    parts = [part for part, value in run["starting_model"].items() if before["starting_model"].get(part) != value]
-    changes += [f"{part} of the starting model" for part in parts]
-    fixed = [change for change in changes if change.startswith(("trainable", "lora", "ema"))]
-    if fixed:
-        raise ValueError(f"{folder} holds a run with other weights or averages ({'; '.join(fixed)}); {other}.")
-    if changes and not allow_changes:
-        raise ValueError(
-            f"{folder} holds a run of another recipe or starting model ({'; '.join(changes)}); {other}, or go on from "
-            f"{resume_from.name} with the new settings by --allow-changes."
-        )
-    step = int(resume_from.name.removeprefix("checkpoint-"))
-    if 0 < max_steps < step:
-        raise ValueError(f"{folder} holds a run of {step} steps already, but max_steps is {max_steps}; {other}.")
-    check_checkpoint(resume_from)
-
-
-def _changes(before: dict, after: dict, section: str = "") -> list[str]:
-    """What differs between two recipes and decides the weights, such as `training: learning_rate 0.001 -> 0.002`."""
-    changes = []
-    for key in sorted(before.keys() | after.keys()):
-        name, old, new = section + key, before.get(key), after.get(key)
-        has_more_steps = name in ("training: max_steps", "training: num_train_epochs") and old and new and new > old
-        if old == new or name in _HARMLESS_CHANGES or has_more_steps:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            changes += _changes(old, new, f"{name}: ")
-        else:
-            changes.append(f"{name} {old} -> {new}")
-    return changes
 
 
 class RecipeTrainer(Trainer):
@@ -313,6 +247,8 @@ def load_pipeline(settings: ModelSettings) -> LatteFlowPipeline:
     if settings.pipeline is not None:
         checkpoint = tiny_checkpoint() if settings.pipeline == "tinyworld" else settings.pipeline
         pipe = LatteFlowPipeline.from_pretrained(checkpoint, dtype=dtype)
+        # The data may teach other words and sizes than the pipeline knew.
+        pipe.model.config.trained_words = None
         if settings.timestep_sampling is not None:
             # A new configuration, because it checks the value.
             config = {**pipe.model.config.to_dict(), "timestep_sampling": settings.timestep_sampling}
@@ -445,7 +381,7 @@ def load_data(
     if recipe.understanding is not None:
         source, share = recipe.understanding.source, recipe.understanding.share
         conversations = {
-            "conversations": load_conversations(source, recipe.seed, pipe.processor.conversation, unreadable),
+            "conversations": load_conversations(source, recipe.seed, pipe.processor.training_conversation, unreadable),
             "conversation_collator": ConversationCollator(pipe.processor),
             "conversation_share": share,
         }

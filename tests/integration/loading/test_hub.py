@@ -41,8 +41,10 @@ def test_modules_are_joined_from_the_package_s_own(carried):
         tree = ast.parse(join_modules(f"latte_flow_hf.{name}"))
         imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
         assert not any(isinstance(node, ast.ImportFrom) and node.level for node in imports)
-        # transformers refuses code that imports what is not installed, be it inside a function.
-        names = [getattr(node, "module", None) or node.names[0].name for node in imports]
+        # transformers refuses code that imports what is not installed, be it inside a function, but not inside `try`.
+        optional = [node for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)]
+        required = [node for node in imports if node not in optional]
+        names = [getattr(node, "module", None) or node.names[0].name for node in required]
         needed = {"PIL", "diffusers", "numpy", "safetensors", "torch", "transformers", "yaml"}
         assert {name.partition(".")[0] for name in names} <= needed | sys.stdlib_module_names
     joined = (carried / "model" / "modeling_latte_flow.py").read_text()
@@ -168,6 +170,7 @@ assert found["published"].model.generation_config.to_dict() == pipe.model.genera
 """
 
 OFFLINE = """
+from latte_flow_cli import app
 from latte_flow_hf import LatteFlowPipeline
 from diffusers import DiffusionPipeline
 
@@ -175,6 +178,7 @@ out = sys.argv[2]
 np.save(f"{out}/offline.npy", generate(LatteFlowPipeline.from_pretrained("user/pipe")))
 np.save(f"{out}/offline-diffusers.npy", generate(DiffusionPipeline.from_pretrained("user/pipe")))
 np.save(f"{out}/offline-carried.npy", generate(LatteFlowPipeline.from_pretrained("user/carried")))
+app(["info", "--model", "user/pipe"], standalone_mode=False)
 try:
     LatteFlowPipeline.from_pretrained("user/unknown")
     raise SystemExit("from where?")
@@ -213,7 +217,8 @@ def test_to_the_hub_and_back(pushed, hub, saved, expected):
 
 def test_what_was_fetched_is_there_offline(pushed, hub, run_child, tmp_path, expected):
     before = len(hub.requests)
-    run_child(OFFLINE, tmp_path, **{**hub.environment, "HF_HUB_OFFLINE": "1"})
+    said = run_child(OFFLINE, tmp_path, **{**hub.environment, "HF_HUB_OFFLINE": "1"})
+    assert "checkpoint  user/pipe" in said
     assert_images(tmp_path, 3, expected)
     assert len(hub.requests) == before
 

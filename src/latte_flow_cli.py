@@ -1,29 +1,52 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """The command `latte-flow`. Every verb calls functions that can be imported on their own.
 
-The package is imported inside the verbs, so that `--help` is fast.
+This module is not part of the package, and its verbs import the package inside. Importing any module of the package
+registers its classes with transformers and diffusers, which takes seconds; help and usage errors need none of that.
 """
 
 import functools
+import re
 import time
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 
+# No rich: plain help and one-line errors, in half the time.
 app = typer.Typer(
-    help="Generate images and chat with LaTtE-Flow models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 Model = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Folder or hub id of a pipeline; the embedded checkpoint if left out."),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the initial noise.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...; the accelerator if there is one, if left out.")
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"],
+    typer.Option(
+        help="Of all weights. bfloat16 takes half the memory and is faster on a GPU, but slower on most CPUs."
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the initial noise.")]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Number of sampling steps; those of the model, mostly 40, if left out.")
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(help="Scale of classifier-free guidance, 1 is none; that of the model, mostly 4, if left out."),
+]
+Fast = Annotated[
+    bool, typer.Option("--fast", help="With the embedded checkpoint: its adapter for 4 evaluations per image.")
+]
 Lora = Annotated[
     list[str] | None,
     typer.Option(
@@ -33,8 +56,25 @@ Lora = Annotated[
 ]
 
 
-convert = typer.Typer(help="Convert checkpoints from and to other layouts.", no_args_is_help=True)
+convert = typer.Typer(
+    help="Convert checkpoints from and to other layouts.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(convert, name="convert")
+
+
+def _show_version(is_given: bool) -> None:
+    if is_given:
+        typer.echo(f"latte_flow_hf {metadata.version('latte_flow_hf')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Generate images and chat with LaTtE-Flow models."""
 
 
 def _verb(function, group: typer.Typer = app, name: str | None = None):
@@ -44,31 +84,141 @@ def _verb(function, group: typer.Typer = app, name: str | None = None):
     def wrapped(*args, **kwargs):
         try:
             return function(*args, **kwargs)
-        except (ValueError, OSError, FloatingPointError) as error:
-            typer.secho(f"Error: {error}", fg="red", err=True)
+        except Exception as error:
+            message = _user_message(error)
+            if message is None:
+                raise
+            typer.secho(f"Error: {' '.join(message.split())}", fg="red", err=True)
             raise typer.Exit(1) from error
 
     return group.command(name)(wrapped)
 
 
+def _user_message(error: Exception) -> str | None:
+    """What to tell about an error that a user can do something about; `None` for a bug, which keeps its traceback."""
+    from httpx2 import HTTPError
+    from safetensors import SafetensorError
+
+    if isinstance(error, ModuleNotFoundError) and (extra := _extra_of(error.name)):
+        return (
+            f"{error.name} is not installed; from a clone, install the extra {extra!r}: "
+            f"pip install -c constraints.txt -e '.[{extra}]'"
+        )
+    # torch raises a plain RuntimeError where the memory of a CPU is exhausted.
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+        size = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+        detail = f" (t{size[0][1:]})" if size else ""
+        return f"out of memory{detail}; use smaller images or batches, half precision, or a device with more memory."
+    # Errors of the network are OSErrors of huggingface_hub only once the hub has answered.
+    if isinstance(error, (ValueError, OSError, FloatingPointError, ImportError, SafetensorError, HTTPError)):
+        return str(error)
+    return None
+
+
+def _extra_of(module: str | None) -> str | None:
+    """The extra of this package that installs a module."""
+    from packaging.requirements import Requirement
+
+    package = metadata.metadata("latte_flow_hf")
+    for extra in package.get_all("Provides-Extra") or []:
+        for requirement in map(Requirement, package.get_all("Requires-Dist") or []):
+            marker = requirement.marker
+            if requirement.name == module and marker is not None and marker.evaluate({"extra": extra}):
+                return extra
+    return None
+
+
 def _conversion(function):
-    """Register `convert_x` as the command `convert x`."""
-    return _verb(function, convert, function.__name__.removeprefix("convert_").replace("_", "-"))
+    """Register `convert_x` as the command `convert x`, whose output is checked before the work."""
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        from latte_flow_hf.files import check_output
+
+        if not kwargs["dry_run"]:
+            check_output(kwargs["output"])
+        for name in ("source", "template", "backbone", "autoencoder"):
+            if name in kwargs:
+                _check_source(name, kwargs[name])
+        return function(*args, **kwargs)
+
+    return _verb(checked, convert, function.__name__.removeprefix("convert_").replace("_", "-"))
 
 
-def _load(model: str | None, lora: list[str] | None = None) -> Any:
+def _check_source(name: str, source: str) -> None:
+    """Check that `source` is a folder, or a hub id that can be loaded.
+
+    Without a connection huggingface_hub would try again for a minute; here it gets one attempt, and after that only
+    the cache is read.
+
+    Raises:
+        `ValueError`: if it is neither a folder nor has the form of an id.
+        `OSError`: if the hub cannot be reached and the id is not in the cache.
+    """
+    if Path(source).is_dir():
+        return
+    if Path(source).is_file():
+        raise ValueError(f"{name} must be a folder or a hub id, and {source} is a file.")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        raise ValueError(f"{name} must be a folder or a hub id such as user/name, and there is no folder {source!r}.")
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if _is_hub_reachable():
+        return
+    if not any(isinstance(try_to_load_from_cache(source, file), str) for file in ("model_index.json", "config.json")):
+        raise OSError(
+            f"{name} {source!r} is neither a folder nor in the cache, and {constants.ENDPOINT} cannot be reached."
+        )
+
+
+def _is_hub_reachable() -> bool:
+    """One request to the hub; after a failure this process is offline, as with `HF_HUB_OFFLINE=1`."""
+    from httpx2 import TransportError
+    from huggingface_hub import constants, get_session
+
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=5)
+        except TransportError:
+            constants.HF_HUB_OFFLINE = True
+    return not constants.HF_HUB_OFFLINE
+
+
+def _check_device(device: str | None) -> str:
+    """The device to run on; defaults to the accelerator if there is one.
+
+    Raises:
+        `ValueError`: if there is no such device.
+    """
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    available = ["cpu"]
+    if accelerator is not None:
+        indices = range(torch.accelerator.device_count())
+        available = [accelerator.type, *(f"{accelerator.type}:{index}" for index in indices), "cpu"]
+    if device is not None and device not in available:
+        raise ValueError(f"device must be one of {', '.join(available)}, got {device!r}.")
+    return device or available[0]
+
+
+def _load(model: str | None, device: str | None, dtype: str, lora: list[str] | None = None) -> Any:
+    if model is not None:
+        _check_source("model", model)
     import diffusers
+    import torch
     import transformers
 
     from latte_flow_hf import LatteFlowPipeline, tiny_checkpoint
     from latte_flow_hf.pipelines.lora import load_loras
 
+    device = _check_device(device)
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
-    pipe = LatteFlowPipeline.from_pretrained(model or tiny_checkpoint())
+    pipe = LatteFlowPipeline.from_pretrained(model or tiny_checkpoint(), dtype=getattr(torch, dtype))
     if lora:
         load_loras(pipe, lora)
-    return pipe
+    return pipe.to(device)
 
 
 def _read_line() -> str:
@@ -91,17 +241,18 @@ def _fast_lora(model: str | None, lora: list[str] | None) -> list[str]:
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the images.")] = Path("outputs/demo"),
     seed: Seed = 0,
+    device: Device = None,
+    dtype: Dtype = "float32",
 ) -> None:
     """Generate images of a few prompts with the embedded checkpoint, and ask it about them."""
-    output.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
     from latte_flow_hf.checkpoints import tiny_checkpoint, verify
-
-    verify(tiny_checkpoint())
-    pipe = _load(None)
     from latte_flow_hf.evaluation.demo import DEMO_PROMPTS, contact_sheet, generate_and_ask, peak_memory_gb
-    from latte_flow_hf.files import save_image
+    from latte_flow_hf.files import check_output, save_image
 
+    check_output(output / "contact-sheet.png", replace=True)
+    start = time.perf_counter()
+    verify(tiny_checkpoint())
+    pipe = _load(None, device, dtype)
     typer.echo(f"verified and loaded the embedded checkpoint in {time.perf_counter() - start:.1f} s")
     items = []
     for number, prompt in enumerate(DEMO_PROMPTS):
@@ -128,32 +279,37 @@ def demo(
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Text file with one prompt per line, instead of the prompt.")
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Text file with one prompt per line, instead of the prompt."),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Image file, out.png if left out; with --prompts a folder, out."),
     ] = None,
     model: Model = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
     seed: Seed = 0,
-    steps: Annotated[int | None, typer.Option(help="Number of sampling steps; the model's own if left out.")] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Scale of classifier-free guidance; 1 is none. The model's own if left out."),
-    ] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to guide away from.")] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="Image shown before the prompt; may be repeated.")] = None,
-    num_images: Annotated[int, typer.Option(help="Images per prompt; their files are numbered if several.")] = 1,
-    size: Annotated[int | None, typer.Option(help="Height and width in pixels.")] = None,
-    batch_size: Annotated[int, typer.Option(help="With --prompts: images per batch.")] = 1,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, help="Image shown before the prompt; may be repeated."),
+    ] = None,
+    num_images: Annotated[
+        int, typer.Option(min=1, help="Images per prompt; their files are numbered if several.")
+    ] = 1,
+    size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --prompts: images per batch.")] = 1,
     lora: Lora = None,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="With the embedded checkpoint: its adapter for 4 evaluations per image.")
-    ] = False,
+    fast: Fast = False,
 ) -> None:
     """Generate images of a prompt, or of a file of prompts; of a file, existing images are not generated again."""
     if (prompt is None) == (prompts is None):
-        raise ValueError("give either a prompt or --prompts.")
+        raise typer.BadParameter("give either a prompt or --prompts.")
+    if prompts is not None and image:
+        raise typer.BadParameter("--image goes with one prompt, not with --prompts.")
     lora = _fast_lora(model, lora) if fast else lora
     call: dict[str, Any] = {
         "negative_prompt": negative_prompt,
@@ -163,19 +319,19 @@ def generate(
         "guidance_scale": guidance,
     }
     if prompts is not None:
-        _generate_many(prompts, output or Path("out"), model, image, seed, num_images, batch_size, call, lora)
+        _generate_many(prompts, output or Path("out"), model, device, dtype, lora, seed, num_images, batch_size, call)
         return
-    from PIL import Image
-
-    from latte_flow_hf.files import check_output, save_image
-
-    output = output or Path("out.png")
-    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"output must be an image file such as out.png, got {str(output)!r}.")
-    check_output(output, replace=True)
-    pipe = _load(model, lora)
     import torch
 
+    from latte_flow_hf.files import check_image_output, save_image
+
+    output = output or Path("out.png")
+    paths = [output]
+    if num_images > 1:
+        paths = [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in range(num_images)]
+    for path in paths:
+        check_image_output(path)
+    pipe = _load(model, device, dtype, lora)
     images = pipe(
         prompt,
         image=[str(path) for path in image] if image else None,
@@ -183,8 +339,7 @@ def generate(
         generator=torch.Generator().manual_seed(seed),
         **call,
     ).images
-    for number, generated in enumerate(images):
-        path = output if len(images) == 1 else output.with_stem(f"{output.stem}-{number}")
+    for path, generated in zip(paths, images):
         save_image(generated, path)
         typer.echo(f"wrote {path} ({generated.width}x{generated.height})")
 
@@ -193,24 +348,24 @@ def _generate_many(
     prompts: Path,
     folder: Path,
     model: str | None,
-    image: list[Path] | None,
+    device: str | None,
+    dtype: str,
+    lora: list[str] | None,
     seed: int,
     num_images: int,
     batch_size: int,
     call: dict[str, Any],
-    lora: list[str] | None,
 ) -> None:
     from accelerate import PartialState
 
     from latte_flow_hf.pipelines.batch_generation import check_image_folder, generate_images, read_prompts
 
-    if image:
-        raise ValueError("--image goes with one prompt, not with --prompts.")
     check_image_folder(folder)
     texts = read_prompts(prompts)
-    pipe = _load(model, lora)
+    # Each process has its own accelerator, unless a device is given.
+    pipe = _load(model, "cpu" if device is None else device, dtype, lora)
     pipe.set_progress_bar_config(disable=True)
-    num_new, num_existing = generate_images(pipe, texts, folder, seed, num_images, batch_size, **call)
+    num_new, num_existing = generate_images(pipe, texts, folder, seed, num_images, batch_size, device, **call)
     if PartialState().is_main_process:
         typer.echo(f"wrote {folder}: {num_new} new images, {num_existing} existed")
 
@@ -218,13 +373,18 @@ def _generate_many(
 @_verb
 def chat(
     question: Annotated[str | None, typer.Argument(help="One question; starts a conversation if left out.")] = None,
-    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="Image to show; may be repeated.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option("--image", "-i", exists=True, dir_okay=False, help="Image to show; may be repeated."),
+    ] = None,
     model: Model = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer, in tokens.")] = 256,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 256,
     lora: Lora = None,
 ) -> None:
     """Ask about images; answers are streamed. In a conversation, `/image PATH` shows another image."""
-    pipe = _load(model, lora)
+    pipe = _load(model, device, dtype, lora)
     from transformers import TextStreamer
 
     streamer = TextStreamer(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -261,6 +421,8 @@ def info(
     ] = False,
 ) -> None:
     """Show the experts of a checkpoint: their intervals, layers and sizes."""
+    if model is not None:
+        _check_source("model", model)
     from latte_flow_hf import tiny_checkpoint
     from latte_flow_hf.checkpoints import describe, verify
 
@@ -273,7 +435,9 @@ def info(
 
 @_verb
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file, such as those in recipes/.")],
+    recipe: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="A YAML file, such as those in recipes/.")
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the finished pipeline or adapter; must not exist.")
     ],
@@ -287,19 +451,16 @@ def train(
     ] = False,
 ) -> None:
     """Train a model. Started again, the command resumes from the last checkpoint."""
-    from accelerate import PartialState
-
-    from latte_flow_hf.training import train
     from latte_flow_hf.training.recipe import Recipe
 
-    result = train.train(Recipe.from_yaml(recipe), work_dir or Path("runs", recipe.stem), output, allow_changes)
-    if PartialState().is_main_process:
-        typer.echo(f"wrote {result}")
+    _train(recipe, Recipe.from_yaml(recipe), output, work_dir, allow_changes)
 
 
 @_verb
 def distill(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file with a section `distillation`.")],
+    recipe: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="A YAML file with a section `distillation`.")
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the finished pipeline or adapter; must not exist.")
     ],
@@ -313,15 +474,28 @@ def distill(
     ] = False,
 ) -> None:
     """Train a model to generate in few steps what a teacher generates in many. Resumes as `train` does."""
-    from accelerate import PartialState
-
-    from latte_flow_hf.training import train
     from latte_flow_hf.training.recipe import Recipe
 
-    content = Recipe.from_yaml(recipe)
-    if content.distillation is None:
+    settings = Recipe.from_yaml(recipe)
+    if settings.distillation is None:
         raise ValueError(f"recipe {recipe} has no section `distillation`; use `latte-flow train` for it.")
-    result = train.train(content, work_dir or Path("runs", recipe.stem), output, allow_changes)
+    _train(recipe, settings, output, work_dir, allow_changes)
+
+
+def _train(recipe: Path, settings: Any, output: Path, work_dir: Path | None, allow_changes: bool) -> None:
+    from accelerate import PartialState
+
+    from latte_flow_hf.files import check_output
+    from latte_flow_hf.training import train
+
+    check_output(output)
+    sources = {f"model: {name}": getattr(settings.model, name) for name in ("pipeline", "backbone", "autoencoder")}
+    if settings.distillation is not None:
+        sources["distillation: teacher"] = settings.distillation.teacher
+    for name, source in sources.items():
+        if source not in (None, "tinyworld"):
+            _check_source(f"recipe {recipe}: {name}", source)
+    result = train.train(settings, work_dir or Path("runs", recipe.stem), output, allow_changes)
     if PartialState().is_main_process:
         typer.echo(f"wrote {result}")
 
@@ -329,28 +503,24 @@ def distill(
 @_verb
 def evaluate(
     model: Model = None,
-    seed: Annotated[int, typer.Option(help="Seed of the prompts, the images and the noise.")] = 1,
-    steps: Annotated[int | None, typer.Option(help="Number of sampling steps; the model's own if left out.")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Scale of classifier-free guidance; the model's own if left out.")
-    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the prompts, the images and the noise.")] = 1,
+    steps: Steps = None,
+    guidance: Guidance = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for all results.")] = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
     lora: Lora = None,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="With the embedded checkpoint: its adapter for 4 evaluations per image.")
-    ] = False,
-    device: Annotated[str | None, typer.Option(help="Such as cuda; the CPU if left out.")] = None,
+    fast: Fast = False,
 ) -> None:
     """Evaluate a checkpoint on the tiny world: accuracy of generated images and of answers."""
+    if output is not None and output.suffix != ".json":
+        raise typer.BadParameter(f"output must be a .json file, got {str(output)!r}.")
+    from latte_flow_hf.evaluation import tinyworld
     from latte_flow_hf.files import check_output, write_json
 
     if output is not None:
         check_output(output, replace=True)
-    pipe = _load(model, _fast_lora(model, lora) if fast else lora)
-    if device is not None:
-        pipe.to(device)
-    from latte_flow_hf.evaluation import tinyworld
-
+    pipe = _load(model, device, dtype, _fast_lora(model, lora) if fast else lora)
     pipe.set_progress_bar_config(disable=True)
     call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
     generation = tinyworld.evaluate_generation(pipe, tinyworld.generation_prompts(seed), seed, **call)
@@ -368,11 +538,23 @@ def evaluate(
         write_json(results, output)
 
 
+def _check_safetensors(path: Path) -> Path:
+    if path.suffix != ".safetensors":
+        raise typer.BadParameter(f"must be a .safetensors file, got {str(path)!r}.")
+    return path
+
+
 Pipeline = Annotated[str, typer.Argument(help="Folder or hub id of a pipeline.")]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder to make; must not exist.")]
-OutputFile = Annotated[Path, typer.Option("--output", "-o", help="The .safetensors file to make; must not exist.")]
-Experts = Annotated[int, typer.Option(help="K, the number of experts; must divide the backbone's layers.")]
-Table = Annotated[Path | None, typer.Option(help="YAML file of key pairs; the package's own table if left out.")]
+OutputFile = Annotated[
+    Path,
+    typer.Option("--output", "-o", callback=_check_safetensors, help="The .safetensors file to make; must not exist."),
+]
+Experts = Annotated[int, typer.Option(min=1, help="K, the number of experts; must divide the backbone's layers.")]
+Table = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="YAML file of key pairs; the package's own table if left out."),
+]
 TowerOnly = Annotated[bool, typer.Option("--tower-only", help="The state dict holds only the tower.")]
 ShardSize = Annotated[str, typer.Option(help="Largest weights file, such as 500MB.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")]
@@ -405,7 +587,10 @@ def convert_init(
 
 @_conversion
 def convert_from_original(
-    checkpoint: Annotated[Path, typer.Argument(help="A flat state dict: .safetensors, .pt, .pth or .bin.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(exists=True, dir_okay=False, help="A flat state dict: .safetensors, .pt, .pth or .bin."),
+    ],
     template: Annotated[str, typer.Argument(help="Folder or hub id of a pipeline for all but the weights.")],
     output: OutputFolder,
     table: Table = None,
@@ -463,7 +648,7 @@ def convert_to_single_file(source: Pipeline, output: OutputFile, dry_run: DryRun
 
 @_conversion
 def convert_from_single_file(
-    file: Annotated[Path, typer.Argument(help="A file made by `to-single-file`.")],
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A file made by `to-single-file`.")],
     output: OutputFolder,
     max_shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,
@@ -476,7 +661,7 @@ def convert_from_single_file(
 
 @_verb
 def publish(
-    folder: Annotated[Path, typer.Argument(help="A saved pipeline.")],
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A saved pipeline.")],
     repo_id: Annotated[str, typer.Option(help="Repository user/name; created if it does not exist.")],
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
     with_code: Annotated[
@@ -485,11 +670,12 @@ def publish(
     ] = False,
 ) -> None:
     """Upload a pipeline to the hub, with a model card if it has none. Log in with `hf auth login`, or set HF_TOKEN."""
+    if not _is_hub_reachable():
+        raise OSError("the hub cannot be reached; nothing was published.")
     from latte_flow_hf.publishing import publish
 
     typer.echo(f"published {publish(folder, repo_id, private=private or None, with_code=with_code)}")
 
 
-# `accelerate launch -m latte_flow_hf.cli train ...`
 if __name__ == "__main__":
     app()

@@ -1,0 +1,111 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""The working folder of a training run belongs to one process at a time, and to one recipe and one starting model."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..files import read_json
+from .callbacks import check_checkpoint
+
+
+# What a working folder remembers, beside the checkpoints.
+RUN_FILE = "run.json"
+
+# Changes of a recipe that leave the weights as they are.
+_HARMLESS_CHANGES = {"samples", "data: cache", "data: max_unreadable", "ema: device"} | {
+    f"training: {name}"
+    for name in (
+        "dataloader_num_workers",
+        "disable_tqdm",
+        "logging_first_step",
+        "logging_steps",
+        "logging_strategy",
+        "report_to",
+        "run_name",
+        "save_steps",
+        "save_strategy",
+        "save_total_limit",
+    )
+}
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder alone. The system ends the lock with its process, so a killed one leaves no stale lock.
+
+    Args:
+        folder (`Path`): made if it does not exist; the file `lock` in it names the process that holds it.
+
+    Raises:
+        `OSError`: if another process holds it, with that process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "lock"
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        owner = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+        raise OSError(
+            f"folder {folder} is in use by {owner or 'another process'}; wait until it ends, or use another folder."
+        ) from error
+    try:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield
+    finally:
+        # Before the release: a process that waits for the removed file notices, and makes a new one.
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def check_run(resume_from: Path, run: dict[str, Any], max_steps: int, allow_changes: bool) -> None:
+    """Check that a run may go on from a checkpoint.
+
+    Args:
+        resume_from (`Path`): the checkpoint; `run.json` beside it was written when the run began.
+        run (`dict`): `recipe` and `starting_model` of now.
+        max_steps (`int`): of the recipe; -1 if it gives epochs.
+        allow_changes (`bool`): see `train`.
+
+    Raises:
+        `ValueError`: naming what changed, or if the checkpoint has more steps than the recipe.
+        `OSError`: if a file of the checkpoint or `run.json` is missing or damaged.
+    """
+    folder = resume_from.parent
+    before, other = read_json(folder / RUN_FILE), "use another --work-dir"
+    changes = _changes(before["recipe"], run["recipe"])
+    parts = [part for part, value in run["starting_model"].items() if before["starting_model"].get(part) != value]
+    changes += [f"{part} of the starting model" for part in parts]
+    fixed = [change for change in changes if change.startswith(("trainable", "lora", "ema"))]
+    if fixed:
+        raise ValueError(f"{folder} holds a run with other weights or averages ({'; '.join(fixed)}); {other}.")
+    if changes and not allow_changes:
+        raise ValueError(
+            f"{folder} holds a run of another recipe or starting model ({'; '.join(changes)}); {other}, or go on from "
+            f"{resume_from.name} with the new settings by --allow-changes."
+        )
+    step = int(resume_from.name.removeprefix("checkpoint-"))
+    if 0 < max_steps < step:
+        raise ValueError(f"{folder} holds a run of {step} steps already, but max_steps is {max_steps}; {other}.")
+    check_checkpoint(resume_from)
+
+
+def _changes(before: dict, after: dict, section: str = "") -> list[str]:
+    """What differs between two recipes and decides the weights, such as `training: learning_rate 0.001 -> 0.002`."""
+    changes = []
+    for key in sorted(before.keys() | after.keys()):
+        name, old, new = section + key, before.get(key), after.get(key)
+        has_more_steps = name in ("training: max_steps", "training: num_train_epochs") and old and new and new > old
+        if old == new or name in _HARMLESS_CHANGES or has_more_steps:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes += _changes(old, new, f"{name}: ")
+        else:
+            changes.append(f"{name} {old} -> {new}")
+    return changes
