@@ -101,16 +101,19 @@ class LatteFlowCallsMixin:
     def _new_call(self) -> Iterator[None]:
         component = self.__dict__["scheduler"]
         with _GUARD:
-            thread, call = threading.get_ident(), PipelineCall(copy.deepcopy(component))
+            thread, own_copy = threading.get_ident(), copy.deepcopy(component)
+        call = PipelineCall(own_copy)
         # A callback may call its pipeline again.
         outer_call = self._running_call
         self._calls[thread] = call
         try:
             yield
         finally:
-            with _GUARD:
-                # No call reads it: `set_timesteps` starts anew.
-                vars(component).update(vars(call.scheduler))
+            # The scheduler of a few-step adapter, in place of the copy, must not change the component.
+            if call.scheduler is own_copy:
+                with _GUARD:
+                    # No call reads it: `set_timesteps` starts anew.
+                    vars(component).update(vars(own_copy))
             call.scheduler = None
             if outer_call is not None:
                 self._calls[thread] = outer_call
