@@ -144,7 +144,8 @@ def test_what_cannot_be_verified_is_an_error(pipeline, tmp_path):
 
 
 def test_the_words_of_the_tiny_world_are_known(tiny, caplog):
-    texts = [*DEMO_PROMPTS, *sum(tinyworld.generation_prompts(seed=1).values(), [])]
+    texts = [*DEMO_PROMPTS]
+    texts += [prompt for prompts in tinyworld.generation_prompts(seed=1).values() for prompt in prompts]
     texts += [item.question for items in tinyworld.understanding_questions(seed=1).values() for _, item in items]
     words = {word for text in texts for word in re.findall(r"\w+", text.lower())}
     assert words <= set(tiny.model.config.trained_words)
