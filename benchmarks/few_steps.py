@@ -2,14 +2,19 @@
 """How many evaluations of the model an image needs: solvers and allocations of steps, compared by accuracy.
 
     python benchmarks/few_steps.py -o outputs/few_steps.json
+    python benchmarks/few_steps.py -o outputs/distilled.json --distilled FULL --lora ADAPTER
 
-Every row generates images for the same prompts from the same noise; the oracle of the tiny world checks them.
+Every row generates images for the same prompts from the same noise; the oracle of the tiny world checks them. With
+`--distilled` or `--lora`, models that were distilled to few steps are compared with the guided checkpoint at 40, 20
+and 10 steps, also in time and in the diversity of the images of a prompt, and a plot is written beside the JSON file.
 """
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
@@ -19,7 +24,7 @@ from diffusers import (
 )
 
 from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler, tiny_checkpoint
-from latte_flow_hf.evaluation.tinyworld import evaluate_generation, generation_prompts
+from latte_flow_hf.evaluation.tinyworld import evaluate_generation, evaluate_variety, generation_prompts
 from latte_flow_hf.files import write_json
 
 
@@ -85,6 +90,108 @@ def as_markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+# Of each kind of prompt, for the diversity of the images of a prompt.
+VARIETY_PROMPTS = {
+    "one object": ("a red circle", "a white cross", "a purple triangle"),
+    "two objects": ("a red circle left of a blue square", "a green cross above a yellow triangle"),
+    "digit": ("a handwritten three", "a handwritten seven", "a handwritten nine"),
+}
+
+
+def measure_variety(pipe: LatteFlowPipeline, **call: Any) -> dict[str, float]:
+    """By kind of prompt, the mean distance between the pixels of two images of a prompt, of 16 seeds."""
+    distances: dict[str, float] = {}
+    for kind, prompts in VARIETY_PROMPTS.items():
+        results = [evaluate_variety(pipe, prompt, **call) for prompt in prompts]
+        if any(result["num_distinct"] < result["num_images"] for result in results):
+            print(f"{kind}: equal images from different noise: {results}")
+        distances[kind] = sum(result["mean_distance"] for result in results) / len(results)
+    return distances
+
+
+def measure_seconds(pipe: LatteFlowPipeline, repeats: int = 5, **call: Any) -> float:
+    """The shortest time for one image, from the prompt to PIL."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        pipe("a red circle left of a blue square", generator=torch.Generator().manual_seed(0), **call)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def load(folder: str, device: str | None, lora: str | None = None) -> LatteFlowPipeline:
+    pipe = LatteFlowPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    if lora is not None:
+        pipe.load_lora_weights(lora)
+    return pipe if device is None else pipe.to(device)
+
+
+def compare_distilled(options: argparse.Namespace) -> list[dict]:
+    """The rows of the guided checkpoint, and of each distilled folder or adapter, whose steps are its own."""
+    base = options.model or tiny_checkpoint()
+    models = [("guided", base, None, {"num_inference_steps": steps}) for steps in (40, 20, 10)]
+    models += [("distilled", folder, None, {}) for folder in options.distilled]
+    models += [("LoRA", base, folder, {}) for folder in options.lora]
+    rows = []
+    prompts = generation_prompts(options.seed)
+    for name, folder, lora, call in models:
+        pipe = load(folder, options.device, lora)
+        results = evaluate_generation(pipe, prompts, seed=options.seed, batch_size=options.batch_size, **call)
+        guided = 2 if pipe.do_classifier_free_guidance else 1
+        counts = {kind: result["count"] for kind, result in results.items()}
+        accuracy = {kind: result["accuracy"] for kind, result in results.items()}
+        variety = measure_variety(pipe, **call)
+        rows.append(
+            {
+                "model": name,
+                "folder": lora or folder,
+                "evaluations": guided * pipe.num_timesteps,
+                "seconds": measure_seconds(pipe, **call),
+                "accuracy": accuracy,
+                "all": sum(accuracy[kind] * counts[kind] for kind in counts) / sum(counts.values()),
+                "variety": variety,
+                "diversity": {
+                    kind: variety[kind] / (rows[0] if rows else {"variety": variety})["variety"][kind]
+                    for kind in variety
+                },
+            }
+        )
+        write_json(rows, options.output)
+    return rows
+
+
+def distilled_as_markdown(rows: list[dict]) -> str:
+    """The rows as a table. Diversity is relative to the first row."""
+    kinds, varieties = list(rows[0]["accuracy"]), list(rows[0]["diversity"])
+    columns = ["Model", "Evaluations", "Seconds", *kinds, "all", "lost", *(f"diversity, {kind}" for kind in varieties)]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        cells = [row["model"], str(row["evaluations"]), f"{row['seconds']:.3f}"]
+        cells += [f"{row['accuracy'][kind]:.1%}" for kind in kinds]
+        cells += [f"{row['all']:.1%}", f"{100 * (rows[0]['all'] - row['all']):+.1f}"]
+        cells += [f"{row['diversity'][kind]:.2f}" for kind in varieties]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot_distilled(rows: list[dict], output: Path) -> None:
+    """Accuracy against evaluations, and against seconds, as `output` with the extension png."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
+    for axis, quantity, label in zip(axes, ("evaluations", "seconds"), ("evaluations per image", "seconds per image")):
+        for name in dict.fromkeys(row["model"] for row in rows):
+            own = [row for row in rows if row["model"] == name]
+            axis.plot([row[quantity] for row in own], [100 * row["all"] for row in own], "o-", label=name)
+        axis.set_xscale("log")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("correct images, %")
+    axes[0].legend()
+    figure.savefig(output.with_suffix(".png"), dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file for all rows; a table is printed.")
@@ -92,9 +199,17 @@ def main() -> None:
         "-m", "--model", default=None, help="Folder of a pipeline; defaults to the embedded checkpoint."
     )
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--distilled", action="append", default=[], help="Folder of a distilled pipeline; repeatable.")
+    parser.add_argument("--lora", action="append", default=[], help="Few-step adapter of the model; repeatable.")
+    parser.add_argument("--device", default=None, help="Such as cuda; the CPU if left out.")
+    parser.add_argument("--batch-size", type=int, default=50, help="Images generated at once.")
     options = parser.parse_args()
-    pipe = LatteFlowPipeline.from_pretrained(options.model or tiny_checkpoint())
-    pipe.set_progress_bar_config(disable=True)
+    if options.distilled or options.lora:
+        distilled_rows = compare_distilled(options)
+        print(distilled_as_markdown(distilled_rows))
+        plot_distilled(distilled_rows, options.output)
+        return
+    pipe = load(options.model or tiny_checkpoint(), options.device)
     prompts = generation_prompts(options.seed)
     rows = []
     checkpoint_scheduler = pipe.scheduler

@@ -37,7 +37,16 @@ Dtype = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the initial noise.")]
-Steps = Annotated[int, typer.Option(min=1, help="Number of sampling steps.")]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Number of sampling steps; those of the model, mostly 40, if left out.")
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(help="Scale of classifier-free guidance, 1 is none; that of the model, mostly 4, if left out."),
+]
+Fast = Annotated[
+    bool, typer.Option("--fast", help="With the embedded checkpoint: its adapter for 4 evaluations per image.")
+]
 Lora = Annotated[
     list[str] | None,
     typer.Option(
@@ -220,6 +229,14 @@ def _read_line() -> str:
         return ""
 
 
+def _fast_lora(model: str | None, lora: list[str] | None) -> list[str]:
+    from latte_flow_hf.checkpoints import few_step_checkpoint
+
+    if model is not None:
+        raise ValueError(f"--fast is for the embedded checkpoint, got --model {model}; give an adapter by --lora.")
+    return [few_step_checkpoint(), *(lora or [])]
+
+
 @_verb
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the images.")] = Path("outputs/demo"),
@@ -273,8 +290,8 @@ def generate(
     device: Device = None,
     dtype: Dtype = "float32",
     seed: Seed = 0,
-    steps: Steps = 40,
-    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance; 1 is none.")] = 4.0,
+    steps: Steps = None,
+    guidance: Guidance = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to guide away from.")] = None,
     image: Annotated[
         list[Path] | None,
@@ -286,12 +303,14 @@ def generate(
     size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="With --prompts: images per batch.")] = 1,
     lora: Lora = None,
+    fast: Fast = False,
 ) -> None:
     """Generate images of a prompt, or of a file of prompts; of a file, existing images are not generated again."""
     if (prompt is None) == (prompts is None):
         raise typer.BadParameter("give either a prompt or --prompts.")
     if prompts is not None and image:
         raise typer.BadParameter("--image goes with one prompt, not with --prompts.")
+    lora = _fast_lora(model, lora) if fast else lora
     call: dict[str, Any] = {
         "negative_prompt": negative_prompt,
         "height": size,
@@ -432,18 +451,50 @@ def train(
     ] = False,
 ) -> None:
     """Train a model. Started again, the command resumes from the last checkpoint."""
+    from latte_flow_hf.training.recipe import Recipe
+
+    _train(recipe, Recipe.from_yaml(recipe), output, work_dir, allow_changes)
+
+
+@_verb
+def distill(
+    recipe: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="A YAML file with a section `distillation`.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the finished pipeline or adapter; must not exist.")
+    ],
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder for trajectories, checkpoints and logs; defaults to runs/ and the recipe's name."),
+    ] = None,
+    allow_changes: Annotated[
+        bool,
+        typer.Option("--allow-changes", help="Resume although the recipe or the starting model has changed."),
+    ] = False,
+) -> None:
+    """Train a model to generate in few steps what a teacher generates in many. Resumes as `train` does."""
+    from latte_flow_hf.training.recipe import Recipe
+
+    settings = Recipe.from_yaml(recipe)
+    if settings.distillation is None:
+        raise ValueError(f"recipe {recipe} has no section `distillation`; use `latte-flow train` for it.")
+    _train(recipe, settings, output, work_dir, allow_changes)
+
+
+def _train(recipe: Path, settings: Any, output: Path, work_dir: Path | None, allow_changes: bool) -> None:
     from accelerate import PartialState
 
     from latte_flow_hf.files import check_output
     from latte_flow_hf.training import train
-    from latte_flow_hf.training.recipe import Recipe
 
-    settings = Recipe.from_yaml(recipe)
     check_output(output)
-    for name in ("pipeline", "backbone", "autoencoder"):
-        source = getattr(settings.model, name)
+    sources = {f"model: {name}": getattr(settings.model, name) for name in ("pipeline", "backbone", "autoencoder")}
+    if settings.distillation is not None:
+        sources["distillation: teacher"] = settings.distillation.teacher
+    for name, source in sources.items():
         if source not in (None, "tinyworld"):
-            _check_source(f"recipe {recipe}: model: {name}", source)
+            _check_source(f"recipe {recipe}: {name}", source)
     result = train.train(settings, work_dir or Path("runs", recipe.stem), output, allow_changes)
     if PartialState().is_main_process:
         typer.echo(f"wrote {result}")
@@ -453,11 +504,13 @@ def train(
 def evaluate(
     model: Model = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the prompts, the images and the noise.")] = 1,
-    steps: Steps = 40,
-    guidance: Annotated[float, typer.Option(help="Scale of classifier-free guidance.")] = 4.0,
+    steps: Steps = None,
+    guidance: Guidance = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for all results.")] = None,
     device: Device = None,
     dtype: Dtype = "float32",
+    lora: Lora = None,
+    fast: Fast = False,
 ) -> None:
     """Evaluate a checkpoint on the tiny world: accuracy of generated images and of answers."""
     if output is not None and output.suffix != ".json":
@@ -467,7 +520,7 @@ def evaluate(
 
     if output is not None:
         check_output(output, replace=True)
-    pipe = _load(model, device, dtype)
+    pipe = _load(model, device, dtype, _fast_lora(model, lora) if fast else lora)
     pipe.set_progress_bar_config(disable=True)
     call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
     generation = tinyworld.evaluate_generation(pipe, tinyworld.generation_prompts(seed), seed, **call)
@@ -476,7 +529,10 @@ def evaluate(
     for name, results in (("generation", generation), ("understanding", understanding)):
         for kind, result in results.items():
             typer.echo(f"{name:14}{kind:17}{result['accuracy']:7.1%} of {result['count']}")
-    typer.echo(f"{'variety':14}{variety['num_distinct']} of {variety['num_images']} images of one prompt are distinct")
+    typer.echo(
+        f"{'variety':14}{variety['num_distinct']} of {variety['num_images']} images of one prompt are distinct, with "
+        f"a mean distance of {variety['mean_distance']:.2f} of 255"
+    )
     if output is not None:
         results = {"seed": seed, **call, "generation": generation, "variety": variety, "understanding": understanding}
         write_json(results, output)

@@ -112,3 +112,18 @@ def test_a_folder_of_another_model(pipeline_folder, backbone_folder, tmp_path):
         regroup(tmp_path / "mixed", 2)
     settings = json.loads((pipeline_folder / "model" / "config.json").read_text())
     assert settings["num_experts"] == 2
+
+
+def test_a_model_distilled_to_few_steps_is_refused(pipeline_folder, tmp_path):
+    folder = tmp_path / "distilled"
+    shutil.copytree(pipeline_folder, folder)
+    path = folder / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["sampling"] = {"steps_per_expert": [1, 1], "guidance_scale": 1.0, "distilled_experts": [0, 1]}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"was distilled to steps_per_expert=\[1, 1\]"):
+        regroup(folder, 4)
+    config["sampling"] = {"steps_per_expert": [4, 4], "guidance_scale": 2.0}
+    path.write_text(json.dumps(config))
+    regroup(folder, 4).write(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "model" / "config.json").read_text())["sampling"] == {"guidance_scale": 2.0}

@@ -14,6 +14,8 @@ from latte_flow_hf.modeling.flow_matching import (
     draw_expert_sigmas,
     expert_of_sigma,
     interpolate,
+    mean_velocity,
+    sigmas_per_expert,
     uniform_boundaries,
     velocity_loss,
     velocity_target,
@@ -231,3 +233,22 @@ def test_the_model_draws_as_its_configuration_says(model, encode):
     inputs = encode(*["a red circle"] * 4)
     losses = [m(**inputs, latents=latents, generator=torch.Generator().manual_seed(1)).loss for m in (model, other)]
     assert losses[0] != losses[1]
+
+
+def test_mean_velocity_leads_from_one_state_to_the_other_in_one_step():
+    """On a straight path it is the path's own velocity; on a curved one Euler's step with it hits the end."""
+    data, noise = pair()
+    high, low = torch.linspace(0.5, 1.0, 5, dtype=torch.float64), torch.linspace(0.0, 0.4, 5, dtype=torch.float64)
+    start, end = interpolate(data, noise, high), interpolate(data, noise, low)
+    torch.testing.assert_close(mean_velocity(start, end, high, low), velocity_target(data, noise))
+    curved = end.sin() + 2.0
+    step = (low - high).view(-1, 1, 1, 1) * mean_velocity(start, curved, high, low)
+    torch.testing.assert_close(start + step, curved)
+    torch.testing.assert_close(mean_velocity(start, curved, 0.75, 0.5), 4 * (start - curved))
+
+
+def test_sigmas_by_expert_are_even_in_each_interval():
+    found = sigmas_per_expert(UNEVEN, [1, 2, 0, 2])
+    np.testing.assert_allclose(found.numpy(), [1.0, 0.85, 0.575, 0.1, 0.05], atol=1e-7)
+    assert sigmas_per_expert(UNEVEN, [1, 1, 1, 1]).tolist() == pytest.approx(UNEVEN[:-1])
+    assert found.dtype == torch.float32

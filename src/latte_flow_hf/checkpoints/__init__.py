@@ -3,12 +3,27 @@
 
 from pathlib import Path
 
-from ..files import check_hash
+from ..files import check_hash, read_json
 
 
 def tiny_checkpoint() -> str:
     """The folder of the embedded checkpoint, for `LatteFlowPipeline.from_pretrained`."""
     return str(Path(__file__).parent / "tinyworld")
+
+
+def few_step_checkpoint() -> str:
+    """The folder of the adapter with which the embedded checkpoint takes 4 evaluations per image, without guidance.
+
+    Raises:
+        `OSError`: if this installation does not have it.
+    """
+    folder = Path(__file__).parent / "tinyworld_few_steps"
+    if not (folder / "adapter_config.json").is_file():
+        raise OSError(
+            f"the few-step adapter of the embedded checkpoint is not in {folder}. It is made by `latte-flow distill "
+            "recipes/tinyworld/distill_lora.yaml`; load yours by --lora, or generate with all steps."
+        )
+    return str(folder)
 
 
 def describe(checkpoint: str) -> list[str]:
@@ -31,6 +46,7 @@ def describe(checkpoint: str) -> list[str]:
     from ..files import check_files
     from ..modeling.configuration_latte_flow import LatteFlowConfig
     from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
+    from ..modeling.sampling import describe_sampling
 
     if (Path(checkpoint) / "model_index.json").exists():
         check_files(checkpoint, "model_index.json")
@@ -54,6 +70,11 @@ def describe(checkpoint: str) -> list[str]:
         f"{config.layers_per_expert} layers, {shared:.2f} M shared; residual attention: {config.residual_attention}",
         f"latents     {config.latent_channels} channels, {config.latent_patch_size**2} latent pixel(s) per token",
     ]
+    solver = None
+    if is_pipeline:
+        scheduler = read_json(str(cached_file(checkpoint, "scheduler_config.json", subfolder="scheduler")))
+        solver = scheduler.get("solver", scheduler.get("_class_name"))
+    lines.append(f"sampling    {describe_sampling(config.sampling, solver)}")
     for expert in range(config.num_experts):
         layers = tower.expert_layers(expert)
         active = millions(*(tower.layers[index] for index in layers))

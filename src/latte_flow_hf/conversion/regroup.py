@@ -27,10 +27,23 @@ def regroup(source: str | Path, num_experts: int, expert_boundaries: list[float]
 
     Raises:
         `OSError`: if a file is missing or truncated.
-        `ValueError`: if K does not divide the layers, or the boundaries do not fit K.
+        `ValueError`: if K does not divide the layers, the boundaries do not fit K, or the model was distilled to few
+            steps of its own experts.
     """
     pipeline = read_pipeline(source)
-    settings = {**pipeline.config.to_dict(), "num_experts": num_experts, "expert_boundaries": expert_boundaries}
+    sampling = pipeline.config.sampling or {}
+    if sampling.get("distilled_experts"):
+        raise ValueError(
+            f"{pipeline.name} was distilled to steps_per_expert={sampling['steps_per_expert']}, which only its own "
+            "experts can take; regroup the model that it was distilled from."
+        )
+    changes = {
+        "num_experts": num_experts,
+        "expert_boundaries": expert_boundaries,
+        # Values by expert belong to the old experts.
+        "sampling": {key: value for key, value in sampling.items() if not isinstance(value, list)} or None,
+    }
+    settings = {**pipeline.config.to_dict(), **changes}
     config = LatteFlowConfig.from_dict(settings)
     model = model_on_meta(config)
     old, names = pipeline.weights[MODEL], stored_names(model)
@@ -41,7 +54,7 @@ def regroup(source: str | Path, num_experts: int, expert_boundaries: list[float]
     for key in ("new_noise", "stochastic_sampling"):  # the second one in configurations of earlier versions
         if isinstance(scheduler.get(key), list) and num_experts != pipeline.config.num_experts:
             scheduler_changes[key] = None
-    changes = {"num_experts": config.num_experts, "expert_boundaries": config.expert_boundaries}
+    changes["expert_boundaries"] = config.expert_boundaries
     origin = f"`{pipeline.name}`, regrouped from {pipeline.config.num_experts} experts to {config.num_experts}."
     small_files = {
         **pipeline.small_files,

@@ -74,8 +74,8 @@ def evaluate_variety(pipe: Any, prompt: str, num_images: int = 16, **call: Any) 
     """Generate several images of one prompt and compare them.
 
     Returns:
-        `dict`: `num_distinct`, the number of distinct images, and `min_distance`, the smallest mean absolute
-        difference between the pixels of two of them (0 to 255).
+        `dict`: `num_distinct`, the number of distinct images, and `min_distance` and `mean_distance`, the smallest
+        and the mean over all pairs of the mean absolute difference between their pixels (0 to 255).
     """
     generators = [torch.Generator().manual_seed(seed) for seed in range(num_images)]
     images = pipe(prompt, num_images_per_prompt=num_images, generator=generators, **call).images
@@ -86,6 +86,7 @@ def evaluate_variety(pipe: Any, prompt: str, num_images: int = 16, **call: Any) 
         "num_images": num_images,
         "num_distinct": len({image.tobytes() for image in images}),
         "min_distance": float(min(distances)),
+        "mean_distance": float(np.mean(distances)),
     }
 
 

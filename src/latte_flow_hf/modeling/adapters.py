@@ -11,6 +11,7 @@ starts with a comment, `(?#latte_flow num_experts=4 ...)`. It matches nothing, a
 
 import copy
 import hashlib
+import json
 import math
 import os
 import re
@@ -26,6 +27,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from .adapter_files import DOWNLOAD_ARGUMENTS, convert_adapter_keys, infer_lora_config, read_adapter
 from .configuration_latte_flow import LatteFlowConfig
+from .sampling import check_sampling
 
 
 # PEFT is an extra. In `try`, or code that a checkpoint carries could not be loaded without it.
@@ -35,6 +37,7 @@ except ImportError:
     peft = None  # type: ignore[assignment]
 
 
+_SAMPLING_MARK = re.compile(r"\(\?#latte_flow_sampling ([^)]*)\)")
 _MARK = re.compile(r"\(\?#latte_flow ([^)]*)\)")
 _TOWER_LAYER = re.compile(r"tower\.layers\.(\d+)\.")
 
@@ -76,6 +79,18 @@ def read_adapter_mark(target_modules: Any) -> dict[str, str]:
     return {name: ",".join(sorted(found, key=int)) for name, found in values.items()}
 
 
+def sampling_mark(config: LatteFlowConfig, sampling: Mapping[str, Any]) -> str:
+    """A comment like that of `adapter_mark`, for an adapter that changes how the model is sampled."""
+    content = {**check_sampling(sampling, config.num_experts), "expert_boundaries": config.expert_boundaries}
+    return f"(?#latte_flow_sampling {json.dumps(content)})"
+
+
+def read_sampling_mark(target_modules: Any) -> dict[str, Any] | None:
+    """What `sampling_mark` wrote, with the key `expert_boundaries`; `None` if there is no such comment."""
+    match = _SAMPLING_MARK.search(target_modules if isinstance(target_modules, str) else "")
+    return None if match is None else json.loads(match[1])
+
+
 def check_adapter(config: LatteFlowConfig, target_modules: Any, name: str) -> None:
     """Refuse an adapter of another model: its layers would be those of other experts, or of other sizes.
 
@@ -97,6 +112,12 @@ def check_adapter(config: LatteFlowConfig, target_modules: Any, name: str) -> No
         raise ValueError(
             f"adapter {name!r} was trained for a model with {describe(trained_for)}; this model has "
             f"{describe(architecture)}."
+        )
+    sampling = read_sampling_mark(target_modules)
+    if sampling is not None and sampling["expert_boundaries"] != config.expert_boundaries:
+        raise ValueError(
+            f"adapter {name!r} was distilled for a model with expert_boundaries {sampling['expert_boundaries']}; this "
+            f"model has {config.expert_boundaries}, and its experts would start at other sigmas."
         )
 
 
@@ -457,6 +478,32 @@ class LatteFlowAdapterMixin:
         fused = {name for _, module in adapter_modules(self) for name in module.merged_adapters}  # type: ignore[arg-type]
         return [name for name in self._peft_configs() if name in fused]
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How the model is sampled by default: the `sampling` of its configuration, or that of an active adapter that
+        was distilled to few steps, whatever its weight.
+
+        Raises:
+            `ValueError`: if several active adapters contradict each other.
+        """
+        if not self._peft_configs():
+            return dict(self.config.sampling or {})
+        is_disabled = any(module.disable_adapters for _, module in adapter_modules(self))  # type: ignore[arg-type]
+        found = {
+            name: sampling
+            for name in ([] if is_disabled else self.active_adapters())
+            if (sampling := read_sampling_mark(getattr(self._peft_configs()[name], "target_modules", None)))
+        }
+        values = list(found.values())
+        if any(value != values[0] for value in values[1:]):
+            raise ValueError(
+                f"adapters {list(found)} were distilled to different steps or guidance; activate one of them by "
+                "set_adapters."
+            )
+        if values:
+            return {key: value for key, value in values[0].items() if key != "expert_boundaries"}
+        return dict(self.config.sampling or {})
+
     def _check_not_fused(self, method: str) -> None:
         # PEFT would take the fused adapters out of the weights without a word, or ignore the others.
         if self.fused_adapters:
@@ -561,6 +608,8 @@ class LatteFlowAdapterMixin:
 
     def unload_adapters(self) -> None:
         """Remove all adapters and PEFT's layers around the plain ones. What is fused stays in the weights."""
+        if self.fused_adapters:
+            self.config.sampling = self.sampling or None
         removed: list[str] = []
         for name, module in adapter_modules(self):  # type: ignore[arg-type]
             if not name.startswith(tuple(removed)):

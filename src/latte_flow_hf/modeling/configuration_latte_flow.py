@@ -7,6 +7,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .flow_matching import TIMESTEP_SAMPLINGS, check_boundaries, uniform_boundaries
+from .sampling import check_sampling
 
 
 RESIDUAL_ATTENTION_MODES = ("scores", "probabilities", None)
@@ -46,6 +47,9 @@ class LatteFlowConfig(PreTrainedConfig):
         timestep_sampling (`str`, defaults to `"uniform"`):
             How training draws timesteps in the interval of each expert: `"uniform"` or `"logit_normal"`. (Chosen: the
             sources are silent.) A field of the configuration, because `forward` draws them.
+        sampling (`dict`, *optional*):
+            Steps and guidance that the pipeline uses if a call gives none, see [`modeling.sampling.check_sampling`].
+            Distillation sets them.
         trained_words (`list[str]`, *optional*):
             For a model of a small world: the words of all texts that it was trained on, in lower case. Other words,
             and other sizes than `sample_size`, are warned of. (Chosen for the embedded checkpoint, whose images of
@@ -70,6 +74,7 @@ class LatteFlowConfig(PreTrainedConfig):
     timestep_frequency_dim: int = 256
     timestep_embed_dim: int = None  # type: ignore[assignment]
     timestep_sampling: str = "uniform"
+    sampling: dict[str, Any] | None = None
     trained_words: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -119,6 +124,8 @@ class LatteFlowConfig(PreTrainedConfig):
         if self.expert_boundaries is None:
             self.expert_boundaries = uniform_boundaries(self.num_experts)
         self.expert_boundaries = check_boundaries(self.expert_boundaries, self.num_experts)
+        if self.sampling is not None:
+            self.sampling = check_sampling(self.sampling, self.num_experts)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LatteFlowConfig":

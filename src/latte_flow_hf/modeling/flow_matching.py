@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -38,6 +39,30 @@ def data_from_velocity(noisy: torch.Tensor, velocity: torch.Tensor, sigma: torch
 def velocity_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of the velocity over all elements, in float32. (Paper: the training objective.)"""
     return nn.functional.mse_loss(predicted.float(), target.float())
+
+
+def mean_velocity(
+    start: torch.Tensor, end: torch.Tensor, sigma_start: torch.Tensor | float, sigma_end: torch.Tensor | float
+) -> torch.Tensor:
+    """The velocity of the one Euler step that leads from x_s to x_r: (x_s - x_r) / (s - r), with s > r.
+
+    It is the mean of d x_sigma / d sigma over the path between them. A student that predicts it at x_s crosses the
+    interval in one evaluation. (Chosen: the regression of distillation, on states of the teacher's own trajectory.)
+    """
+    return (start - end) / (_per_example(sigma_start, start) - _per_example(sigma_end, start))
+
+
+def sigmas_per_expert(boundaries: Sequence[float], steps_per_expert: Sequence[int]) -> torch.Tensor:
+    """Evenly spaced sigmas in each interval: high - j * (high - low) / n for j = 0, ..., n - 1; an expert with no
+    steps has none.
+
+    Returns:
+        `torch.Tensor` of shape (sum of n,), float32, falling, without the 0 at the end.
+    """
+    sigmas = [
+        np.linspace(high, low, n, endpoint=False) for high, low, n in zip(boundaries, boundaries[1:], steps_per_expert)
+    ]
+    return torch.from_numpy(np.concatenate(sigmas)).to(torch.float32)
 
 
 def uniform_boundaries(num_experts: int) -> list[float]:

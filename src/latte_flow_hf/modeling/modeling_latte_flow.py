@@ -11,8 +11,9 @@ E size of the timestep embedding, S timesteps, K experts.
 
 import copy
 import inspect
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,9 +49,11 @@ from .context import LatteFlowContext, check_prompts, prefill_context, warn_of_l
 from .conversion_mapping import CHECKPOINT_CONVERSIONS
 from .distributed import all_gather_list, randn_local_rows, rank_and_world_size
 from .flow_matching import (
+    BOUNDARY_TOLERANCE,
     assign_examples_to_experts,
     expert_of_sigma,
     interpolate,
+    mean_velocity,
     velocity_loss,
     velocity_target,
 )
@@ -393,7 +396,7 @@ class LatteFlowTower(nn.Module):
 
     def expert_layers(self, expert: int) -> range:
         """The indices of the layers of expert `expert`."""
-        num_layers = self.config.layers_per_expert
+        num_layers = len(self.layers) // self.config.num_experts
         return range(expert * num_layers, (expert + 1) * num_layers)
 
     def modulate(self, timesteps: torch.Tensor, expert: int) -> LatteFlowModulation:
@@ -803,9 +806,11 @@ class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrain
         noise: torch.Tensor | None = None,
         context: LatteFlowContext | Mapping[str, torch.Tensor] | None = None,
         generator: torch.Generator | None = None,
+        states: torch.Tensor | None = None,
+        sigmas: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple:
-        """Without `latents` the backbone's own output, with them the training losses.
+        """Without `latents` or `states` the backbone's own output, with them the training losses.
 
         Args:
             input_ids, attention_mask, pixel_values, image_grid_thw, mm_token_type_ids, labels, and anything else: as
@@ -817,10 +822,13 @@ class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrain
                 The encoded prompts, or the arguments of `encode_context`, in place of `input_ids`. With `labels`,
                 `input_ids` can then be other examples.
             generator (`torch.Generator`, *optional*): source of the noise and the timesteps.
+            states, sigmas (*optional*):
+                States of a teacher's trajectories, in place of `latents`, see
+                [`~LatteFlowForConditionalGeneration.trajectory_loss`].
 
         Raises:
-            `ValueError`: if `latents` do not fit the model or the number of prompts, `noise` has another shape than
-                `latents`, or there is neither `input_ids` nor `context`.
+            `ValueError`: if `latents` or `states` do not fit the model or the number of prompts, `noise` has another
+                shape than `latents`, or there is neither `input_ids` nor `context`.
         """
         inputs = {
             "input_ids": input_ids,
@@ -832,9 +840,14 @@ class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrain
         # Left out rather than `None`: not every backbone has it.
         if mm_token_type_ids is not None:
             inputs["mm_token_type_ids"] = mm_token_type_ids
-        if latents is None:
+        if latents is None and states is None:
             return self.vlm(labels=labels, **inputs)
-        flow_loss, expert_losses = self.flow_loss(latents, inputs if context is None else context, noise, generator)
+        prompts = inputs if context is None else context
+        if latents is not None:
+            flow_loss, expert_losses = self.flow_loss(latents, prompts, noise, generator)
+        else:
+            assert states is not None
+            flow_loss, expert_losses = self.trajectory_loss(states, sigmas, prompts, generator)
         output = LatteFlowModelOutput(loss=flow_loss, flow_loss=flow_loss, expert_losses=expert_losses)
         if labels is not None:
             lm_output = self.vlm(labels=labels, **inputs)
@@ -875,44 +888,112 @@ class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrain
             `tuple[torch.Tensor, torch.Tensor]`: the sum (scalar), and the summands (K,), detached; 0 for an expert
             that does not learn.
         """
-        if not isinstance(context, LatteFlowContext):
-            check_prompts(context.get("input_ids"), context.get("attention_mask"))
-            # The patches of all images are in one tensor, which cannot be split by prompt.
-            vision_inputs = [name for name in context if name.startswith(("pixel_values", "image_", "video_"))]
-            if any(context[name] is not None for name in vision_inputs):
-                context = self.encode_context(**context)
-        num_prompts = len(context if isinstance(context, LatteFlowContext) else context["input_ids"])
-        self._check_latents(latents, num_prompts)
-        if num_prompts != len(latents):
-            raise ValueError(f"context must have a prompt for each of the {len(latents)} latents, got {num_prompts}.")
+        self._check_training_latents(latents, context)
         noise = randn_local_rows(latents, generator) if noise is None else noise
         if noise.shape != latents.shape:
             raise ValueError(f"noise must have the shape {tuple(latents.shape)} of latents, got {tuple(noise.shape)}.")
 
+        def example_at(rows: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            noisy = interpolate(latents[rows], noise[rows], sigma)
+            return noisy, sigma, velocity_target(latents[rows], noise[rows])
+
+        overlap = self.interval_overlap if self.training else 0.0
+        return self._expert_losses(
+            example_at, len(latents), latents.device, context, overlap, self.config.timestep_sampling, generator
+        )
+
+    def trajectory_loss(
+        self,
+        states: torch.Tensor,
+        sigmas: Sequence[float] | None,
+        context: LatteFlowContext | Mapping[str, Any],
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean squared error of the velocity from one state of a trajectory to the next, summed over the experts.
+
+        The target at x(sigma_j) is `flow_matching.mean_velocity`, which leads to x(sigma_j+1) in one step. The batch
+        is split over the experts as in `flow_loss`, and each example gets one of the steps of its expert.
+
+        Args:
+            states (`torch.Tensor`): (B, S + 1, C, height, width), x at each of `sigmas`, on trajectories of a teacher.
+            sigmas (`list[float]`): S + 1, falling from 1 to 0, among them all boundaries of the experts.
+            context, generator: as in `flow_loss`.
+
+        Returns:
+            Same as `flow_loss`.
+        """
+        boundaries = self.config.expert_boundaries
+        found = [] if sigmas is None else [float(sigma) for sigma in sigmas]
+        missing = [b for b in boundaries if not any(abs(b - sigma) < BOUNDARY_TOLERANCE for sigma in found)]
+        if missing or any(a <= b for a, b in itertools.pairwise(found)):
+            raise ValueError(
+                f"sigmas must fall from 1 to 0 and contain the boundaries {boundaries} of the experts, got {found}."
+            )
+        if states.ndim != 5 or states.shape[1] != len(found):
+            raise ValueError(
+                f"states must be (batch, {len(found)}, channels, height, width), one for each of the sigmas, got "
+                f"{tuple(states.shape)}."
+            )
+        self._check_training_latents(states[:, 0], context)
+        sigma_of_state = torch.tensor(found, device=states.device)
+
+        def example_at(rows: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            # The step whose interval contains sigma: the experts' own sampling spreads examples over their steps.
+            step = (sigma_of_state[None, 1:-1] >= sigma[:, None]).sum(dim=1)
+            start, end = states[rows, step], states[rows, step + 1]
+            sigma_start, sigma_end = sigma_of_state[step], sigma_of_state[step + 1]
+            return start, sigma_start, mean_velocity(start, end, sigma_start, sigma_end)
+
+        return self._expert_losses(example_at, len(states), states.device, context, 0.0, "uniform", generator)
+
+    def _check_training_latents(self, latents: torch.Tensor, context: LatteFlowContext | Mapping[str, Any]) -> None:
+        if not isinstance(context, LatteFlowContext):
+            check_prompts(context.get("input_ids"), context.get("attention_mask"))
+        num_prompts = len(context if isinstance(context, LatteFlowContext) else context["input_ids"])
+        self._check_latents(latents, num_prompts)
+        if num_prompts != len(latents):
+            raise ValueError(f"context must have a prompt for each of the {len(latents)} latents, got {num_prompts}.")
+
+    def _expert_losses(
+        self,
+        example_at: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+        num_examples: int,
+        device: torch.device,
+        context: LatteFlowContext | Mapping[str, Any],
+        interval_overlap: float,
+        sampling: str,
+        generator: torch.Generator | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The losses of the experts, see `flow_loss`. `example_at` maps rows of the batch and the sigmas drawn for
+        them, both (n,), to noisy latents, their sigmas and the target velocities."""
+        if not isinstance(context, LatteFlowContext):
+            # The patches of all images are in one tensor, which cannot be split by prompt.
+            vision_inputs = [name for name in context if name.startswith(("pixel_values", "image_", "video_"))]
+            if any(context[name] is not None for name in vision_inputs):
+                context = self.encode_context(**context)
         rank, world_size = rank_and_world_size()
         assigned = assign_examples_to_experts(
-            len(latents),
+            num_examples,
             self.training_experts,
             self.config.expert_boundaries,
-            interval_overlap=self.interval_overlap if self.training else 0.0,
-            sampling=self.config.timestep_sampling,
+            interval_overlap=interval_overlap,
+            sampling=sampling,
             generator=generator,
             rank=rank,
             world_size=world_size,
         )
         losses = []
         for examples in assigned:
-            indices, sigma = examples.indices.to(latents.device), examples.sigma.to(latents.device)
-            data, expert_noise = latents[indices], noise[indices]
+            rows = examples.indices.to(device)
+            noisy, sigma, target = example_at(rows, examples.sigma.to(device))
             if isinstance(context, LatteFlowContext):
-                expert_context = context.select(indices)
+                expert_context = context.select(rows)
             else:
-                rows = {name: context[name][indices] for name in PER_PROMPT_INPUTS if context.get(name) is not None}
+                inputs = {name: context[name][rows] for name in PER_PROMPT_INPUTS if context.get(name) is not None}
                 num_layers = self.expert_layers(examples.expert).stop
-                expert_context = self.encode_context(**{**context, **rows}, num_layers=num_layers)
-            noisy = interpolate(data, expert_noise, sigma)
+                expert_context = self.encode_context(**{**context, **inputs}, num_layers=num_layers)
             velocity = self.predict_velocity(noisy, 1000.0 * sigma, expert_context, expert=examples.expert)
-            losses.append(examples.weight * velocity_loss(velocity, velocity_target(data, expert_noise)))
+            losses.append(examples.weight * velocity_loss(velocity, target))
         summands = torch.stack(losses)
         expert_losses = summands.new_zeros(self.config.num_experts)
         expert_losses[[examples.expert for examples in assigned]] = summands.detach()

@@ -20,12 +20,14 @@ from safetensors.torch import save_file
 
 from ..files import atomic_write
 from ..modeling.adapters import require_peft
+from ..schedulers.steps import distilled_scheduler
 
 
 class LatteFlowLoraMixin(LoraBaseMixin):
     """Adapter methods for the pipeline's model; it stands before `DiffusionPipeline`."""
 
     model: Any
+    scheduler: Any
     _lora_loadable_modules = ["model"]
 
     def load_lora_weights(
@@ -210,7 +212,11 @@ class LatteFlowLoraMixin(LoraBaseMixin):
     def unload_lora_weights(self) -> None:
         """Remove all adapters. Those that are fused stay in the weights of the model."""
         self._merged_adapters = self.fused_loras
+        before = self.model.config.sampling
         self.model.unload_adapters()
+        if self.model.config.sampling != before:
+            # The weights are now those of a model distilled to few steps.
+            self.scheduler = distilled_scheduler(self.scheduler, self.model.config.sampling, self.model.config)
 
     def set_lora_device(self, adapter_names: list[str], device: torch.device | str | int) -> None:
         """Refused: adapters are as small as an expert's modulation, and an adapter elsewhere could not be run."""

@@ -1,6 +1,7 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """Off-loading that `DiffusionPipeline` does not have: one expert at a time. And what group off-loading needs."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,14 @@ class LatteFlowOffloadingMixin:
     model: Any
     vae: Any
     to: Any
+
+    @property
+    def _execution_device(self) -> torch.device:
+        """Same as `DiffusionPipeline._execution_device`, which searches all modules of each component for hooks."""
+        components = [component for component in (self.model, self.vae) if component is not None]
+        if self.model is None or any(has_forward_hooks(component) for component in components):
+            return super()._execution_device  # type: ignore[misc]
+        return self.model.device
 
     @property
     def expert_offload(self) -> ExpertOffload | None:
@@ -90,7 +99,22 @@ class LatteFlowOffloadingMixin:
 
 def has_forward_hooks(model: torch.nn.Module) -> bool:
     """Whether accelerate or diffusers hooked the `forward` of any module, to move weights or inputs."""
-    return any(hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") for module in model.modules())
+    return any(_has_hook(module) for module in _modules(model))
+
+
+# Each call looks for hooks. `Module.modules()`, which composes names, and `hasattr`, which searches parameters and
+# submodules, take longer for that than a step of a small model.
+def _modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Same as `model.modules()`; a module that occurs twice is repeated."""
+    remaining = [model]
+    while remaining:
+        module = remaining.pop()
+        yield module
+        remaining += [child for child in module._modules.values() if child is not None]
+
+
+def _has_hook(module: torch.nn.Module) -> bool:
+    return "_hf_hook" in module.__dict__ or "_diffusers_hook" in module.__dict__
 
 
 def runs_only_in_forward(tower: torch.nn.Module) -> bool:
@@ -102,10 +126,7 @@ def runs_only_in_forward(tower: torch.nn.Module) -> bool:
     """
     modulations = [layer.modulation for layer in tower.layers]
     # Only the modules that `modulate` uses: to walk over all of them takes longer than a step of a small model.
-    hooked = any(
-        hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
-        for module in (tower, *tower.layers, *modulations)
-    )
+    hooked = any(_has_hook(module) for module in (tower, *tower.layers, *modulations))
     return hooked or any(isinstance(modulation.weight, DTensor) for modulation in modulations)
 
 
@@ -115,8 +136,10 @@ def uses_shared_state(module: torch.nn.Module) -> bool:
     This is so with expert off-loading, with hooks on `forward` (off-loading, layerwise casting), and with FSDP.
     """
     tower = getattr(module, "tower", module)
-    is_sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
-    return getattr(tower, "expert_offload", None) is not None or has_forward_hooks(module) or is_sharded
+    return getattr(tower, "expert_offload", None) is not None or any(
+        _has_hook(submodule) or any(isinstance(weight, DTensor) for weight in submodule._parameters.values())
+        for submodule in _modules(module)
+    )
 
 
 def check_hooks(model: torch.nn.Module) -> None:
@@ -127,8 +150,8 @@ def check_hooks(model: torch.nn.Module) -> None:
     """
     hooks = {
         name
-        for module in model.modules()
-        if hasattr(module, "_diffusers_hook")
+        for module in _modules(model)
+        if "_diffusers_hook" in module.__dict__
         for name, hook in module._diffusers_hook.hooks.items()
         if hook._is_stateful
     }

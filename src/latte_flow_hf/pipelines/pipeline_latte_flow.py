@@ -23,8 +23,16 @@ from transformers.utils import logging
 
 from ..modeling.context import LatteFlowContext, warn_of_unknown_words
 from ..modeling.images import load_rgb_images
+from ..modeling.sampling import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_STEPS, check_distilled_steps, guides_any
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
-from ..schedulers.steps import experts_of_steps, finish_step, generator_kwargs, model_timesteps, set_timesteps
+from ..schedulers.steps import (
+    distilled_scheduler,
+    experts_of_steps,
+    finish_step,
+    generator_kwargs,
+    model_timesteps,
+    set_timesteps,
+)
 from .calls import LatteFlowCallsMixin, one_thread_at_a_time, own_call
 from .loading import LatteFlowLoadingMixin
 from .lora import LatteFlowLoraMixin
@@ -213,6 +221,36 @@ class LatteFlowPipeline(
                 f"but {device} has {memory / 1e9:,.1f} GB; use a smaller size or fewer images at once."
             )
 
+    def _sampling_arguments(
+        self,
+        sampling: dict[str, Any],
+        num_inference_steps: int | None,
+        steps_per_expert: list[int] | None,
+        guidance_scale: float | list[float] | None,
+        has_sigmas: bool,
+    ) -> tuple[int, list[int] | None, float | list[float]]:
+        """The arguments of a call, with those of the model in place of `None`. `has_sigmas` tells whether the call
+        gives its steps as sigmas or timesteps."""
+        own_steps: list[int] | None = sampling.get("steps_per_expert")
+        distilled_experts: list[int] = sampling.get("distilled_experts") or []
+        if guidance_scale is None:
+            guidance_scale = sampling.get("guidance_scale", DEFAULT_GUIDANCE_SCALE)
+        else:
+            _check_guidance(guidance_scale, None, self.model.config.num_experts)
+            if guides_any(guidance_scale, distilled_experts):
+                logger.warning(
+                    f"guidance_scale {guidance_scale} guides experts {distilled_experts} a second time: their "
+                    "guidance was distilled into the weights. Leave guidance_scale out, or use 1 for them."
+                )
+        means_own_steps = num_inference_steps is None or (
+            bool(distilled_experts) and num_inference_steps == sum(own_steps or [])
+        )
+        if steps_per_expert is None and not has_sigmas and means_own_steps:
+            steps_per_expert = own_steps
+        if num_inference_steps is None:
+            num_inference_steps = sampling.get("num_inference_steps", DEFAULT_NUM_STEPS)
+        return num_inference_steps, steps_per_expert, guidance_scale
+
     def encode_prompt(
         self,
         prompt: str | list[str] | None = None,
@@ -222,12 +260,14 @@ class LatteFlowPipeline(
         do_classifier_free_guidance: bool = True,
         context: LatteFlowContext | None = None,
         negative_context: LatteFlowContext | None = None,
+        device: torch.device | None = None,
     ) -> tuple[LatteFlowContext, LatteFlowContext | None]:
         """Encode the prompts and, for guidance, the negative prompts, in one prefill.
 
         Args:
             prompt, image, messages, negative_prompt, context, negative_context: same as in the call.
             do_classifier_free_guidance (`bool`, defaults to `True`): whether to encode negative prompts.
+            device (`torch.device`, *optional*): where the backbone runs; found from off-loading hooks if not given.
 
         Returns:
             The contexts of all prompts (the images of a prompt share one), and as many negative ones (`None` without
@@ -243,7 +283,8 @@ class LatteFlowPipeline(
             negatives = self._conversations("" if negative_prompt is None else negative_prompt)
         warn_of_unknown_words([*conversations, *negatives], self.model.trained_words)
         if conversations or negatives:
-            inputs = self.processor.encode_conversations([*negatives, *conversations]).to(self._execution_device)
+            device = self._execution_device if device is None else device
+            inputs = self.processor.encode_conversations([*negatives, *conversations]).to(device)
             encoded = self.model.encode_context(**inputs)
             index = torch.arange(len(encoded), device=encoded.next_position.device)
             if negatives:
@@ -307,11 +348,11 @@ class LatteFlowPipeline(
         negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 40,
+        num_inference_steps: int | None = None,
         steps_per_expert: list[int] | None = None,
         sigmas: list[float] | None = None,
         timesteps: list[float] | None = None,
-        guidance_scale: float | list[float] = 4.0,
+        guidance_scale: float | list[float] | None = None,
         guidance_interval: tuple[float, float] | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -336,7 +377,9 @@ class LatteFlowPipeline(
                 `prompt`.
             negative_prompt (`str` or `list[str]`, *optional*): what to guide away from; defaults to an empty prompt.
             height, width (`int`, *optional*): in pixels; default to the model's `sample_size` in latent pixels.
-            num_inference_steps (`int`, defaults to 40): the number of denoising steps (Paper: 40).
+            num_inference_steps (`int`, *optional*): the number of denoising steps. If none of these four is given, the
+                steps are those of `model.sampling`, which checkpoints and adapters distilled to few steps have, or
+                else 40 (Paper: 40). With a distilled model, the number of its steps means exactly those.
             steps_per_expert (`list[int]`, *optional*): the number of steps of each expert. Instead of
                 `num_inference_steps`.
             sigmas (`list[float]`, *optional*):
@@ -344,9 +387,10 @@ class LatteFlowPipeline(
                 below 1 only with `latents`.
             timesteps (`list[float]`, *optional*):
                 Falling timesteps in (0, 1000], used as they are. Instead of `num_inference_steps`.
-            guidance_scale (`float` or `list[float]`, defaults to 4.0):
+            guidance_scale (`float` or `list[float]`, *optional*):
                 w in v_negative + w * (v_prompt - v_negative), one value or one for each expert. Up to 1, the negative
-                prompt is not evaluated. (Paper: its FID is flat from about 4 up.)
+                prompt is not evaluated. Defaults to that of `model.sampling`, or else 4 (Paper: its FID is flat from
+                about 4 up). Distilled experts have it in their weights: guiding them again logs a warning.
             guidance_interval (`tuple[float, float]`, *optional*):
                 (low, high) sigmas, from 0 (data) to 1 (noise), between which guidance is used.
             num_images_per_prompt (`int`, defaults to 1): images per prompt; they share the prompt's encoding.
@@ -372,6 +416,11 @@ class LatteFlowPipeline(
         callback_on_step_end_tensor_inputs = list(callback_on_step_end_tensor_inputs or ())
         height = self.default_size if height is None else height
         width = self.default_size if width is None else width
+        sampling = self.model.sampling
+        has_sigmas = any(given is not None for given in (sigmas, timesteps))
+        num_inference_steps, steps_per_expert, guidance_scale = self._sampling_arguments(
+            sampling, num_inference_steps, steps_per_expert, guidance_scale, has_sigmas
+        )
         self.check_inputs(
             prompt,
             image,
@@ -407,6 +456,10 @@ class LatteFlowPipeline(
         device = self._execution_device
 
         # 2. Prepare timesteps, the expert of each, and whether it is guided
+        if sampling != (self.model.config.sampling or {}):
+            # The pipeline's scheduler belongs to the model without the adapter that is active.
+            assert self._running_call is not None
+            self._running_call.scheduler = distilled_scheduler(self.scheduler, sampling, self.model.config)
         set_timesteps(
             self.scheduler,
             num_inference_steps,
@@ -416,6 +469,7 @@ class LatteFlowPipeline(
             steps_per_expert,
             starts_from_noise=latents is None,
         )
+        check_distilled_steps(self.scheduler.sigmas.tolist(), sampling, self.model.config.expert_boundaries)
         scheduler_timesteps, model_times = self.scheduler.timesteps, model_timesteps(self.scheduler)
         self._num_timesteps = len(model_times)
         experts = experts_of_steps(self.scheduler, self.model.config.expert_boundaries)
@@ -435,7 +489,7 @@ class LatteFlowPipeline(
 
         # 4. Encode prompts
         context, negative_context = self.encode_prompt(
-            prompt, image, messages, negative_prompt, any(is_guided), context, negative_context
+            prompt, image, messages, negative_prompt, any(is_guided), context, negative_context, device
         )
         guided_context = None if negative_context is None else LatteFlowContext.cat([negative_context, context])
 

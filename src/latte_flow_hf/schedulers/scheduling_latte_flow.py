@@ -23,8 +23,10 @@ from ..modeling.flow_matching import (
     data_from_velocity,
     expert_of_sigma,
     interpolate,
+    sigmas_per_expert,
     uniform_boundaries,
 )
+from ..modeling.sampling import check_steps_per_expert
 
 
 SOLVERS = ("euler", "heun")
@@ -97,7 +99,7 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"shift must be positive, got {shift}.")
         boundaries = uniform_boundaries(4) if expert_boundaries is None else list(expert_boundaries)
         self.register_to_config(expert_boundaries=check_boundaries(boundaries, len(boundaries) - 1))
-        self._noise_shares = self._check_new_noise(new_noise, stochastic_sampling)
+        self.noise_shares = self._check_new_noise(new_noise, stochastic_sampling)
         self.num_inference_steps: int | None = None
         # Before `set_timesteps`: the timesteps of training, same as diffusers.
         timesteps = np.linspace(1, num_train_timesteps, num_train_timesteps, dtype=np.float32)[::-1].copy()
@@ -211,19 +213,8 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         return torch.from_numpy(found) / highest
 
     def _sigmas_per_expert(self, steps_per_expert: Sequence[int]) -> torch.Tensor:
-        """Expert k with n steps from sigma `high` to `low`: high - j * (high - low) / n for j = 0, ..., n - 1."""
-        num_steps = list(steps_per_expert) if isinstance(steps_per_expert, (list, tuple)) else []
-        are_counts = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 0 for n in num_steps)
-        if len(num_steps) != self.num_experts or not are_counts or not num_steps[0]:
-            raise ValueError(
-                f"steps_per_expert must be {self.num_experts} whole numbers, one for each expert, the first at least "
-                f"1, got {steps_per_expert}."
-            )
-        boundaries = self.config.expert_boundaries
-        sigmas = [
-            np.linspace(high, low, n, endpoint=False) for high, low, n in zip(boundaries, boundaries[1:], num_steps)
-        ]
-        return torch.from_numpy(np.concatenate(sigmas)).to(torch.float32)
+        num_steps = check_steps_per_expert(steps_per_expert, self.num_experts)
+        return sigmas_per_expert(self.config.expert_boundaries, num_steps)
 
     def _shift(self, sigmas: torch.Tensor) -> torch.Tensor:
         shift = self.config.shift
@@ -287,7 +278,7 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         sample = sample.to(torch.float32)
         if self.config.solver == "heun":
             prev_sample = self._heun_step(model_output, sample, index)
-        elif share := self._noise_shares[self.experts[index]]:
+        elif share := self.noise_shares[self.experts[index]]:
             prev_sample = self._stochastic_euler_step(model_output, sample, index, share, generator)
         else:
             prev_sample = self._euler_step(model_output, sample, index)

@@ -8,7 +8,7 @@ they would run without an error and lead to wrong images.
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,23 @@ def set_timesteps(
             f"the steps of scheduler {name} start at sigma {first_sigma:g}, but latents that are drawn are pure "
             "noise, of sigma 1; give `latents` with that much noise, or steps from sigma 1."
         )
+
+
+def distilled_scheduler(scheduler: Any, sampling: Mapping[str, Any], config: Any) -> LatteFlowScheduler:
+    """The scheduler for a model that was distilled to few steps: Euler, without new noise in the distilled experts,
+    whose steps are those of a deterministic path.
+
+    Args:
+        scheduler: the scheduler of the model before distillation.
+        sampling (`dict`): `distilled_experts` and more, see [`modeling.sampling.check_sampling`].
+        config ([`LatteFlowConfig`]): the configuration of the model.
+    """
+    shares = getattr(scheduler, "noise_shares", [0.0] * config.num_experts)
+    distilled = sampling.get("distilled_experts") or ()
+    new_noise = [0.0 if expert in distilled else share for expert, share in enumerate(shares)]
+    own = scheduler.config if isinstance(scheduler, LatteFlowScheduler) else {}
+    changes = {"expert_boundaries": config.expert_boundaries, "stochastic_sampling": None, "solver": "euler"}
+    return LatteFlowScheduler.from_config(own, **changes, new_noise=new_noise if any(new_noise) else 0.0)
 
 
 def model_timesteps(scheduler: Any) -> torch.Tensor:

@@ -83,20 +83,16 @@ def build_cache(
     fingerprint = cache_fingerprint(pipe, rows, with_contexts)
     state = PartialState()
     with state.main_process_first():
-        _create_or_check(folder, fingerprint)
+        create_or_check(folder, fingerprint)
     num_images = len(rows.dataset)
     shards = {folder / f"latents-{start:09d}.safetensors": start for start in range(0, num_images, SHARD_SIZE)}
-    for path in _missing_shards(list(shards), "encoding images"):
+    for path in missing_shards(list(shards), "encoding images"):
         _encode_images(path, range(shards[path], min(shards[path] + SHARD_SIZE, num_images)), rows, encoder)
-        _add_unreadable(_read_metadata(path), unreadable)
-    state.wait_for_everyone()
-
-    missing = [path.name for path in shards if not path.exists()]
-    if missing:
-        raise ValueError(f"cache {folder} has no {missing[0]}: the folder must be on a disk that all processes share.")
+        _add_unreadable(read_metadata(path), unreadable)
+    wait_for_shards(list(shards))
     prompts, num_readable = {""}, 0
     for path in shards:
-        metadata = _read_metadata(path)
+        metadata = read_metadata(path)
         _add_unreadable(metadata, unreadable)
         prompts.update(*metadata["prompts"])
         num_readable += len(metadata["indices"])
@@ -104,18 +100,36 @@ def build_cache(
         reason = next(iter(unreadable.reasons.values()))
         raise ValueError(f"none of {num_images} images can be used: the first one {reason}.")
     if with_contexts:
-        ordered = sorted(prompts)
-        starts = range(0, len(ordered), SHARD_SIZE)
-        shards = {folder / f"contexts-{start:09d}.safetensors": start for start in starts}
-        for path in _missing_shards(list(shards), "encoding prompts"):
-            _encode_prompts(path, ordered[shards[path] : shards[path] + SHARD_SIZE], encoder)
-        state.wait_for_everyone()
+        build_contexts(folder, sorted(prompts), encoder)
     if state.is_main_process and not (folder / "index.json").exists():
         write_json({"num_images": num_images}, folder / "index.json")
     state.wait_for_everyone()
 
 
-def _create_or_check(folder: Path, fingerprint: dict[str, str]) -> None:
+def build_contexts(folder: Path, prompts: list[str], encoder: ImagePromptEncoder) -> None:
+    """Store the contexts of prompts, for [`CachedContexts`]. All processes must call it."""
+    starts = range(0, len(prompts), SHARD_SIZE)
+    shards = {folder / f"contexts-{start:09d}.safetensors": start for start in starts}
+    for path in missing_shards(list(shards), "encoding prompts"):
+        _encode_prompts(path, prompts[shards[path] : shards[path] + SHARD_SIZE], encoder)
+    wait_for_shards(list(shards))
+
+
+def wait_for_shards(paths: list[Path]) -> None:
+    """Wait until all processes have written their shards.
+
+    Raises:
+        `ValueError`: if one is not there, because the processes do not share the folder.
+    """
+    PartialState().wait_for_everyone()
+    for path in paths:
+        if not path.exists():
+            raise ValueError(
+                f"cache {path.parent} has no {path.name}: the folder must be on a disk that all processes share."
+            )
+
+
+def create_or_check(folder: Path, fingerprint: dict[str, str]) -> None:
     """Create the cache with its `fingerprint.json`, or check that of an existing one."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "fingerprint.json").exists():
@@ -132,7 +146,7 @@ def _create_or_check(folder: Path, fingerprint: dict[str, str]) -> None:
         write_json(fingerprint, folder / "fingerprint.json")
 
 
-def _missing_shards(paths: list[Path], description: str) -> Iterator[Path]:
+def missing_shards(paths: list[Path], description: str) -> Iterator[Path]:
     """This process's share of the shards that do not exist; the others are checked.
 
     Raises:
@@ -179,7 +193,7 @@ def _encode_images(path: Path, indices: range, rows: ImageRows, encoder: ImagePr
         tensors["latents"] = encoder.latents(images)
         if rows.settings.flip:
             tensors["flipped_latents"] = encoder.latents([ImageOps.mirror(image) for image in images])
-    _write_shard(tensors, metadata, path)
+    write_shard(tensors, metadata, path)
 
 
 def _encode_prompts(path: Path, prompts: list[str], encoder: ImagePromptEncoder) -> None:
@@ -188,21 +202,21 @@ def _encode_prompts(path: Path, prompts: list[str], encoder: ImagePromptEncoder)
         tensors[f"{index}.keys"] = torch.stack(context.keys).cpu()
         tensors[f"{index}.values"] = torch.stack(context.values).cpu()
         tensors[f"{index}.next_position"] = context.next_position.cpu()
-    _write_shard(tensors, {"prompts": prompts}, path)
+    write_shard(tensors, {"prompts": prompts}, path)
 
 
-def _write_shard(tensors: dict[str, torch.Tensor], metadata: dict, path: Path) -> None:
+def write_shard(tensors: dict[str, torch.Tensor], metadata: dict, path: Path) -> None:
     with atomic_write(path) as partial:
         save_file(tensors, partial, metadata={"json": json.dumps(metadata), HASH_KEY: EMPTY_HASH})
         store_hash(partial)
 
 
-def _read_metadata(path: Path) -> dict:
+def read_metadata(path: Path) -> dict:
     with safe_open(path, framework="pt") as shard:
         return json.loads(shard.metadata()["json"])
 
 
-class _Shards:
+class Shards:
     """Opens shards on first access; a copy in a worker of a data loader opens its own."""
 
     def __init__(self) -> None:
@@ -227,12 +241,12 @@ class CachedImageDataset(Dataset):
 
     def __init__(self, folder: Path, seed: int):
         self.folder, self.seed, self.epoch = folder, seed, 0
-        self._shards = _Shards()
+        self._shards = Shards()
         num_images = read_json(folder / "index.json")["num_images"]
         # Shard, row of the shard, prompts and name, by index.
         readable: dict[int, tuple[Path, int, list[str], str]] = {}
         for path in sorted(folder.glob("latents-*.safetensors")):
-            metadata = _read_metadata(path)
+            metadata = read_metadata(path)
             for row, index in enumerate(metadata["indices"]):
                 readable[index] = (path, row, metadata["prompts"][row], metadata["names"][row])
         # As in `CaptionedImageDataset`, an unreadable image is replaced by the next readable one.
@@ -269,10 +283,10 @@ class CachedContexts:
     """
 
     def __init__(self, folder: Path):
-        self._shards = _Shards()
+        self._shards = Shards()
         self._rows: dict[str, tuple[Path, int]] = {}
         for path in sorted(folder.glob("contexts-*.safetensors")):
-            self._rows.update({prompt: (path, row) for row, prompt in enumerate(_read_metadata(path)["prompts"])})
+            self._rows.update({prompt: (path, row) for row, prompt in enumerate(read_metadata(path)["prompts"])})
 
     def __call__(self, prompts: list[str]) -> LatteFlowContext:
         return LatteFlowContext.cat([self._context(prompt) for prompt in prompts])

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 from ..files import read_yaml
 from ..modeling.configuration_latte_flow import LatteFlowConfig
 from ..modeling.images import check_background
+from ..modeling.sampling import check_steps_per_expert
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
 from ..tinyworld.datasets import Conversations, TinyWorldImages
 
@@ -222,12 +223,6 @@ class DataSettings(Settings):
     def _check_source(cls, source: dict) -> dict:
         return _check_source(source, TinyWorldImages)
 
-    @field_validator("background")
-    @classmethod
-    def _check_background(cls, background: str) -> str:
-        check_background(background)
-        return background
-
     @field_validator("prompt")
     @classmethod
     def _check_prompt(cls, prompt: str) -> str:
@@ -297,6 +292,55 @@ class SampleSettings(Settings):
     call: dict = {}
 
 
+class DistillationSettings(Settings):
+    """The section `distillation`: a student with few steps learns the trajectories of a teacher.
+
+    The student's velocity at the start of a step is regressed on the one that leads to the end of the step in the
+    teacher's own guided trajectory, see [`~LatteFlowForConditionalGeneration.trajectory_loss`]. Only the prompts of
+    the section `data` are used, not its images; its `cache` is the folder of the trajectories and contexts, by default
+    `trajectories` in the working folder.
+
+    Args:
+        teacher (`str`, *optional*): folder or hub id of a pipeline; defaults to the pipeline that is trained. It must
+            have the same autoencoder, experts and boundaries.
+        teacher_lora (`str`, *optional*): an adapter for the teacher.
+        teacher_steps (`list[int]`): the number of steps of the teacher in the interval of each expert.
+        solver (`str`, defaults to `"heun"`): of the teacher: `"heun"` or `"euler"`, without new noise.
+        guidance_scale (`float` or `list[float]`, defaults to 4.0): of the teacher: one, or one for each expert. The
+            student needs none.
+        steps_per_expert (`list[int]`, *optional*): the number of steps of the student in the interval of each expert,
+            a divisor of that of the teacher; defaults to one.
+        num_trajectories (`int`, *optional*): how many trajectories there are; trajectory i has prompt i of the data,
+            starting again after the last one. Defaults to one for each prompt.
+        batch_size (`int`, defaults to 64): the number of trajectories that are generated at once, and are in a file.
+    """
+
+    teacher: str | None = None
+    teacher_lora: str | None = None
+    teacher_steps: list[int]
+    solver: Literal["heun", "euler"] = "heun"
+    guidance_scale: Number | list[Number] = 4.0
+    steps_per_expert: list[int] | None = None
+    num_trajectories: int | None = Field(None, ge=1)
+    batch_size: int = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        num_experts = len(self.teacher_steps)
+        steps = check_steps_per_expert(self.student_steps, num_experts)
+        if any(n < 1 or few < 1 or n % few for n, few in zip(self.teacher_steps, steps)):
+            raise ValueError(
+                "teacher_steps must be at least 1 for each expert, and multiples of steps_per_expert, so that the "
+                f"teacher stops where the student does, got {self.teacher_steps} and {steps}"
+            )
+        return self
+
+    @property
+    def student_steps(self) -> list[int]:
+        """The number of steps of the student in the interval of each expert."""
+        return [1] * len(self.teacher_steps) if self.steps_per_expert is None else self.steps_per_expert
+
+
 def _check_trainable(trainable: Any) -> Any:
     is_list = isinstance(trainable, list) and all(type(expert) is int for expert in trainable)
     if not is_list and trainable not in ("experts", "vlm"):
@@ -322,6 +366,8 @@ class Recipe(Settings):
         samples ([`SampleSettings`], *optional*): images generated during training.
         validation ([`ValidationSettings`], *optional*): images on which the loss is measured during training. With
             `load_best_model_at_end` in `training`, the result has the weights of the checkpoint with the lowest one.
+        distillation ([`DistillationSettings`], *optional*): the teacher whose trajectories are learned in place of
+            images. The result is then sampled with few steps and without guidance by default.
     """
 
     model: ModelSettings
@@ -336,6 +382,22 @@ class Recipe(Settings):
     ema: EMASettings | None = None
     samples: SampleSettings | None = None
     validation: ValidationSettings | None = None
+    distillation: DistillationSettings | None = None
+
+    @model_validator(mode="after")
+    def _check_distillation(self) -> Self:
+        if self.distillation is None:
+            return self
+        unused = {"prompt_dropout", "interval_warmup_steps", "understanding", "validation"} & self.model_fields_set
+        if unused:
+            raise ValueError(f"{sorted(unused)} cannot be given with `distillation`, which does not use them")
+        if self.trains_backbone:
+            raise ValueError("trainable must be 'experts' or a list of experts with `distillation`, got 'vlm'")
+        if self.model.pipeline is None:
+            raise ValueError("`distillation` starts from a trained model: give `pipeline` in the section `model`")
+        if self.data.source.get("streaming"):
+            raise ValueError("`distillation` numbers its prompts: leave out `streaming` in the source of `data`")
+        return self
 
     @property
     def trains_backbone(self) -> bool:
@@ -370,7 +432,8 @@ class Recipe(Settings):
             raise ValueError("contexts cannot be cached while the backbone is trained: set `cache_contexts: false`")
         if streaming and training.get("max_steps", -1) < 1:
             raise ValueError("training: a stream has no end: give `max_steps`")
-        is_cached = has_cache and not streaming and (self.data.cache_contexts or self.trains_backbone)
+        is_stored = has_cache or self.distillation is not None
+        is_cached = is_stored and not streaming and (self.data.cache_contexts or self.trains_backbone)
         if self.validation is not None and has_cache and self.validation.cache == self.data.cache:
             raise ValueError("validation: cache must be another folder than that of `data`")
         if self.validation is None:

@@ -22,6 +22,7 @@ from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 from ..cards import pipeline_card
 from ..checkpoints import tiny_checkpoint
 from ..files import atomic_write, check_output, store_hashes, write_json
+from ..modeling.adapters import sampling_mark
 from ..modeling.configuration_latte_flow import LatteFlowConfig
 from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from ..modeling.processing_latte_flow import LatteFlowProcessor
@@ -29,6 +30,7 @@ from ..pipelines.fingerprint import pipeline_fingerprint
 from ..pipelines.loading import check_autoencoder
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
+from ..schedulers.steps import distilled_scheduler
 from .adapters import expert_lora_config, set_trainable
 from .cache import CachedContexts, CachedImageDataset, build_cache
 from .callbacks import (
@@ -49,8 +51,9 @@ from .data import (
     load_conversations,
     load_image_rows,
 )
-from .recipe import ModelSettings, Recipe, ValidationSettings
+from .recipe import DistillationSettings, ModelSettings, Recipe, ValidationSettings
 from .sharding import UnshardedBackboneCallback, check_sharding, full_tensor, is_sharded, save_sharded_pipeline
+from .trajectories import TrajectoryCollator, TrajectoryDataset, build_trajectories, trajectory_sigmas
 from .working_folder import RUN_FILE, check_run, lock_folder
 
 
@@ -107,15 +110,15 @@ def _train(
             weights = [*pipe.model.state_dict().values(), *pipe.vae.state_dict().values()]
             check_output(output_dir, sum(weight.nbytes for weight in weights))
     pipe.to(arguments.device)
-    model: Any = pipe.model
-    if recipe.lora is not None:
-        from peft import get_peft_model
-
-        model = get_peft_model(model, expert_lora_config(model, **recipe.lora))
-    else:
-        set_trainable(model, recipe.trainable)
     unreadable = UnreadableImages(recipe.data.max_unreadable)
-    dataset, collator = load_data(recipe, pipe, arguments, unreadable, resume_from)
+    dataset: Dataset
+    collator: Any
+    if recipe.distillation is not None:
+        # Of the model without an adapter, so that runs with and without one can share the trajectories.
+        dataset, collator = load_trajectories(recipe, recipe.distillation, pipe, work_dir, unreadable)
+    model = prepare_model(recipe, pipe)
+    if recipe.distillation is None:
+        dataset, collator = load_data(recipe, pipe, arguments, unreadable, resume_from)
     validation: dict[str, Any] = {}
     if recipe.validation is not None:
         validation = dict(
@@ -139,6 +142,8 @@ def _train(
     if is_first:
         write_json(trainer.state.log_history, work_dir / "log.json")
     origin = f"Trained with `latte-flow train` for {trainer.state.global_step} steps."
+    if recipe.distillation is not None:
+        origin = f"Distilled to few steps with `latte-flow distill` for {trainer.state.global_step} steps."
     save_result(pipe, model if recipe.lora is not None else None, output_dir, origin)
     return output_dir
 
@@ -213,7 +218,7 @@ def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
         # Older checkpoints are removed by `CheckpointCallback`, after the new one is complete.
         "save_total_limit": None,
         # What tells the Trainer that a batch has a loss also outside training.
-        "label_names": ["latents"],
+        "label_names": ["latents" if recipe.distillation is None else "states"],
         # Batches contain more than `forward` takes, see `LossCallback`.
         "remove_unused_columns": False,
         # Each process loads its own batches, because they do not consist of tensors alone.
@@ -267,6 +272,78 @@ def load_pipeline(settings: ModelSettings) -> LatteFlowPipeline:
         pipe.model.set_attn_implementation(settings.attn_implementation)
     pipe.vae.requires_grad_(False)
     return pipe
+
+
+def prepare_model(recipe: Recipe, pipe: LatteFlowPipeline) -> Any:
+    """Make trainable what the recipe names; with `distillation`, the pipeline is then sampled with few steps.
+
+    Returns:
+        `pipe.model`, or the `PeftModel` around it.
+
+    Raises:
+        `ValueError`: if an expert does not exist, or a setting of the adapter cannot be used.
+    """
+    model = pipe.model
+    if recipe.lora is not None:
+        from peft import get_peft_model
+
+        config = expert_lora_config(model, **recipe.lora)
+        if recipe.distillation is not None:
+            sampling = student_sampling(recipe.distillation, sorted(set(recipe.lora["experts"])))
+            config.target_modules = f"{sampling_mark(model.config, sampling)}{config.target_modules}"
+        return get_peft_model(model, config)
+    set_trainable(model, recipe.trainable)
+    if recipe.distillation is not None:
+        model.config.sampling = student_sampling(recipe.distillation, model.training_experts)
+        pipe.scheduler = distilled_scheduler(pipe.scheduler, model.config.sampling, model.config)
+    return model
+
+
+def load_trajectories(
+    recipe: Recipe,
+    settings: DistillationSettings,
+    pipe: LatteFlowPipeline,
+    work_dir: Path,
+    unreadable: UnreadableImages,
+) -> tuple[Dataset, TrajectoryCollator]:
+    """Generate the teacher's trajectories that do not exist yet, and load them.
+
+    Raises:
+        `ValueError`: if the teacher does not fit the student, or there are other trajectories in the folder.
+        `OSError`: if a file is missing or damaged.
+    """
+    data = set_image_size(recipe.data, pipe)
+    folder = work_dir / "trajectories" if data.cache is None else Path(data.cache)
+    teacher = pipe
+    if settings.teacher is not None or settings.teacher_lora is not None:
+        source = {"pipeline": settings.teacher or recipe.model.pipeline}
+        teacher = load_pipeline(recipe.model.model_copy(update=source)).to(pipe.device)
+        teacher.set_progress_bar_config(disable=True)
+        if settings.teacher_lora is not None:
+            teacher.load_lora_weights(settings.teacher_lora)
+    rows = load_image_rows(data, recipe.seed)
+    build_trajectories(folder, teacher, pipe, rows, settings, recipe.seed, unreadable, data.cache_contexts)
+    num_trajectories = settings.num_trajectories or len(rows.dataset)
+    dataset = TrajectoryDataset(folder, num_trajectories, settings.batch_size, recipe.seed)
+    encoder = ImagePromptEncoder(pipe, data.encode_batch_size)
+    contexts: Any = CachedContexts(folder) if data.cache_contexts else encoder.contexts
+    sigmas = trajectory_sigmas(pipe.model.config.expert_boundaries, settings.student_steps)
+    return dataset, TrajectoryCollator(contexts, sigmas)
+
+
+def student_sampling(settings: DistillationSettings, experts: list[int]) -> dict[str, Any]:
+    """How the student is sampled, see [`modeling.sampling.check_sampling`]. Experts that are not distilled keep the
+    steps and the guidance of the teacher."""
+    num_experts = len(settings.teacher_steps)
+    scale = settings.guidance_scale
+    scales = scale if isinstance(scale, list) else [scale] * num_experts
+    is_distilled = [expert in experts for expert in range(num_experts)]
+    steps = zip(is_distilled, settings.student_steps, settings.teacher_steps)
+    return {
+        "steps_per_expert": [few if distilled else many for distilled, few, many in steps],
+        "guidance_scale": 1.0 if all(is_distilled) else [1.0 if d else own for d, own in zip(is_distilled, scales)],
+        "distilled_experts": list(experts),
+    }
 
 
 def load_data(

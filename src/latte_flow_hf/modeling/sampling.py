@@ -1,0 +1,136 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""How a checkpoint wants to be sampled: steps and guidance that the pipeline uses if the call does not give them.
+
+They belong to the weights, as the boundaries of the experts do, so they are stored in the model's configuration, and
+in an adapter that changes them. The solver is the scheduler's.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .flow_matching import BOUNDARY_TOLERANCE, sigmas_per_expert
+
+
+SAMPLING_FIELDS = ("num_inference_steps", "steps_per_expert", "guidance_scale", "distilled_experts")
+
+
+def check_sampling(sampling: Any, num_experts: int) -> dict[str, Any]:
+    """
+    Args:
+        sampling (`dict`): with any of
+
+            - `num_inference_steps` (`int`), or `steps_per_expert` (`list[int]`);
+            - `guidance_scale` (`float`, or a list of one for each expert);
+            - `distilled_experts` (`list[int]`): experts that were trained to take exactly these `steps_per_expert`,
+              without guidance.
+        num_experts (`int`): K.
+
+    Returns:
+        `dict`: a copy, without fields that are `None`.
+
+    Raises:
+        `ValueError`: if a field is unknown or has an invalid value.
+    """
+    if not isinstance(sampling, Mapping) or not set(sampling) <= set(SAMPLING_FIELDS):
+        raise ValueError(f"sampling must be a dict with some of the fields {list(SAMPLING_FIELDS)}, got {sampling!r}.")
+    number, steps = sampling.get("num_inference_steps"), sampling.get("steps_per_expert")
+    if number is not None and steps is not None:
+        raise ValueError(f"sampling: give either num_inference_steps or steps_per_expert, got {dict(sampling)}.")
+    if number is not None and (not _is_count(number) or number < 1):
+        raise ValueError(f"sampling: num_inference_steps must be a positive whole number, got {number!r}.")
+    if steps is not None:
+        check_steps_per_expert(steps, num_experts, "sampling: steps_per_expert")
+    scale = sampling.get("guidance_scale")
+    scales = scale if isinstance(scale, (list, tuple)) else [scale] * num_experts
+    are_numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in scales)
+    if scale is not None and (len(scales) != num_experts or not are_numbers):
+        raise ValueError(
+            f"sampling: guidance_scale must be a number, or one for each of {num_experts} experts, got {scale!r}."
+        )
+    experts = sampling.get("distilled_experts")
+    if experts is not None:
+        if not isinstance(experts, (list, tuple)) or not set(experts) <= set(range(num_experts)):
+            raise ValueError(
+                f"sampling: distilled_experts must be some of {list(range(num_experts))}, got {experts!r}."
+            )
+        if experts and steps is None:
+            raise ValueError("sampling: distilled_experts must come with their steps_per_expert.")
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in sampling.items() if value is not None
+    }
+
+
+def check_steps_per_expert(steps_per_expert: Any, num_experts: int, name: str = "steps_per_expert") -> list[int]:
+    """
+    Raises:
+        `ValueError`: if it is not a list of K whole numbers, the first one at least 1.
+    """
+    steps = list(steps_per_expert) if isinstance(steps_per_expert, (list, tuple)) else []
+    if len(steps) != num_experts or not all(_is_count(n) and n >= 0 for n in steps) or not steps[0]:
+        raise ValueError(
+            f"{name} must be {num_experts} whole numbers, one for each expert, the first at least 1, got "
+            f"{steps_per_expert}."
+        )
+    return [int(n) for n in steps]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def check_distilled_steps(sigmas: Sequence[float], sampling: Mapping[str, Any], boundaries: Sequence[float]) -> None:
+    """Check that distilled experts take the steps that they were trained for.
+
+    Args:
+        sigmas (`list[float]`): the n + 1 sigmas of a call. They may start below 1, as in image-to-image.
+        sampling (`dict`): of the model or an adapter, see `check_sampling`.
+        boundaries (`list[float]`): the experts' K + 1 boundaries.
+
+    Raises:
+        `ValueError`: if a distilled expert would take other steps.
+    """
+    steps, experts = sampling.get("steps_per_expert") or [], sampling.get("distilled_experts") or []
+    trained = sigmas_per_expert(boundaries, steps).tolist() if experts else []
+    for expert in experts:
+        high, low = boundaries[expert] + BOUNDARY_TOLERANCE, boundaries[expert + 1] + BOUNDARY_TOLERANCE
+        expected = [sigma for sigma in trained if low < sigma <= min(high, sigmas[0] + BOUNDARY_TOLERANCE)]
+        used = [sigma for sigma in sigmas if low < sigma <= high]
+        differ = any(abs(a - b) > BOUNDARY_TOLERANCE for a, b in zip(used, expected))
+        if len(used) != len(expected) or differ:
+            raise ValueError(
+                f"expert {expert} was distilled to steps_per_expert={list(steps)} with the solver 'euler' (here sigma "
+                f"{_listed(expected)}), but this call would evaluate it at sigma {_listed(used)}. Leave out the steps "
+                "of the call, or give those."
+            )
+
+
+def _listed(sigmas: Sequence[float]) -> str:
+    return ", ".join(f"{sigma:.4g}" for sigma in sigmas) or "none"
+
+
+def guides_any(guidance_scale: float | Sequence[float], experts: Sequence[int]) -> bool:
+    """Whether one of `experts` is guided with `guidance_scale`, a number or one for each expert."""
+    if isinstance(guidance_scale, Sequence):
+        return any(guidance_scale[expert] > 1 for expert in experts)
+    return bool(experts) and guidance_scale > 1
+
+
+def describe_sampling(sampling: Mapping[str, Any] | None, solver: str | None = None) -> str:
+    """How a checkpoint is sampled by default, in one line: `steps per expert 1, 1, 1, 1 (euler); guidance 1`."""
+    sampling = sampling or {}
+    steps, scale = sampling.get("steps_per_expert"), sampling.get("guidance_scale", DEFAULT_GUIDANCE_SCALE)
+    text = f"{sampling.get('num_inference_steps', DEFAULT_NUM_STEPS)} steps"
+    if steps is not None:
+        text = f"steps per expert {', '.join(map(str, steps))}"
+    scales = scale if isinstance(scale, (list, tuple)) else [scale]
+    text += f"{'' if solver is None else f' ({solver})'}; guidance {', '.join(f'{value:g}' for value in scales)}"
+    if sampling.get("distilled_experts"):
+        text += f"; experts {', '.join(map(str, sampling['distilled_experts']))} distilled to these steps"
+    return text
+
+
+# Of checkpoints that do not say. (Paper: 40 steps; its FID is flat from a guidance of about 4 up.)
+DEFAULT_NUM_STEPS = 40
+DEFAULT_GUIDANCE_SCALE = 4.0
