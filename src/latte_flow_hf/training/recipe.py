@@ -234,6 +234,12 @@ class DataSettings(Settings):
             pass
         raise ValueError(f"must contain {{}} once, where the caption goes, and no other braces, got {prompt!r}")
 
+    @field_validator("background")
+    @classmethod
+    def _check_background(cls, background: str) -> str:
+        check_background(background)
+        return background
+
 
 class ValidationSettings(Settings):
     """The section `validation`: images that are not trained on. Their loss is logged as `eval_loss`.
