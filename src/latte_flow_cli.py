@@ -298,7 +298,7 @@ def generate(
         typer.Option(exists=True, dir_okay=False, help="Image shown before the prompt; may be repeated."),
     ] = None,
     num_images: Annotated[
-        int, typer.Option(min=1, help="Images per prompt; their files are numbered if several.")
+        int, typer.Option(min=1, max=1000, help="Images per prompt; their files are numbered if several.")
     ] = 1,
     size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="With --prompts: images per batch.")] = 1,

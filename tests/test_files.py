@@ -339,7 +339,7 @@ def test_an_output_that_can_be_written(check, name, tmp_path):
     [
         ("folder.png", "exists; choose another name"),
         ("read-only.png", "is read-only"),
-        ("n" * 260 + ".png", "cannot be written: File name too long"),
+        ("n" * 245 + ".png", "cannot be written: File name too long"),
         *((name, "must be an image file") for name in ("new", "new.txt", "new.psd", "new.h5", "folder")),
     ],
 )

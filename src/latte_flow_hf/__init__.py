@@ -13,7 +13,6 @@ import logging
 logging.getLogger("torchao").setLevel(logging.ERROR)
 
 import diffusers
-import transformers
 
 # The base classes stand here too: for a library it knows, diffusers looks for them beside the class that it loads.
 from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin  # noqa: F401
@@ -58,8 +57,7 @@ AutoConfig.register("latte_flow", LatteFlowConfig, exist_ok=True)
 for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     auto_class.register(LatteFlowConfig, LatteFlowForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(LatteFlowConfig, LatteFlowProcessor, exist_ok=True)
-# Pipelines, `transformers serve` and `transformers chat` look model classes up by name.
-transformers.LatteFlowForConditionalGeneration = LatteFlowForConditionalGeneration
+# Pipelines and `transformers serve` look types of models up by name.
 for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
     names["latte_flow"] = LatteFlowForConditionalGeneration.__name__
 # transformers' own demands torchvision of every model that takes images.

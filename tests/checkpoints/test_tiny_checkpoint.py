@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, AutoProcessor
+from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
 from latte_flow_hf import LatteFlowPipeline, tiny_checkpoint
@@ -140,3 +141,18 @@ def test_what_cannot_be_verified_is_an_error(pipeline, tmp_path):
     with pytest.raises(OSError, match="nothing to verify"):
         verify(str(tmp_path))
     assert CliRunner().invoke(app, ["info", "--verify"]).exit_code == 0
+
+
+def test_the_words_of_the_tiny_world_are_known(tiny, caplog):
+    texts = [*DEMO_PROMPTS]
+    texts += [prompt for prompts in tinyworld.generation_prompts(seed=1).values() for prompt in prompts]
+    texts += [item.question for items in tinyworld.understanding_questions(seed=1).values() for _, item in items]
+    words = {word for text in texts for word in re.findall(r"\w+", text.lower())}
+    assert words <= set(tiny.model.config.trained_words)
+    transformers_logging.warning_once.cache_clear()
+    call = {"num_inference_steps": 4, "output_type": "latent"}
+    tiny("a red circle left of a handwritten seven", **call)
+    assert caplog.messages == []
+    tiny("a photo of a dog", height=128, width=128, **call)
+    assert ["never learned the words ['photo', 'dog']" in message for message in caplog.messages].count(True) == 1
+    assert ["only learned images of 64x64" in message for message in caplog.messages].count(True) == 1

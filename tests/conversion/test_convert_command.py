@@ -47,7 +47,7 @@ def test_bad_input_ends_in_one_line(backbone_folder, vae_folder, tmp_path):
     for arguments, words in (
         (("init", backbone_folder, vae_folder, "-o", tmp_path / "x", "--experts", 3), "num_experts must divide"),
         (("init", backbone_folder, vae_folder, "-o", tmp_path / "out"), "exists"),
-        (("regroup", tmp_path / "none", "-o", tmp_path / "x", "--experts", 2), "none is not a folder"),
+        (("regroup", tmp_path / "none", "-o", tmp_path / "x", "--experts", 2), "there is no folder"),
     ):
         result = run(*arguments)
         assert result.exit_code == 1 and result.stderr.splitlines()[-1].startswith("Error: ")

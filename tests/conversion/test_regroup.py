@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from helpers import same_bytes
 
 from latte_flow_hf import LatteFlowPipeline
 from latte_flow_hf.conversion import regroup
@@ -43,8 +44,11 @@ def test_to_the_same_number_changes_no_velocity(pipeline_folder, model, tmp_path
     other = LatteFlowPipeline.from_pretrained(tmp_path / "out").model
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     context = model.encode_context(**encode("a"))
+    assert same_bytes(other, model)
     with torch.no_grad():
-        assert torch.equal(*(m.predict_velocity(latents, 700.0, context) for m in (model, other)))
+        one, two = (m.predict_velocity(latents, 700.0, context) for m in (model, other))
+    # Not bit for bit: the kernel of a product with one row depends on how the weights are aligned in memory.
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
 
 
 def test_an_added_gate_changes_no_attention(pipeline_folder, model, tmp_path, encode):

@@ -41,6 +41,16 @@ def test_the_guide_to_images_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     assert "a red circle\nred\n" in printed and "[ 1,  4, 12]" in printed
 
 
+@pytest.mark.parametrize("guide", ["solvers", "threads"])
+def test_the_python_code_of_a_guide_runs(guide):
+    blocks = BLOCK.findall((GUIDES / f"{guide}.md").read_text())
+    assert [kind for kind, _, _ in blocks] == ["python"]
+    names: dict = {}
+    exec(compile(blocks[0][2].replace("range(8)", "range(2)"), f"{guide}.md", "exec"), names)
+    images = names["images"] if guide == "threads" else [names["image"]]
+    assert all(image.size == (64, 64) for image in images)
+
+
 @pytest.mark.parametrize(("guide", "result"), [("train_from_a_vlm", "red-circle.png"), ("add_a_class", "star.png")])
 def test_a_guide_runs_as_it_stands(guide, result, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -140,9 +140,9 @@ def test_what_decides_an_image_is_in_its_name(own_pipe, tmp_path):
         ((), "either a prompt or --prompts"),
         (("--prompts", "{tmp}/none.txt"), "none.txt"),
         (("--prompts", "{tmp}"), "directory"),
-        (("--prompts", "{tmp}/prompts.txt", "-o", "{tmp}/prompts.txt"), "is a file"),
+        (("--prompts", "{tmp}/prompts.txt", "-o", "{tmp}/prompts.txt"), "is not a folder"),
         (("--prompts", "{tmp}/prompts.txt", "-o", "{tmp}/out.png"), "output must be a folder"),
-        (("--prompts", "{tmp}/prompts.txt", "--image", "a.png"), "--image goes with one prompt"),
+        (("--prompts", "{tmp}/prompts.txt", "--image", "{tmp}/prompts.txt"), "--image goes with one prompt"),
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(arguments, words, prompts, tmp_path):

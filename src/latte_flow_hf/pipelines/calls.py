@@ -58,13 +58,10 @@ class _OfCall:
 
     def __set__(self, pipe: Any, value: Any) -> None:
         call = pipe._running_call
-        calls = (
-            [call]
-            if call is not None
-            else [other for other in list(pipe._calls.values()) if other.scheduler is not None]
-        )
+        calls = list(pipe._calls.values()) if call is None else [call]
         for call in calls:
-            call.values[self.name] = value
+            if call.scheduler is not None:
+                call.values[self.name] = value
 
 
 class LatteFlowCallsMixin:

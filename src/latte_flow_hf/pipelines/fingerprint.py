@@ -32,7 +32,7 @@ def _relevant_config(config: dict) -> dict:
     return {
         str(key): _relevant_config(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if not str(key).startswith("_") and key != "transformers_version"
+        if not str(key).startswith("_") and key not in ("transformers_version", "trained_words")
     }
 
 

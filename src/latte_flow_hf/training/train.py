@@ -450,6 +450,10 @@ def save_result(pipe: LatteFlowPipeline, peft_model: Any, output_dir: Path, orig
             if sharded:
                 trained = {name: weight for name, weight in peft_model.named_parameters() if weight.requires_grad}
                 weights = {name: full_tensor(weight) for name, weight in trained.items()}
+            for config in peft_model.peft_config.values():
+                # Don't store local paths.
+                if Path(config.base_model_name_or_path or "").is_dir():
+                    config.base_model_name_or_path = None
             if process.is_main_process:
                 peft_model.save_pretrained(folder, state_dict=weights)
         elif sharded:
