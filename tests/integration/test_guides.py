@@ -1,10 +1,10 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """Every code block of the README and of the documentation runs, at a size that takes seconds.
 
-The blocks of a page run in order and in one folder; Python blocks share their names, as for a reader who types them one
-after the other. Of `sh` blocks, `latte-flow` runs in this process; the other commands install, take hours, or belong to
-the repository, and it is only checked that they name what exists. `text` blocks do not run: they need several GPUs or
-machines, files that nobody has yet, or are not code.
+The blocks of a page run in order and in one folder; Python blocks share their names, as for a reader who types them
+one after the other. Of `sh` blocks, `latte-flow` runs in this process; the other commands install or take hours, and it
+is only checked that they name what exists. `text` blocks do not run: they need several GPUs or machines, files that
+nobody has yet, or are not code.
 """
 
 import configparser
@@ -54,7 +54,7 @@ PAGES: dict[str, dict[str, str]] = {
     "docs/guides/conversion.md": {},
     "docs/guides/devices_and_dtypes.md": {},
     "docs/guides/images_in_prompts.md": {},
-    "docs/guides/loading_and_publishing.md": {'"user/name"': '"with-code"'},
+    "docs/guides/loading_and_publishing.md": {'"user/name"': '"with-code"', "my-latte-flow": "vanilla"},
     "docs/guides/reproducing_the_paper.md": {"--num-images 50": "--num-images 1"},
     "docs/guides/solvers.md": {},
     "docs/guides/speed_and_memory.md": {},
