@@ -2,13 +2,12 @@
 """Every code block of the README and of the documentation runs, at a size that takes seconds.
 
 The blocks of a page run in order and in one folder; Python blocks share their names, as for a reader who types them
-one after the other. Of `sh` blocks, `latte-flow` runs in this process; the other commands install or take hours, and it
-is only checked that they name what exists. `text` blocks do not run: they need several GPUs or machines, files that
-nobody has yet, or are not code.
+one after the other. Of `sh` blocks, `latte-flow` runs in this process; the other commands install or take hours: only
+what they name must exist. `text` blocks do not run: they need several GPUs or machines, files that nobody has yet, or
+are not code.
 """
 
 import configparser
-import copy
 import json
 import re
 import shlex
@@ -22,7 +21,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from latte_flow_cli import app
-from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler
+from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler, tiny_checkpoint
+from latte_flow_hf.checkpoints import few_step_checkpoint
 from latte_flow_hf.evaluation import tinyworld
 from latte_flow_hf.publishing import save_with_code
 
@@ -53,6 +53,13 @@ PAGES: dict[str, dict[str, str]] = {
     "docs/guides/add_a_class.md": {"num_images=200": "num_images=6", "range(400)": "range(12)"},
     "docs/guides/conversion.md": {},
     "docs/guides/devices_and_dtypes.md": {},
+    "docs/guides/few_steps.md": {
+        '"path/to/the/base"': repr(tiny_checkpoint()),
+        "--device cuda": "--device cpu",
+        # The page uses the results before it says how they are made.
+        "distill.yaml --output outputs/distilled": "distill.yaml --output outputs/made",
+        "distill_lora.yaml --output outputs/distilled": "distill_lora.yaml --output outputs/made",
+    },
     "docs/guides/images_in_prompts.md": {},
     "docs/guides/loading_and_publishing.md": {'"user/name"': '"with-code"', "my-latte-flow": "vanilla"},
     "docs/guides/reproducing_the_paper.md": {"--num-images 50": "--num-images 1"},
@@ -84,10 +91,16 @@ def smaller(recipe: str) -> str:
     sections["data"].pop("size", None)
     sections["training"].pop("dataloader_num_workers", None)
     sections["training"].update(max_steps=2, per_device_train_batch_size=4, logging_steps=1, save_steps=1)
+    if "distillation" in sections:
+        sections["data"]["source"]["num_images"] = 8
+        sections["distillation"].update(batch_size=8)
+        sections["training"].update(lr_scheduler_type="linear", lr_scheduler_kwargs={})
     if "validation" in sections:
         sections["training"].update(eval_steps=1)
     if "samples" in sections:
-        sections["samples"].update(every_steps=2, call={"num_inference_steps": 2})
+        # A distilled model takes its own number of steps.
+        call = {} if "distillation" in sections else {"num_inference_steps": 2}
+        sections["samples"].update(every_steps=2, call=call)
     return yaml.safe_dump(sections)
 
 
@@ -102,39 +115,54 @@ def write_images(folder: Path, num_images: int) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 
 
-@pytest.fixture
-def workplace(model, make_model, backbone, processor, vae, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def furnished(model, make_model, backbone, processor, vae, tmp_path_factory) -> Path:
     """What readers have: a backbone, an autoencoder, images, prompts, the recipes; the rest comes from the pages."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    for module in ("transformers.dynamic_module_utils", "diffusers.utils.dynamic_modules_utils"):
-        monkeypatch.setattr(f"{module}.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    backbone.save_pretrained("backbone")
-    processor.save_pretrained("backbone")
-    vae.save_pretrained("autoencoder")
-    one_expert = make_model(num_experts=1)
-    scheduler = LatteFlowScheduler(expert_boundaries=one_expert.config.expert_boundaries)
-    LatteFlowPipeline(one_expert, processor, vae, scheduler).save_pretrained("vanilla")
-    scheduler = LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries)
-    save_with_code(LatteFlowPipeline(copy.copy(model), processor, vae, scheduler), "with-code")
-    write_images(Path("images-of-recipe"), 6)
-    for folder in ("photos", "photos-validation"):
-        write_images(Path(folder), 6)
-        Path(folder, "metadata.jsonl").unlink()
-    for name in ("goldfish", "volcano"):
-        write_images(Path("classes", name), 3)
-        Path("classes", name, "metadata.jsonl").unlink()
-    Path("prompts.txt").write_text("a red circle\na blue square")
-    Path("classes.txt").write_text("goldfish\nvolcano")
-    Path("recipes").mkdir()
+    folder = tmp_path_factory.mktemp("furnished")
+
+    def save(model, name, save_pipeline):
+        scheduler = LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries)
+        save_pipeline(LatteFlowPipeline(model, processor, vae, scheduler), folder / name)
+
+    backbone.save_pretrained(folder / "backbone")
+    processor.save_pretrained(folder / "backbone")
+    vae.save_pretrained(folder / "autoencoder")
+    save(make_model(num_experts=1), "vanilla", LatteFlowPipeline.save_pretrained)
+    save(model, "with-code", save_with_code)
+    shutil.copytree(few_step_checkpoint(), folder / "outputs" / "distilled-lora")
+    distilled = LatteFlowPipeline.from_pretrained(tiny_checkpoint())
+    distilled.load_lora_weights(folder / "outputs" / "distilled-lora")
+    distilled.fuse_lora()
+    distilled.unload_lora_weights()
+    distilled.save_pretrained(folder / "outputs" / "distilled")
+    write_images(folder / "images-of-recipe", 6)
+    for name, num_images in (("photos", 6), ("photos-validation", 6), ("classes/goldfish", 3), ("classes/volcano", 3)):
+        write_images(folder / name, num_images)
+        (folder / name / "metadata.jsonl").unlink()
+    (folder / "prompts.txt").write_text("a red circle\na blue square")
+    (folder / "classes.txt").write_text("goldfish\nvolcano")
+    (folder / "recipes" / "tinyworld").mkdir(parents=True)
     for name, replaced in {
+        "tinyworld/distill": {},
+        "tinyworld/distill_lora": {},
         "text_to_image_folder": {"path/to/pipeline": "with-code", "path/to/images": "images-of-recipe"},
         "imagenet256": {**LOCAL, "path: ILSVRC/imagenet-1k": "path: imagefolder\n    data_dir: classes"},
     }.items():
         recipe = (ROOT / "recipes" / f"{name}.yaml").read_text()
         for old, new in replaced.items():
             recipe = recipe.replace(old, new)
-        Path("recipes", f"{name}.yaml").write_text(smaller(recipe))
+        (folder / "recipes" / f"{name}.yaml").write_text(smaller(recipe))
+    return folder
+
+
+@pytest.fixture
+def workplace(furnished, tmp_path, monkeypatch):
+    """A copy of what readers have, as the current folder."""
+    shutil.copytree(furnished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    for module in ("transformers.dynamic_module_utils", "diffusers.utils.dynamic_modules_utils"):
+        monkeypatch.setattr(f"{module}.HF_MODULES_CACHE", str(tmp_path / "modules"))
     # 50 of thousands of questions and prompts.
     prompts, questions = tinyworld.generation_prompts, tinyworld.understanding_questions
     monkeypatch.setattr(tinyworld, "generation_prompts", lambda seed: prompts(seed, 2, 2, 2, 2))
@@ -149,9 +177,8 @@ def run_command(line: str) -> None:
     words = shlex.split(line, comments=True)
     program, *arguments = words
     if program == "latte-flow":
-        arguments += (
-            ["--steps", "2"] if arguments[0] in ("generate", "evaluate") and "--steps" not in arguments else []
-        )
+        if arguments[0] in ("generate", "evaluate") and not re.search("--steps|--fast|distilled", line):
+            arguments += ["--steps", "2"]
         outcome = CliRunner().invoke(app, arguments)
         if arguments[0] == "publish":
             # The tests are offline.
@@ -189,7 +216,10 @@ def test_code_of_a_page_runs_as_written(page, workplace):
         if kind == "python":
             exec(compile(block, page, "exec"), names)
         elif kind == "yaml":
-            Path(title).write_text(smaller(block))
+            # Without a title it is a part of a recipe.
+            assert title or isinstance(yaml.safe_load(block), dict)
+            if title:
+                Path(title).write_text(smaller(block))
         elif kind == "sh":
             for line in block.splitlines():
                 run_command(line)
