@@ -670,10 +670,12 @@ def publish(
     ] = False,
 ) -> None:
     """Upload a pipeline to the hub, with a model card if it has none. Log in with `hf auth login`, or set HF_TOKEN."""
-    if not _is_hub_reachable():
-        raise OSError("the hub cannot be reached; nothing was published.")
+    from latte_flow_hf.pipelines.loading import check_pipeline_files
     from latte_flow_hf.publishing import publish
 
+    check_pipeline_files(folder)
+    if not _is_hub_reachable():
+        raise OSError("the hub cannot be reached; nothing was published.")
     typer.echo(f"published {publish(folder, repo_id, private=private or None, with_code=with_code)}")
 
 

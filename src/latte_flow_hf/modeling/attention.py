@@ -179,4 +179,4 @@ def check_attention_implementation(implementation: str) -> None:
     if not torch.cuda.is_available():
         raise ValueError("attn_implementation 'xformers' needs a GPU, but torch finds none; use 'sdpa' instead.")
     if importlib.util.find_spec("xformers") is None:
-        raise ImportError("xformers is not installed; run: pip install 'latte_flow_hf[xformers]'")
+        raise ImportError("xformers is not installed; from a clone, run: pip install -e '.[xformers]'")
