@@ -75,7 +75,7 @@ def test_a_pipeline_is_read_without_its_weights(pipeline_folder, model, vae):
     [
         ({"_class_name": "UNet2DConditionModel"}, "'UNet2DConditionModel', which is not an autoencoder"),
         ({"_class_name": "Nonsense"}, "'Nonsense', which is not an autoencoder"),
-        ({}, "'None', which is not an autoencoder"),
+        ({"latent_channels": 4}, "'None', which is not an autoencoder"),
         ({"_class_name": "VQModel"}, "VQModel.*does not encode and decode images"),
         ({"_class_name": "AutoencoderKLHunyuanImage"}, "AutoencoderKLHunyuanImage in .* is incomplete"),
         ({"_class_name": "AutoencoderKLWan"}, "AutoencoderKLWan.*has no latent_channels"),
