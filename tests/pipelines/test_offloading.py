@@ -46,7 +46,7 @@ def test_one_expert_is_on_the_device(pipe, own_pipe, picture, device):
     offload, layers = own_pipe.expert_offload, own_pipe.model.tower.layers
     size = sum(p.numel() for p in layers.parameters())
     cpu_pointers = {p: p.data_ptr() for p in layers.parameters()}
-    shares, order = [], []
+    shares, order, handles = [], [], []
     for index, layer in enumerate(layers):
 
         def record(*_, index=index):
@@ -55,8 +55,10 @@ def test_one_expert_is_on_the_device(pipe, own_pipe, picture, device):
             assert {id(p) for p in moved} == {id(p) for i in offload.loaded_layers for p in layers[i].parameters()}
             shares.append(sum(p.numel() for p in moved) / size)
 
-        layer.register_forward_hook(record)
+        handles.append(layer.register_forward_hook(record))
     assert_same(pipe, own_pipe, picture, device)
+    for handle in handles:
+        handle.remove()
     # Two calls with two steps for each of two experts; each expert has two layers and is transferred once in a call.
     assert order == [0, 1, 0, 1, 2, 3, 2, 3] * 2 and offload.num_transfers == 2 * len(layers)
     assert max(shares) <= 1 / 2
