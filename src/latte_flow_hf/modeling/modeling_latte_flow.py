@@ -11,9 +11,8 @@ E size of the timestep embedding, S timesteps, K experts.
 
 import copy
 import inspect
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
@@ -45,18 +44,14 @@ from .attention import (
 )
 from .backbone import check_decoder, linear_like, rms_norm_like
 from .configuration_latte_flow import LatteFlowConfig
-from .context import LatteFlowContext, check_prompts, prefill_context, warn_of_long_prompts, warn_of_unknown_words
+from .context import LatteFlowContext, prefill_context
 from .conversion_mapping import CHECKPOINT_CONVERSIONS
-from .distributed import all_gather_list, randn_local_rows, rank_and_world_size
+from .distributed import all_gather_list
 from .flow_matching import (
-    BOUNDARY_TOLERANCE,
-    assign_examples_to_experts,
     expert_of_sigma,
-    interpolate,
-    mean_velocity,
-    velocity_loss,
-    velocity_target,
 )
+from .generation import LatteFlowGenerationMixin
+from .losses import LatteFlowLossMixin
 from .positions import interleaved_rotary_embedding, sincos_pos_embed
 
 
@@ -523,24 +518,9 @@ class LatteFlowPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
 
 
-class FiniteLogits(LogitsProcessor):
-    """Passes logits through unchanged.
-
-    Raises:
-        `ValueError`: when called, if the largest logit of a row is not finite. An answer would then be empty.
-    """
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        # The largest of a row, since logits of forbidden tokens are -inf. NaN counts as the largest.
-        if not torch.isfinite(scores.amax(dim=-1)).all():
-            raise ValueError(
-                f"the backbone's logits are not finite in dtype {scores.dtype}. Use dtype=torch.float32 or "
-                "torch.bfloat16; if that does not help, the weights are damaged."
-            )
-        return scores
-
-
-class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrainedModel, GenerationMixin):
+class LatteFlowForConditionalGeneration(
+    LatteFlowGenerationMixin, LatteFlowLossMixin, LatteFlowAdapterMixin, LatteFlowPreTrainedModel, GenerationMixin
+):
     """A frozen vision-language model, and beside it a tower of timestep experts that generates images.
 
     `self.vlm` is the backbone as transformers builds it: text through this class is text through the backbone.
@@ -676,26 +656,6 @@ class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrain
             "store its attention maps. Use fewer steps, `steps_per_expert` or `guidance_interval` instead."
         )
 
-    @property
-    def trained_words(self) -> list[str] | None:
-        """The words that the model knows, if it is one of a small world. An adapter may have taught it others."""
-        return None if self._hf_peft_config_loaded else self.config.trained_words
-
-    @property
-    def training_experts(self) -> list[int]:
-        """The experts that a training step is split over: those with a trainable weight, adapters included.
-
-        All experts if a shared module of the tower is trainable too, or if nothing is.
-        """
-
-        def is_trainable(module: nn.Module) -> bool:
-            return any(parameter.requires_grad for parameter in module.parameters())
-
-        experts = range(self.config.num_experts)
-        trainable = [k for k in experts if any(is_trainable(self.tower.layers[i]) for i in self.expert_layers(k))]
-        shared = any(is_trainable(module) for name, module in self.tower.named_children() if name != "layers")
-        return trainable if trainable and not shared else list(experts)
-
     def train(self, mode: bool = True) -> "LatteFlowForConditionalGeneration":
         """Training mode for the tower, and for a backbone that is trained; a frozen one stays in evaluation mode."""
         super().train(mode)
@@ -724,74 +684,6 @@ class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrain
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return self.vlm.prepare_inputs_for_generation(*args, **kwargs)
-
-    def get_image_features(self, *args: Any, **kwargs: Any):
-        return self.vlm.get_image_features(*args, **kwargs)
-
-    @apply_forward_hook
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        generation_mode: str = "text",
-        **kwargs: Any,
-    ):
-        """Text, as the backbone's own `generate`: same arguments, same tokens. Or images.
-
-        Args:
-            inputs (`torch.Tensor`, *optional*): (batch, length), another name of `input_ids`.
-            generation_config (`GenerationConfig`, *optional*):
-                What it leaves open is taken from the checkpoint's. Arguments come before both.
-            generation_mode (`str`, defaults to `"text"`):
-                `"image"` generates images with the other components of the pipeline that the model was loaded from.
-            kwargs: the processor's output, and arguments of the backbone's `generate`, or, with `"image"`, of
-                [`LatteFlowPipeline`], such as `guidance_scale`. Arguments that are for text alone then have no effect.
-
-        Returns:
-            Tokens, or images (batch, 3, height, width) with values from 0 to 1; see
-            [`~LatteFlowProcessor.post_process_multimodal_output`].
-
-        Raises:
-            `ValueError`: if there is no such mode, or the model was loaded without a pipeline.
-        """
-        if generation_mode == "image":
-            return self._generate_images(inputs, **kwargs)
-        if generation_mode != "text":
-            raise ValueError(f"generation_mode must be 'text' or 'image', got {generation_mode!r}.")
-        # As in `GenerationMixin`. Merged here, because the backbone has another generation config than the model.
-        merged = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
-        if generation_config is not None:
-            merged.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
-        kwargs = merged.update(**kwargs)
-        input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        if input_ids is not None:
-            warn_of_long_prompts(input_ids, kwargs.get("mm_token_type_ids"), self.config.text_config)
-        return self.vlm.generate(inputs, generation_config=merged, **kwargs)
-
-    def _generate_images(self, inputs: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
-        if getattr(self, "_image_pipeline", None) is None:
-            checkpoint = self.name_or_path
-            if not component_subfolder(checkpoint, "model"):
-                checkpoint = str(Path(checkpoint).parent)
-            if not checkpoint or self.pipeline_class is None or not component_subfolder(checkpoint, "model"):
-                raise ValueError(
-                    "generation_mode='image' needs the other components of a pipeline: load the model from the folder "
-                    f"of a pipeline, or use LatteFlowPipeline; this one was loaded from {self.name_or_path!r}."
-                )
-            self._image_pipeline = self.pipeline_class.from_pretrained(checkpoint, model=self)
-            self._image_pipeline.set_progress_bar_config(disable=True)
-        names = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
-        encoded = {name: kwargs.pop(name) for name in names if name in kwargs}
-        if inputs is not None:
-            encoded["input_ids"] = inputs
-        num_images = kwargs.pop("num_return_sequences", None)
-        if num_images is not None:
-            kwargs["num_images_per_prompt"] = num_images
-        arguments = inspect.signature(self.pipeline_class.__call__).parameters
-        only_text = {*vars(GenerationConfig()), "tokenizer", "streamer", "logits_processor", "stopping_criteria"}
-        kwargs = {name: value for name, value in kwargs.items() if name in arguments or name not in only_text}
-        return self._image_pipeline(context=self.encode_context(**encoded), output_type="pt", **kwargs).images
 
     @can_return_tuple
     def forward(
@@ -858,146 +750,6 @@ class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrain
             output.logits = lm_output.logits
             output.loss = flow_loss + output.lm_loss
         return output
-
-    def flow_loss(
-        self,
-        latents: torch.Tensor,
-        context: LatteFlowContext | Mapping[str, Any],
-        noise: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean squared error of the velocity, summed over the experts, each on timesteps of its interval. (Paper.)
-
-        The batch is split over the experts that learn ([`~LatteFlowForConditionalGeneration.training_experts`]), see
-        `flow_matching.assign_examples_to_experts`. In training mode each interval extends down to
-        (1 - `interval_overlap`) times its lower end ([`IntervalWarmupCallback`]).
-
-        With several processes, the batch is the one of all processes: the mean of their results equals the result of
-        one process for the whole batch. `latents`, `context` and `noise` are this process's rows, the same number in
-        each process.
-
-        Args:
-            latents (`torch.Tensor`): (B, C, height, width), clean.
-            context ([`LatteFlowContext`] or a mapping):
-                The encoded prompts, or the arguments of `encode_context`. Prompts without images are then prefilled
-                for each expert separately, through the layers that the expert reads and no further.
-            noise (`torch.Tensor`, *optional*): same shape as `latents`; drawn if not given.
-            generator (`torch.Generator`, *optional*): source of the noise and the timesteps.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: the sum (scalar), and the summands (K,), detached; 0 for an expert
-            that does not learn.
-        """
-        self._check_training_latents(latents, context)
-        noise = randn_local_rows(latents, generator) if noise is None else noise
-        if noise.shape != latents.shape:
-            raise ValueError(f"noise must have the shape {tuple(latents.shape)} of latents, got {tuple(noise.shape)}.")
-
-        def example_at(rows: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            noisy = interpolate(latents[rows], noise[rows], sigma)
-            return noisy, sigma, velocity_target(latents[rows], noise[rows])
-
-        overlap = self.interval_overlap if self.training else 0.0
-        return self._expert_losses(
-            example_at, len(latents), latents.device, context, overlap, self.config.timestep_sampling, generator
-        )
-
-    def trajectory_loss(
-        self,
-        states: torch.Tensor,
-        sigmas: Sequence[float] | None,
-        context: LatteFlowContext | Mapping[str, Any],
-        generator: torch.Generator | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean squared error of the velocity from one state of a trajectory to the next, summed over the experts.
-
-        The target at x(sigma_j) is `flow_matching.mean_velocity`, which leads to x(sigma_j+1) in one step. The batch
-        is split over the experts as in `flow_loss`, and each example gets one of the steps of its expert.
-
-        Args:
-            states (`torch.Tensor`): (B, S + 1, C, height, width), x at each of `sigmas`, on trajectories of a teacher.
-            sigmas (`list[float]`): S + 1, falling from 1 to 0, among them all boundaries of the experts.
-            context, generator: as in `flow_loss`.
-
-        Returns:
-            Same as `flow_loss`.
-        """
-        boundaries = self.config.expert_boundaries
-        found = [] if sigmas is None else [float(sigma) for sigma in sigmas]
-        missing = [b for b in boundaries if not any(abs(b - sigma) < BOUNDARY_TOLERANCE for sigma in found)]
-        if missing or any(a <= b for a, b in itertools.pairwise(found)):
-            raise ValueError(
-                f"sigmas must fall from 1 to 0 and contain the boundaries {boundaries} of the experts, got {found}."
-            )
-        if states.ndim != 5 or states.shape[1] != len(found):
-            raise ValueError(
-                f"states must be (batch, {len(found)}, channels, height, width), one for each of the sigmas, got "
-                f"{tuple(states.shape)}."
-            )
-        self._check_training_latents(states[:, 0], context)
-        sigma_of_state = torch.tensor(found, device=states.device)
-
-        def example_at(rows: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            # The step whose interval contains sigma: the experts' own sampling spreads examples over their steps.
-            step = (sigma_of_state[None, 1:-1] >= sigma[:, None]).sum(dim=1)
-            start, end = states[rows, step], states[rows, step + 1]
-            sigma_start, sigma_end = sigma_of_state[step], sigma_of_state[step + 1]
-            return start, sigma_start, mean_velocity(start, end, sigma_start, sigma_end)
-
-        return self._expert_losses(example_at, len(states), states.device, context, 0.0, "uniform", generator)
-
-    def _check_training_latents(self, latents: torch.Tensor, context: LatteFlowContext | Mapping[str, Any]) -> None:
-        if not isinstance(context, LatteFlowContext):
-            check_prompts(context.get("input_ids"), context.get("attention_mask"))
-        num_prompts = len(context if isinstance(context, LatteFlowContext) else context["input_ids"])
-        self._check_latents(latents, num_prompts)
-        if num_prompts != len(latents):
-            raise ValueError(f"context must have a prompt for each of the {len(latents)} latents, got {num_prompts}.")
-
-    def _expert_losses(
-        self,
-        example_at: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
-        num_examples: int,
-        device: torch.device,
-        context: LatteFlowContext | Mapping[str, Any],
-        interval_overlap: float,
-        sampling: str,
-        generator: torch.Generator | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The losses of the experts, see `flow_loss`. `example_at` maps rows of the batch and the sigmas drawn for
-        them, both (n,), to noisy latents, their sigmas and the target velocities."""
-        if not isinstance(context, LatteFlowContext):
-            # The patches of all images are in one tensor, which cannot be split by prompt.
-            vision_inputs = [name for name in context if name.startswith(("pixel_values", "image_", "video_"))]
-            if any(context[name] is not None for name in vision_inputs):
-                context = self.encode_context(**context)
-        rank, world_size = rank_and_world_size()
-        assigned = assign_examples_to_experts(
-            num_examples,
-            self.training_experts,
-            self.config.expert_boundaries,
-            interval_overlap=interval_overlap,
-            sampling=sampling,
-            generator=generator,
-            rank=rank,
-            world_size=world_size,
-        )
-        losses = []
-        for examples in assigned:
-            rows = examples.indices.to(device)
-            noisy, sigma, target = example_at(rows, examples.sigma.to(device))
-            if isinstance(context, LatteFlowContext):
-                expert_context = context.select(rows)
-            else:
-                inputs = {name: context[name][rows] for name in PER_PROMPT_INPUTS if context.get(name) is not None}
-                num_layers = self.expert_layers(examples.expert).stop
-                expert_context = self.encode_context(**{**context, **inputs}, num_layers=num_layers)
-            velocity = self.predict_velocity(noisy, 1000.0 * sigma, expert_context, expert=examples.expert)
-            losses.append(examples.weight * velocity_loss(velocity, target))
-        summands = torch.stack(losses)
-        expert_losses = summands.new_zeros(self.config.num_experts)
-        expert_losses[[examples.expert for examples in assigned]] = summands.detach()
-        return summands.sum(), expert_losses
 
     @apply_forward_hook
     @torch.no_grad()
@@ -1118,56 +870,6 @@ class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrain
         self._check_expert(expert)
         return self.tower.expert_layers(expert)
 
-    def chat(
-        self,
-        processor: Any,
-        messages: str | list[dict],
-        images: Any = None,
-        streamer: Any = None,
-        device: torch.device | None = None,
-        generation_config: GenerationConfig | None = None,
-        **generate_kwargs: Any,
-    ) -> str:
-        """Answer a question or continue a conversation.
-
-        The length of the answer is that of `generate_kwargs`, else of `generation_config`, else of the checkpoint's
-        generation config, else at most 256 tokens.
-
-        Args:
-            processor ([`LatteFlowProcessor`]): the processor of the model.
-            messages (`str` or `list[dict]`): a question, or a conversation in the chat-template form.
-            images (*optional*): an image or a list of them that precede the question, only with a string; see
-                [`load_rgb_image`].
-            streamer (*optional*): a transformers streamer that receives the tokens while they are generated.
-            device (`torch.device`, *optional*): where the model runs, if that differs from `model.device` because of
-                off-loading.
-            generation_config (`GenerationConfig`, *optional*): as for `generate`.
-            generate_kwargs: arguments of `generate`.
-
-        Returns:
-            `str`: the answer.
-
-        Raises:
-            `ValueError`: if `messages` is empty, an image cannot be read, several answers are asked for, or the
-                backbone's logits are not finite.
-        """
-        levels = [generate_kwargs]
-        levels += [config.to_dict() for config in (generation_config, self.generation_config) if config is not None]
-        num_answers = next((level["num_return_sequences"] for level in levels if level.get("num_return_sequences")), 1)
-        if num_answers != 1:
-            raise ValueError(f"num_return_sequences must be 1 in chat, got {num_answers}; use generate instead.")
-        generate_kwargs |= {name: None if value is None else int(value) for name, value in _length(levels).items()}
-        conversation = processor.conversation(messages, images)
-        warn_of_unknown_words([conversation], self.trained_words)
-        inputs = processor.encode_conversations([conversation]).to(self.device if device is None else device)
-        generate_kwargs["logits_processor"] = LogitsProcessorList(
-            [*(generate_kwargs.get("logits_processor") or []), FiniteLogits()]
-        )
-        output = self.generate(**inputs, streamer=streamer, generation_config=generation_config, **generate_kwargs)
-        tokens = getattr(output, "sequences", output)  # with `return_dict_in_generate`
-        answer = tokens[0, inputs["input_ids"].shape[1] :]
-        return processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
-
     def _check_expert(self, expert: int) -> None:
         if not 0 <= expert < self.config.num_experts:
             raise ValueError(f"expert must be from 0 to {self.config.num_experts - 1}, got {expert}.")
@@ -1186,17 +888,3 @@ class LatteFlowForConditionalGeneration(LatteFlowAdapterMixin, LatteFlowPreTrain
                 f"context must have one prompt for each of {len(latents)} latents, or one for the same number of "
                 f"latents each, got {num_prompts}."
             )
-
-
-# The arguments of `encode_context` that have a row for each prompt.
-PER_PROMPT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
-
-
-def _length(levels: list[dict[str, Any]]) -> dict[str, Any]:
-    """The limit of the length of an answer, as the first of `levels` that has one gives it."""
-    for level in levels:
-        limits = {name: level.get(name) for name in ("max_new_tokens", "max_length")}
-        if any(limit is not None for limit in limits.values()):
-            return limits
-    # Chosen: as transformers' pipelines do.
-    return {"max_new_tokens": 256}
