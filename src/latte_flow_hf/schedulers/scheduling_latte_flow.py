@@ -234,11 +234,11 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
     @property
     def experts(self) -> list[int]:
         """The expert of each evaluation; Heun's second one belongs to the expert of the step that it ends."""
-        boundaries = self.config.expert_boundaries
-        return [
-            expert_of_sigma(sigma, boundaries, ends_step=self.config.solver == "heun" and index % 2 == 1)
-            for index, sigma in enumerate(self.sigmas[:-1].tolist())
-        ]
+        return [self._expert_at(index) for index in range(len(self.timesteps))]
+
+    def _expert_at(self, index: int) -> int:
+        ends_step = self.config.solver == "heun" and index % 2 == 1
+        return expert_of_sigma(self.sigmas[index].item(), self.config.expert_boundaries, ends_step=ends_step)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
         """Return the sample unchanged: flow matching does not scale the model's input."""
@@ -278,7 +278,7 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
         sample = sample.to(torch.float32)
         if self.config.solver == "heun":
             prev_sample = self._heun_step(model_output, sample, index)
-        elif share := self.noise_shares[self.experts[index]]:
+        elif share := self.noise_shares[self._expert_at(index)]:
             prev_sample = self._stochastic_euler_step(model_output, sample, index, share, generator)
         else:
             prev_sample = self._euler_step(model_output, sample, index)
