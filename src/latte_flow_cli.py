@@ -433,22 +433,25 @@ def info(
         typer.echo(line)
 
 
+TrainedFolder = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder for the finished pipeline or adapter; must not exist.")
+]
+AllowChanges = Annotated[
+    bool, typer.Option("--allow-changes", help="Resume although the recipe or the starting model has changed.")
+]
+
+
 @_verb
 def train(
     recipe: Annotated[
         Path, typer.Argument(exists=True, dir_okay=False, help="A YAML file, such as those in recipes/.")
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the finished pipeline or adapter; must not exist.")
-    ],
+    output: TrainedFolder,
     work_dir: Annotated[
         Path | None,
         typer.Option(help="Folder for checkpoints and logs; defaults to runs/ and the name of the recipe."),
     ] = None,
-    allow_changes: Annotated[
-        bool,
-        typer.Option("--allow-changes", help="Resume although the recipe or the starting model has changed."),
-    ] = False,
+    allow_changes: AllowChanges = False,
 ) -> None:
     """Train a model. Started again, the command resumes from the last checkpoint."""
     from latte_flow_hf.training.recipe import Recipe
@@ -461,17 +464,12 @@ def distill(
     recipe: Annotated[
         Path, typer.Argument(exists=True, dir_okay=False, help="A YAML file with a section `distillation`.")
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the finished pipeline or adapter; must not exist.")
-    ],
+    output: TrainedFolder,
     work_dir: Annotated[
         Path | None,
         typer.Option(help="Folder for trajectories, checkpoints and logs; defaults to runs/ and the recipe's name."),
     ] = None,
-    allow_changes: Annotated[
-        bool,
-        typer.Option("--allow-changes", help="Resume although the recipe or the starting model has changed."),
-    ] = False,
+    allow_changes: AllowChanges = False,
 ) -> None:
     """Train a model to generate in few steps what a teacher generates in many. Resumes as `train` does."""
     from latte_flow_hf.training.recipe import Recipe

@@ -15,12 +15,6 @@ from latte_flow_hf.modeling.context import LatteFlowContext
 TIMESTEPS = (730.0, 210.0)
 
 
-@pytest.fixture(scope="module")
-def context(model, encode) -> LatteFlowContext:
-    """Two prompts of different lengths, hence padded."""
-    return model.encode_context(**encode("a red circle", "a small blue square above a handwritten seven"))
-
-
 @pytest.mark.parametrize("with_picture", [False, True])
 def test_context_is_the_stock_prefill_s_cache(model, backbone, encode, picture, with_picture):
     inputs = encode("a red circle", image=picture if with_picture else None)

@@ -16,22 +16,6 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from latte_flow_hf import LatteFlowForConditionalGeneration
-from latte_flow_hf.modeling.context import LatteFlowContext
-
-
-# Owned by expert 0 and 1 of two.
-TIMESTEPS = (730.0, 210.0)
-
-
-@pytest.fixture(scope="module")
-def context(model, encode) -> LatteFlowContext:
-    """Two prompts of different lengths, hence padded."""
-    return model.encode_context(**encode("a red circle", "a small blue square above a handwritten seven"))
-
-
-@pytest.fixture
-def trainable(make_model):
-    return make_model().train()
 
 
 class Listener(TextStreamer):

@@ -7,23 +7,7 @@ import pytest
 import torch
 from helpers import noise, same_bytes
 
-from latte_flow_hf.modeling.context import LatteFlowContext
 from latte_flow_hf.modeling.flow_matching import draw_expert_sigmas
-
-
-# Owned by expert 0 and 1 of two.
-TIMESTEPS = (730.0, 210.0)
-
-
-@pytest.fixture(scope="module")
-def context(model, encode) -> LatteFlowContext:
-    """Two prompts of different lengths, hence padded."""
-    return model.encode_context(**encode("a red circle", "a small blue square above a handwritten seven"))
-
-
-@pytest.fixture
-def trainable(make_model):
-    return make_model().train()
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])

@@ -29,17 +29,6 @@ from latte_flow_hf.modeling.context import LatteFlowContext
 TIMESTEPS = (730.0, 210.0)
 
 
-@pytest.fixture(scope="module")
-def context(model, encode) -> LatteFlowContext:
-    """Two prompts of different lengths, hence padded."""
-    return model.encode_context(**encode("a red circle", "a small blue square above a handwritten seven"))
-
-
-@pytest.fixture
-def trainable(make_model):
-    return make_model().train()
-
-
 # Text: exactly the backbone's.
 
 

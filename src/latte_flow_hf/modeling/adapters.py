@@ -10,7 +10,6 @@ starts with a comment, `(?#latte_flow num_experts=4 ...)`. It matches nothing, a
 """
 
 import copy
-import hashlib
 import json
 import math
 import os
@@ -626,20 +625,6 @@ class LatteFlowAdapterMixin:
         for name, adapter in self._peft_configs().items():
             check_adapter(self.config, getattr(adapter, "target_modules", None), name)
         super()._load_from_state_dict(*args)  # type: ignore[misc]
-
-
-def adapters_digest(model: Any) -> str:
-    """A digest of the active adapters: configurations, weights and strengths; empty if there are none."""
-    digest = hashlib.sha256()
-    for name, weight in model.adapter_weights.items():
-        config = {
-            key: sorted(value) if isinstance(value, set) else value
-            for key, value in vars(model.peft_config[name]).items()
-        }
-        digest.update(repr((sorted(config.items()), weight)).encode())
-        for key, tensor in sorted(model._plain_state_dict(name).items()):
-            digest.update(key.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest() if model.adapter_weights else ""
 
 
 def require_peft(method: str) -> None:

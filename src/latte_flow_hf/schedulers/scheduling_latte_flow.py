@@ -259,7 +259,7 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
             timestep (`float` or `torch.Tensor`): one of `timesteps`.
             sample (`torch.Tensor`): x at this timestep.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                The source of new noise with `stochastic_sampling`.
+                The source of new noise, with `new_noise`.
             return_dict (`bool`, defaults to `True`): a [`LatteFlowSchedulerOutput`] or a tuple.
 
         Raises:
