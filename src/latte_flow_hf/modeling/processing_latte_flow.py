@@ -1,23 +1,33 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""The backbone's image processor, tokenizer and chat template as one processor.
+"""The processor of any backbone, as transformers has it, without videos.
 
-What is unusual here: there is no video processor. `Qwen2VLProcessor` has one, and so fails without torchvision.
+What is unusual here: classes are made when they are needed. An adapter is a subclass of the backbone's own processor
+class, which decides how images become tokens; without its video processor, which would need torchvision.
 """
 
+import copy
+import functools
+import inspect
 import math
 import threading
+from collections.abc import Iterator
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from jinja2 import TemplateError
 from PIL import Image
-from transformers import BatchFeature
+from transformers import AutoConfig, BatchFeature, Qwen2VLProcessor
 from transformers.image_utils import make_flat_list_of_images
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 # `ProcessorMixin` must be visible here: diffusers looks for the known base class in the module of a component.
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import cached_file
 
-from ..files import component_subfolder
+from ..files import component_subfolder, read_json
 from .images import Background, check_background, load_rgb_image, load_rgb_images
 
 
@@ -29,25 +39,13 @@ SIZE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 _TOKENIZER_LOCK = threading.Lock()
 
 
-class LatteFlowProcessor(ProcessorMixin):
-    """Turns text, images and conversations into the inputs of [`LatteFlowForConditionalGeneration`].
+class LatteFlowProcessorMixin(ProcessorMixin):
+    """What this package adds to a stock processor: conversations with images from any source, and plain text that
+    cannot contain control tokens. It stands before the stock class, whose videos are left out."""
 
-    Args:
-        image_processor: the backbone's image processor (such as `Qwen2VLImageProcessor`).
-        tokenizer: the backbone's tokenizer.
-        chat_template (`str`, *optional*): the backbone's chat template; the tokenizer's own if not given.
-        background (`str` or `tuple[int, int, int]`, defaults to `"white"`):
-            The colour behind transparent images: a name or RGB from 0 to 255.
-        sanitize_control_tokens (`bool`, defaults to `True`):
-            Whether control tokens in the text of messages and prompts, such as `<|im_end|>`, are encoded as plain
-            text. `False` encodes them as control tokens. (Chosen: because a prompt or caption could otherwise start a
-            turn of its own, or contain an image token without an image.)
-
-    Raises:
-        `ValueError`: if `background` is no colour.
-    """
-
-    return_mm_token_type_ids = True
+    # The stock class, and what its `__init__` takes besides the image processor, the tokenizer and the chat template.
+    stock_class: type[ProcessorMixin]
+    stock_settings: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -56,31 +54,62 @@ class LatteFlowProcessor(ProcessorMixin):
         chat_template=None,
         background: Background = "white",
         sanitize_control_tokens: bool = True,
+        **stock_settings: Any,
     ):
         check_background(background)
         self.background = background
         self.sanitize_control_tokens = sanitize_control_tokens
-        self.image_token = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        if chat_template is None:
-            chat_template = tokenizer.chat_template
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        # What the stock class has for videos is kept for the files that it is loaded from, but not used.
+        self.video_processor_config = stock_settings.pop("video_processor", None)
+        if tokenizer.pad_token is None:
+            # Padding is masked: any token serves. (Chosen: as transformers' `generate` does.)
+            if tokenizer.eos_token is None:
+                raise ValueError("tokenizer has neither a pad_token nor an eos_token to pad with; set its pad_token.")
+            tokenizer.pad_token = tokenizer.eos_token
+        if "video_processor" in self.stock_class.get_attributes():
+            stock_settings["video_processor"] = None
+        super().__init__(
+            image_processor=image_processor,
+            tokenizer=tokenizer,
+            chat_template=tokenizer.chat_template if chat_template is None else chat_template,
+            **stock_settings,
+        )
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any):
-        """Same as `ProcessorMixin.from_pretrained`, and the folder or hub id may be that of a whole pipeline."""
+        """Load the processor of any backbone, or of a pipeline.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): the folder or hub id of a backbone, a processor or a
+                pipeline.
+            kwargs: same as for `ProcessorMixin.from_pretrained`, and arguments of this class, such as `background`.
+
+        Raises:
+            `ValueError`: if the stock processor is not one of transformers, or has other parts than an image
+                processor, a tokenizer and a video processor.
+        """
         if not kwargs.get("subfolder"):
             kwargs["subfolder"] = component_subfolder(pretrained_model_name_or_path, "processor", **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        name = stock_class_name(pretrained_model_name_or_path, **kwargs)
+        adapter = LatteFlowProcessor if name in (None, LatteFlowProcessor.__name__) else adapter_of(name)
+        return super(LatteFlowProcessorMixin, adapter).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The placeholder tokens of one image, one for each merged patch."""
-        num_patches = int(image_inputs["image_grid_thw"][image_idx].prod())
-        return self.image_token * (num_patches // self.image_processor.merge_size**2)
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any):
+        names = {"chat_template", "background", "sanitize_control_tokens", "video_processor", *cls.stock_settings}
+        given = {**processor_dict, **kwargs}
+        return cls(*args, **{name: value for name, value in given.items() if name in names})
 
-    @property
-    def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, "mm_token_type_ids"]
+    def to_dict(self) -> dict[str, Any]:
+        """Same as that of the stock class, which can load it, with the settings of this class beside them."""
+        stock = {name: getattr(self, name) for name in self.stock_settings if hasattr(self, name)}
+        if self.video_processor_config is not None:
+            stock["video_processor"] = self.video_processor_config
+        return {**super().to_dict(), **copy.deepcopy(stock), "processor_class": self.stock_class.__name__}
 
     def prepare_inputs_layout(self, images: Any = None, **kwargs: Any):
         """Same as `ProcessorMixin.prepare_inputs_layout`, but images are loaded by [`load_rgb_image`]."""
@@ -95,13 +124,13 @@ class LatteFlowProcessor(ProcessorMixin):
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
         """Same as `ProcessorMixin._process_images`, but images with `SIZE_OPTIONS` are processed one by one."""
-        images = make_flat_list_of_images(images)
-        options = [image.info.get("size_options", {}) if isinstance(image, Image.Image) else {} for image in images]
+        flat = make_flat_list_of_images(images)
+        options = [image.info.get("size_options", {}) if isinstance(image, Image.Image) else {} for image in flat]
         if not any(options):
             return super()._process_images(images, **kwargs)
-        processed = [self._process_image(image, given, kwargs) for image, given in zip(images, options)]
+        processed = [self._process_image(image, given, kwargs) for image, given in zip(flat, options)]
         merged = {name: torch.cat([one[name] for one in processed]) for name in processed[0]}
-        return merged, [self.replace_image_token(merged, index) for index in range(len(images))]
+        return merged, [self.replace_image_token(merged, index) for index in range(len(flat))]
 
     def _process_image(self, image: Image.Image, options: dict[str, int], kwargs: dict) -> BatchFeature:
         processor = self.image_processor
@@ -157,15 +186,13 @@ class LatteFlowProcessor(ProcessorMixin):
     def _refuse_control_tokens(self, messages: list[dict]) -> None:
         if not self.sanitize_control_tokens:
             return
-        for message in messages:
-            content = message["content"]
-            parts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
-            found = sorted({token for token in self.tokenizer.all_special_tokens for part in parts if token in part})
-            if found:
-                raise ValueError(
-                    f"the text of a message to train on contains the control tokens {found}; remove them, or set "
-                    "sanitize_control_tokens=False to train on them as control tokens."
-                )
+        texts = list(_strings(messages))
+        found = sorted({token for token in self.tokenizer.all_special_tokens for text in texts if token in text})
+        if found:
+            raise ValueError(
+                f"the text of a message contains the control tokens {found}, which cannot be encoded as text here; "
+                "remove them, or set sanitize_control_tokens=False to encode them as control tokens."
+            )
 
     def _checked_message(self, message: dict) -> dict:
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
@@ -207,7 +234,11 @@ class LatteFlowProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """Same as `ProcessorMixin.apply_chat_template`, but parts of messages are those of
         [`~LatteFlowProcessor.conversation`], and `sanitize_control_tokens` defaults to that of the processor. With
-        `return_assistant_tokens_mask=True`, which transformers cannot combine with it, control tokens are refused."""
+        `return_assistant_tokens_mask=True`, which transformers cannot combine with it, control tokens are refused.
+
+        Raises:
+            `ValueError`: if the template refuses the conversation, or control tokens cannot be encoded as text.
+        """
         if kwargs.get("tokenize"):
 
             def checked(message: Any) -> Any:
@@ -225,22 +256,72 @@ class LatteFlowProcessor(ProcessorMixin):
                     self._refuse_control_tokens(messages)
             else:
                 kwargs.setdefault("sanitize_control_tokens", self.sanitize_control_tokens)
-        return super().apply_chat_template(conversation, chat_template, **kwargs)
+        found = []
+        if kwargs.get("sanitize_control_tokens"):
+            # Only where there are some: not every processor and tokenizer can encode them as text.
+            found = self._added_tokens_in([conversation, kwargs])
+            kwargs["sanitize_control_tokens"] = bool(found)
+        try:
+            # Not that of the stock class, which would only add settings for videos.
+            return ProcessorMixin.apply_chat_template(self, conversation, chat_template, **kwargs)
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+        except (NotImplementedError, ValueError) as error:
+            if not found:
+                raise
+            raise ValueError(
+                f"the control tokens {found} cannot be encoded as text by {self.stock_class.__name__} ({error}); "
+                "remove them from the messages."
+            ) from error
+
+    def _added_tokens_in(self, values: Any) -> list[str]:
+        """The tokens in the strings of `values` that the tokenizer does not split, but for white space."""
+        texts = list(_strings(values))
+        added = [token for token in self.tokenizer.get_added_vocab() if not token.isspace()]
+        return sorted(token for token in added if any(token in text for text in texts))
 
     def encode_conversations(self, conversations: list[list[dict]]) -> BatchFeature:
         """Conversations, as returned by [`~LatteFlowProcessor.conversation`], to model inputs, padded on the left.
 
-        Each ends with the start of the assistant's turn, after which an answer or an image is generated.
+        Each ends with the start of the assistant's turn, after which an answer or an image is generated. Without a
+        chat template, as that of PaliGemma, a conversation can only be one message of the user: its text, in which an
+        image is the image token of the processor.
+
+        Raises:
+            `ValueError`: if the processor or its chat template refuses a conversation.
         """
+        padding = {"padding": True, "padding_side": "left"}
         with _TOKENIZER_LOCK:
-            return self.apply_chat_template(
-                conversations,
-                tokenize=True,
-                add_generation_prompt=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "left"},
-            )
+            if self.chat_template is not None:
+                inputs = self.apply_chat_template(
+                    conversations,
+                    tokenize=True,
+                    add_generation_prompt=True,
+                    return_dict=True,
+                    return_tensors="pt",
+                    processor_kwargs=padding,
+                )
+            else:
+                inputs = self._encode_plain_prompts(conversations, return_tensors="pt", **padding)
+        return inputs
+
+    def _encode_plain_prompts(self, conversations: list[list[dict]], **kwargs: Any) -> BatchFeature:
+        texts, images = [], []
+        for messages in conversations:
+            if len(messages) != 1 or messages[0]["role"] != "user":
+                raise ValueError(
+                    f"{self.stock_class.__name__} has no chat template: give one message of the user, got the roles "
+                    f"{[message['role'] for message in messages]}; or set processor.chat_template."
+                )
+            parts = messages[0]["content"]
+            if self.sanitize_control_tokens:
+                self._refuse_control_tokens(messages)
+            texts.append("".join(self.image_token if part["type"] == "image" else part["text"] for part in parts))
+            images.append([part["image"] for part in parts if part["type"] == "image"])
+        inputs = self(text=texts, images=images if any(images) else None, **kwargs)
+        # Of the stock PaliGemma processor, for training on suffixes.
+        inputs.pop("labels", None)
+        return inputs
 
     def post_process_multimodal_output(
         self,
@@ -264,6 +345,138 @@ class LatteFlowProcessor(ProcessorMixin):
         return super().post_process_multimodal_output(
             generated_outputs, skip_special_tokens=skip_special_tokens, generation_mode=generation_mode, **kwargs
         )
+
+
+class LatteFlowProcessor(LatteFlowProcessorMixin, Qwen2VLProcessor):
+    """Turns text, images and conversations into the inputs of [`LatteFlowForConditionalGeneration`].
+
+    This class is the processor of Qwen2-VL, without videos and torchvision. For other backbones `from_pretrained`
+    returns an adapter of their own processor class, with the same methods. Pipelines, models and collators also take
+    stock processors and adapt them.
+
+    Args:
+        image_processor: the backbone's image processor (such as `Qwen2VLImageProcessor`).
+        tokenizer: the backbone's tokenizer. Without a `pad_token` it pads with its `eos_token`.
+        chat_template (`str`, *optional*): the backbone's chat template; the tokenizer's own if not given.
+        background (`str` or `tuple[int, int, int]`, defaults to `"white"`):
+            The colour behind transparent images: a name or RGB from 0 to 255.
+        sanitize_control_tokens (`bool`, defaults to `True`):
+            Whether control tokens in the text of messages and prompts, such as `<|im_end|>`, are encoded as plain
+            text. `False` encodes them as control tokens. (Chosen: because a prompt or caption could otherwise start a
+            turn of its own, or contain an image token without an image.)
+
+    Raises:
+        `ValueError`: if `background` is no colour.
+    """
+
+    stock_class = Qwen2VLProcessor
+
+
+def _restore(stock_class_name: str, state: dict[str, Any]) -> ProcessorMixin:
+    adapter = adapter_of(stock_class_name)
+    processor = adapter.__new__(adapter)
+    processor.__dict__.update(state)
+    return processor
+
+
+@functools.cache
+def adapter_of(stock_class_name: str) -> type[LatteFlowProcessorMixin]:
+    """The subclass of a processor class of transformers with the methods of [`LatteFlowProcessor`].
+
+    Raises:
+        `ValueError`: if there is no such class, or it has other parts than an image processor, a tokenizer and a
+            video processor.
+    """
+    stock_class = getattr(transformers, stock_class_name, None)
+    if stock_class is Qwen2VLProcessor:
+        return LatteFlowProcessor
+    if not (isinstance(stock_class, type) and issubclass(stock_class, ProcessorMixin)):
+        raise ValueError(
+            f"processor class {stock_class_name!r} is not one of transformers {transformers.__version__}; processors "
+            "that are code of a checkpoint are not supported."
+        )
+    parts = stock_class.get_attributes()
+    if set(parts) - {"video_processor"} != {"image_processor", "tokenizer"}:
+        raise ValueError(
+            f"processor class {stock_class_name} consists of {parts}, but the processor of a backbone must consist of "
+            "an image_processor and a tokenizer, and may have a video_processor."
+        )
+    parameters = inspect.signature(stock_class.__init__).parameters.values()
+    return type(
+        LatteFlowProcessor.__name__,
+        (LatteFlowProcessorMixin, stock_class),
+        {
+            "__module__": __name__,
+            "__doc__": f"The adapter of `{stock_class_name}`, see [`LatteFlowProcessor`].",
+            # The class has no name by which `pickle` could find it.
+            "__reduce__": lambda self: (_restore, (stock_class_name, self.__dict__)),
+            "stock_class": stock_class,
+            "stock_settings": tuple(
+                parameter.name
+                for parameter in parameters
+                if parameter.kind is not parameter.VAR_KEYWORD
+                and parameter.name not in ("self", "chat_template", *parts)
+            ),
+        },
+    )
+
+
+def adapt(processor: ProcessorMixin) -> LatteFlowProcessorMixin:
+    """A stock processor with the methods of [`LatteFlowProcessor`], made of the same parts; one that has them already
+    is returned as it is.
+
+    Raises:
+        `ValueError`: as `adapter_of`.
+    """
+    # Not `isinstance`: a checkpoint that carries its code defines our classes a second time.
+    if hasattr(processor, "encode_conversations"):
+        return processor
+    if not isinstance(processor, ProcessorMixin):
+        raise ValueError(
+            f"processor must be the processor of the backbone, as AutoProcessor loads it, got {type(processor).__name__}."
+        )
+    adapter = adapter_of(type(processor).__name__)
+    settings = {name: getattr(processor, name) for name in adapter.stock_settings if hasattr(processor, name)}
+    if getattr(processor, "video_processor", None) is not None:
+        settings["video_processor"] = processor.video_processor.to_dict()
+    return adapter(processor.image_processor, processor.tokenizer, processor.chat_template, **settings)
+
+
+def stock_class_name(source: Any, **kwargs: Any) -> str | None:
+    """The name of the processor class that a checkpoint names, or else that of its model; `None` if it has neither.
+
+    Args:
+        source (`str` or `Path`): folder or hub id.
+        kwargs: arguments of `from_pretrained`; those for the hub and `subfolder` are used.
+    """
+    names = ("cache_dir", "force_download", "token", "revision", "local_files_only", "subfolder")
+    given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        path = cached_file(
+            str(source),
+            file,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **given,
+        )
+        name = None if path is None else read_json(Path(path)).get("processor_class")
+        if name is not None:
+            return name
+    try:
+        config = AutoConfig.from_pretrained(source, **given)
+    except OSError:
+        return None
+    return PROCESSOR_MAPPING_NAMES.get(config.model_type)
+
+
+def _strings(values: Any) -> Iterator[str]:
+    """All strings in nested lists and dicts."""
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, (dict, list, tuple)):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _strings(value)
 
 
 def check_text(text: str) -> None:
