@@ -5,6 +5,7 @@ What is unusual here: classes are made when they are needed. An adapter is a sub
 class, which decides how images become tokens; without its video processor, which would need torchvision.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -15,25 +16,31 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from jinja2 import TemplateError
 from PIL import Image
-from transformers import AutoConfig, BatchFeature, Qwen2VLProcessor
+from transformers import AutoConfig, BatchFeature, PaliGemmaProcessor, PreTrainedConfig, Qwen2VLProcessor
 from transformers.image_utils import make_flat_list_of_images
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 # `ProcessorMixin` must be visible here: diffusers looks for the known base class in the module of a component.
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_torchvision_available
+from transformers.utils.import_utils import DummyObject, requires_backends
 
 from ..files import component_subfolder, read_json
 from .images import Background, check_background, load_rgb_image, load_rgb_images
+from .processing_pixtral import PixtralProcessor
 
 
 # The size of an image in a message, as in Qwen's own messages.
 SIZE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 
+
+# Where a processor_config.json names the stock class, if its `processor_class` is ours.
+STOCK_CLASS = "stock_processor_class"
 
 # A call sets the padding of the tokenizer, which no other thread may then be using ("Already borrowed").
 _TOKENIZER_LOCK = threading.Lock()
@@ -94,9 +101,17 @@ class LatteFlowProcessorMixin(ProcessorMixin):
         """
         if not kwargs.get("subfolder"):
             kwargs["subfolder"] = component_subfolder(pretrained_model_name_or_path, "processor", **kwargs)
-        name = stock_class_name(pretrained_model_name_or_path, **kwargs)
-        adapter = LatteFlowProcessor if name in (None, LatteFlowProcessor.__name__) else adapter_of(name)
+        adapter = adapter_of(stock_class_name(pretrained_model_name_or_path, **kwargs))
         return super(LatteFlowProcessorMixin, adapter).from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict, dict]:
+        """Same as that of `ProcessorMixin`, with the settings for videos from their own file, if they have one."""
+        processor_dict, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        settings = _read_if_there(pretrained_model_name_or_path, "video_preprocessor_config.json", kwargs)
+        if settings and "video_processor" in cls.stock_class.get_attributes():
+            processor_dict = {"video_processor": settings, **processor_dict}
+        return processor_dict, unused
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any):
@@ -105,11 +120,18 @@ class LatteFlowProcessorMixin(ProcessorMixin):
         return cls(*args, **{name: value for name, value in given.items() if name in names})
 
     def to_dict(self) -> dict[str, Any]:
-        """Same as that of the stock class, which can load it, with the settings of this class beside them."""
+        """Same as that of the stock class, with the settings of this class beside them.
+
+        `AutoProcessor` loads it as the stock class or, because a video processor needs torchvision, as this one if the
+        stock class has a video processor. `latte-flow convert extract-backbone` writes files for the stock class.
+        """
         stock = {name: getattr(self, name) for name in self.stock_settings if hasattr(self, name)}
         if self.video_processor_config is not None:
             stock["video_processor"] = self.video_processor_config
-        return {**super().to_dict(), **copy.deepcopy(stock), "processor_class": self.stock_class.__name__}
+        stock["processor_class"] = self.stock_class.__name__
+        if "video_processor" in self.stock_class.get_attributes():
+            stock |= {"processor_class": LatteFlowProcessor.__name__, STOCK_CLASS: self.stock_class.__name__}
+        return {**super().to_dict(), **copy.deepcopy(stock)}
 
     def prepare_inputs_layout(self, images: Any = None, **kwargs: Any):
         """Same as `ProcessorMixin.prepare_inputs_layout`, but images are loaded by [`load_rgb_image`]."""
@@ -290,7 +312,6 @@ class LatteFlowProcessorMixin(ProcessorMixin):
         Raises:
             `ValueError`: if the processor or its chat template refuses a conversation.
         """
-        padding = {"padding": True, "padding_side": "left"}
         with _TOKENIZER_LOCK:
             if self.chat_template is not None:
                 inputs = self.apply_chat_template(
@@ -299,14 +320,15 @@ class LatteFlowProcessorMixin(ProcessorMixin):
                     add_generation_prompt=True,
                     return_dict=True,
                     return_tensors="pt",
-                    processor_kwargs=padding,
+                    processor_kwargs={"padding": True, "padding_side": "left"},
                 )
             else:
-                inputs = self._encode_plain_prompts(conversations, return_tensors="pt", **padding)
+                inputs = self._encode_plain_prompts(conversations)
         return inputs
 
-    def _encode_plain_prompts(self, conversations: list[list[dict]], **kwargs: Any) -> BatchFeature:
-        texts, images = [], []
+    def _encode_plain_prompts(self, conversations: list[list[dict]]) -> BatchFeature:
+        """Each alone, since stock PaliGemma mixes up prompts with and without images."""
+        encoded = []
         for messages in conversations:
             if len(messages) != 1 or messages[0]["role"] != "user":
                 raise ValueError(
@@ -316,12 +338,22 @@ class LatteFlowProcessorMixin(ProcessorMixin):
             parts = messages[0]["content"]
             if self.sanitize_control_tokens:
                 self._refuse_control_tokens(messages)
-            texts.append("".join(self.image_token if part["type"] == "image" else part["text"] for part in parts))
-            images.append([part["image"] for part in parts if part["type"] == "image"])
-        inputs = self(text=texts, images=images if any(images) else None, **kwargs)
-        # Of the stock PaliGemma processor, for training on suffixes.
-        inputs.pop("labels", None)
-        return inputs
+            text = "".join(self.image_token if part["type"] == "image" else part["text"] for part in parts)
+            images = [part["image"] for part in parts if part["type"] == "image"]
+            if not images and issubclass(self.stock_class, PaliGemmaProcessor):
+                # The form of a prompt with images, without them, which the stock class refuses.
+                text = f"{self.tokenizer.bos_token}{text}\n"
+                encoded.append(self.tokenizer([text], return_token_type_ids=True))
+            else:
+                encoded.append(self(text=[text], images=[images] if images else None))
+        # PaliGemma's `labels` are for training on suffixes.
+        names = [name for name in encoded[0] if name in self.tokenizer.model_input_names or name == "token_type_ids"]
+        rows = [{name: list(inputs[name][0]) for name in names} for inputs in encoded]
+        inputs = self.tokenizer.pad(rows, padding=True, padding_side="left", return_tensors="pt")
+        visual = [name for name in self.image_processor.model_input_names if any(name in one for one in encoded)]
+        for name in visual:
+            inputs[name] = torch.cat([torch.as_tensor(np.asarray(one[name])) for one in encoded if name in one])
+        return BatchFeature(dict(inputs))
 
     def post_process_multimodal_output(
         self,
@@ -386,10 +418,15 @@ def adapter_of(stock_class_name: str) -> type[LatteFlowProcessorMixin]:
     Raises:
         `ValueError`: if there is no such class, or it has other parts than an image processor, a tokenizer and a
             video processor.
+        `ImportError`: if a package that it needs is missing.
     """
     stock_class = getattr(transformers, stock_class_name, None)
+    if stock_class_name == PixtralProcessor.__name__ and not is_torchvision_available():
+        stock_class = PixtralProcessor
     if stock_class is Qwen2VLProcessor:
         return LatteFlowProcessor
+    if isinstance(stock_class, DummyObject):
+        requires_backends(stock_class, stock_class._backends)
     if not (isinstance(stock_class, type) and issubclass(stock_class, ProcessorMixin)):
         raise ValueError(
             f"processor class {stock_class_name!r} is not one of transformers {transformers.__version__}; processors "
@@ -442,32 +479,97 @@ def adapt(processor: ProcessorMixin) -> LatteFlowProcessorMixin:
     return adapter(processor.image_processor, processor.tokenizer, processor.chat_template, **settings)
 
 
-def stock_class_name(source: Any, **kwargs: Any) -> str | None:
-    """The name of the processor class that a checkpoint names, or else that of its model; `None` if it has neither.
+def check_processor(processor: Any, config: PreTrainedConfig, vocab_size: int) -> None:
+    """Refuse the processor of another backbone.
+
+    Args:
+        processor ([`LatteFlowProcessor`]): the processor.
+        config (`PreTrainedConfig`): the configuration of the backbone.
+        vocab_size (`int`): the number of tokens that the backbone embeds.
+
+    Raises:
+        `ValueError`: naming what differs: the image token, the number of tokens, or the size of images or patches.
+    """
+    tokenizer, image_processor = processor.tokenizer, processor.image_processor
+    vision_config = getattr(config, "vision_config", None)
+    differences = []
+    if len(tokenizer) > vocab_size:
+        differences.append(f"the tokenizer has {len(tokenizer)} tokens, the model embeds {vocab_size}")
+    image_token_id = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    known = {getattr(owner, "image_token_id", None) for owner in (processor, tokenizer)} - {None}
+    # The tokens that Janus and Ovis2 put for an image are no attribute of their processors.
+    names = [name for name in (getattr(processor, "image_token", None), "<IMG_ATOM>") if name is not None]
+    known |= {number for name, number in tokenizer.get_added_vocab().items() if name in names}
+    if image_token_id is not None and image_token_id not in known:
+        differences.append(f"the processor's image token is one of {sorted(known)}, the model's is {image_token_id}")
+    for owner, name, other, other_name in (
+        (image_processor, "patch_size", vision_config, "patch_size"),
+        (image_processor, "temporal_patch_size", vision_config, "temporal_patch_size"),
+        (image_processor, "merge_size", vision_config, "spatial_merge_size"),
+        (processor, "patch_size", vision_config, "patch_size"),
+        (processor, "spatial_merge_size", config, "spatial_merge_size"),
+    ):
+        found, expected = _side(getattr(owner, name, None)), _side(getattr(other, other_name, None))
+        if None not in (found, expected) and found != expected:
+            differences.append(f"{name} of {type(owner).__name__} is {found}, {other_name} of the model is {expected}")
+    size = next(
+        (
+            size[key]
+            for name, key in (("max_image_size", "longest_edge"), ("crop_size", "height"), ("size", "height"))
+            if (size := getattr(image_processor, name, None)) and key in size
+        ),
+        None,
+    )
+    expected = _side(getattr(vision_config, "image_size", None))
+    if None not in (size, expected) and size != expected:
+        differences.append(f"images of the processor have {size} pixels a side, those of the model {expected}")
+    if differences:
+        raise ValueError(
+            f"processor ({type(tokenizer).__name__}, {type(image_processor).__name__}) is not the processor of this "
+            f"{config.model_type} model: {'; '.join(differences)}. Use the processor of the backbone."
+        )
+
+
+def _side(size: Any) -> int | None:
+    """A size that is given as a number, a pair or a dict."""
+    if isinstance(size, (list, tuple)):
+        return size[0]
+    return size["height"] if isinstance(size, dict) else size
+
+
+def stock_class_name(source: Any, **kwargs: Any) -> str:
+    """The name of the processor class that a checkpoint names, or else that of its model, or else that of Qwen2-VL.
 
     Args:
         source (`str` or `Path`): folder or hub id.
         kwargs: arguments of `from_pretrained`; those for the hub and `subfolder` are used.
     """
-    names = ("cache_dir", "force_download", "token", "revision", "local_files_only", "subfolder")
-    given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
-        path = cached_file(
-            str(source),
-            file,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **given,
-        )
-        name = None if path is None else read_json(Path(path)).get("processor_class")
+        content = _read_if_there(source, file, kwargs)
+        name = content.get(STOCK_CLASS) or content.get("processor_class")
         if name is not None:
-            return name
-    try:
-        config = AutoConfig.from_pretrained(source, **given)
-    except OSError:
-        return None
-    return PROCESSOR_MAPPING_NAMES.get(config.model_type)
+            return LatteFlowProcessor.stock_class.__name__ if name == LatteFlowProcessor.__name__ else name
+    model_type = None
+    with contextlib.suppress(OSError):  # There may be no model beside the processor.
+        model_type = AutoConfig.from_pretrained(source, **_hub_arguments(kwargs)).model_type
+    return PROCESSOR_MAPPING_NAMES.get(model_type) or LatteFlowProcessor.stock_class.__name__
+
+
+def _read_if_there(source: Any, file: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    path = cached_file(
+        str(source),
+        file,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **_hub_arguments(kwargs),
+    )
+    return {} if path is None else read_json(Path(path))
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = ("cache_dir", "force_download", "token", "revision", "local_files_only", "subfolder")
+    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
 
 
 def _strings(values: Any) -> Iterator[str]:
