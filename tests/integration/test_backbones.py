@@ -1,0 +1,225 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""Each backbone from its stock processor to images, answers, training and files.
+
+A test is a column of the table in docs/guides/backbone_table.md, which docs/backbone_table.py makes from the results.
+"""
+
+import copy
+import functools
+
+import numpy as np
+import pytest
+import torch
+from conftest import LATENT_CHANNELS, fill
+from helpers import CLOSE, noise
+from peft import get_peft_model
+from PIL import Image
+from processors import PROCESSORS, processor_and_backbone
+from torch.utils.data import Dataset
+from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
+
+from latte_flow_hf import LatteFlowForConditionalGeneration, LatteFlowPipeline, LatteFlowProcessor, LatteFlowScheduler
+from latte_flow_hf.conversion import extract_backbone, from_single_file, initialize, to_single_file
+from latte_flow_hf.modeling.context import LatteFlowContext
+from latte_flow_hf.training import expert_lora_config
+from latte_flow_hf.training.collator import ConversationCollator, PromptTokenizer, TextToImageCollator
+
+
+FAMILIES = pytest.mark.parametrize("family", list(PROCESSORS))
+SMALL = {"num_experts": 2, "timestep_frequency_dim": 16}
+CALL = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "pt"}
+
+
+def random_image(seed: int, width: int = 32) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, width, 3), dtype=np.uint8))
+
+
+ONE, OTHER = random_image(0), random_image(1)
+MESSAGES = [
+    {
+        "role": "user",
+        "content": [{"type": "image", "image": ONE}, {"type": "image", "image": OTHER}, {"type": "text", "text": "a"}],
+    }
+]
+
+
+@functools.cache
+def filled_model(family: str) -> LatteFlowForConditionalGeneration:
+    """It must not be changed."""
+    torch.manual_seed(2)
+    _, backbone = processor_and_backbone(family)
+    model = LatteFlowForConditionalGeneration.from_vlm(copy.deepcopy(backbone), latent_channels=LATENT_CHANNELS, **SMALL)
+    fill(model.tower, seed=3, std=0.25)
+    return model.eval()
+
+
+@pytest.fixture
+def make_pipe(vae):
+    def make(family: str, own_model: bool = False) -> LatteFlowPipeline:
+        model = copy.deepcopy(filled_model(family)) if own_model else filled_model(family)
+        processor, _ = processor_and_backbone(family)
+        scheduler = LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries)
+        pipe = LatteFlowPipeline(model, processor, copy.deepcopy(vae) if own_model else vae, scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+def generate(pipe: LatteFlowPipeline, prompt: str | None = "a red circle", **arguments) -> torch.Tensor:
+    return pipe(prompt, generator=torch.Generator().manual_seed(0), **{**CALL, **arguments}).images
+
+
+@FAMILIES
+def test_text(family, make_pipe):
+    """Logits and answers equal those of the stock class, bit for bit, with images."""
+    processor, backbone = processor_and_backbone(family)
+    pipe = make_pipe(family)
+    inputs = processor.encode_conversations([processor.conversation("what?", ONE), processor.conversation("a word")])
+    with torch.no_grad():
+        assert torch.equal(pipe.model(**inputs).logits, backbone(**inputs).logits)
+    inputs = processor.encode_conversations([processor.conversation("what?", [ONE, OTHER])])
+    tokens = backbone.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    answer = pipe.chat("what?", images=[ONE, OTHER], max_new_tokens=4, do_sample=False)
+    assert answer == processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+@FAMILIES
+def test_prompt_with_image(family, make_pipe):
+    """Images from a prompt, a prompt with an image, and messages with two."""
+    pipe = make_pipe(family)
+    found = [
+        generate(pipe),
+        generate(pipe, image=ONE),
+        generate(pipe, image=OTHER),
+        generate(pipe, None, messages=MESSAGES),
+    ]
+    assert all(image.shape == (1, 3, 32, 32) and image.isfinite().all() for image in found)
+    for index, image in enumerate(found):
+        assert not any(torch.equal(image, other) for other in found[:index])
+
+
+@FAMILIES
+def test_padded(family, make_pipe):
+    """A prompt in a batch with longer ones gives the velocity that it gives alone, with and without images."""
+    pipe = make_pipe(family)
+    processor, model = pipe.processor, pipe.model
+    conversations = [
+        processor.conversation("", None),
+        processor.conversation("a red circle left of a blue square", ONE),
+        processor.conversation("a", [OTHER, ONE]),
+    ]
+    latents = noise(1, LATENT_CHANNELS, 4, 4)
+    batch = model.encode_context(**processor.encode_conversations(conversations))
+    assert batch.has_padding
+    for row, conversation in enumerate(conversations):
+        alone = model.encode_context(**processor.encode_conversations([conversation]))
+        for timestep in (900.0, 100.0):
+            expected = model.predict_velocity(latents, timestep, alone)
+            found = model.predict_velocity(latents, timestep, batch.select(torch.tensor([row])))
+            torch.testing.assert_close(found, expected, **CLOSE)
+    assert len(LatteFlowContext.cat(batch.split())) == 3
+
+
+class TwoImages(Dataset):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> dict:
+        return {"latents": noise(LATENT_CHANNELS, 4, 4, seed=index), "prompt": ["a red circle", "a cross"][index]}
+
+
+@FAMILIES
+def test_training_step(family, make_pipe, tmp_path):
+    """Steps of the stock Trainer on images and, with a chat template, conversations: the tower learns, the backbone is
+    unchanged."""
+    pipe = make_pipe(family, own_model=True)
+    conversations = {}
+    if pipe.processor.chat_template is not None:
+        answered = [*MESSAGES, {"role": "assistant", "content": [{"type": "text", "text": "b"}]}]
+        conversations = {
+            "conversations": [{"messages": answered}],
+            "conversation_collator": ConversationCollator(pipe.processor),
+        }
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=6, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], disable_tqdm=True,
+        save_strategy="no", logging_steps=1, remove_unused_columns=False, lr_scheduler_type="constant", seed=0,
+    )  # fmt: skip
+    collator = TextToImageCollator(PromptTokenizer(pipe.processor), 0.0, **conversations)
+    trainer = Trainer(pipe.model, arguments, train_dataset=TwoImages(), data_collator=collator)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert min(losses[3:]) < losses[0]
+    expected = processor_and_backbone(family)[1].state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in pipe.model.vlm.state_dict().items())
+
+
+@FAMILIES
+def test_lora(family, make_pipe, tmp_path):
+    """An adapter of one expert is trained, saved and loaded again; the other expert is unchanged."""
+    pipe = make_pipe(family, own_model=True)
+    before = generate(pipe, output_type="latent")
+    peft_model = get_peft_model(pipe.model, expert_lora_config(pipe.model, [1], r=2))
+    inputs = PromptTokenizer(pipe.processor)(["a red circle"])
+    optimizer = torch.optim.SGD([p for p in peft_model.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):
+        peft_model(**inputs, latents=noise(1, LATENT_CHANNELS, 4, 4), generator=torch.Generator().manual_seed(0)).loss.backward()
+        optimizer.step()
+    peft_model.save_pretrained(tmp_path)
+    expected = generate(pipe, output_type="latent")
+    loaded = make_pipe(family, own_model=True)
+    loaded.load_lora_weights(tmp_path)
+    assert torch.equal(generate(loaded, output_type="latent"), expected) and not torch.equal(expected, before)
+
+
+@FAMILIES
+def test_save_and_load(family, make_pipe, tmp_path):
+    """The saved pipeline gives the same images and answers."""
+    pipe = make_pipe(family)
+    pipe.save_pretrained(tmp_path)
+    loaded = LatteFlowPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded.processor) is type(pipe.processor)
+    assert loaded.processor.to_dict() == pipe.processor.to_dict()
+    assert torch.equal(generate(loaded, image=ONE), generate(pipe, image=ONE))
+    answers = [p.chat("what?", images=ONE, max_new_tokens=4, do_sample=False) for p in (loaded, pipe)]
+    assert answers[0] == answers[1]
+
+
+@FAMILIES
+def test_convert(family, make_pipe, vae, tmp_path):
+    """A backbone's folder becomes a pipeline, one file, a pipeline and the backbone's folder again."""
+    processor, backbone = processor_and_backbone(family)
+    backbone.save_pretrained(tmp_path / "backbone")
+    processor.save_pretrained(tmp_path / "backbone")
+    vae.save_pretrained(tmp_path / "vae")
+    initialize(tmp_path / "backbone", tmp_path / "vae", **SMALL).write(tmp_path / "pipeline")
+    to_single_file(tmp_path / "pipeline").write(tmp_path / "one.safetensors")
+    from_single_file(tmp_path / "one.safetensors").write(tmp_path / "again")
+    pipe = LatteFlowPipeline.from_pretrained(tmp_path / "again")
+    pipe.set_progress_bar_config(disable=True)
+    # The tower of a new model is copied from the backbone, and its velocity zero.
+    fresh = LatteFlowForConditionalGeneration.from_vlm(copy.deepcopy(backbone), latent_channels=LATENT_CHANNELS, **SMALL)
+    copied = [name for name in fresh.state_dict() if "latent_embedding" not in name and "timestep_embedding" not in name]
+    assert all(torch.equal(pipe.model.state_dict()[name], fresh.state_dict()[name]) for name in copied)
+    assert generate(pipe, image=ONE).isfinite().all()
+
+    extract_backbone(tmp_path / "again").write(tmp_path / "extracted")
+    extracted = AutoModelForImageTextToText.from_pretrained(tmp_path / "extracted")
+    own = LatteFlowProcessor.from_pretrained(tmp_path / "extracted")
+    assert own.to_dict() == processor.to_dict()
+    inputs = own.encode_conversations([own.conversation("what?", ONE)])
+    with torch.no_grad():
+        assert torch.equal(extracted(**inputs).logits, backbone(**inputs).logits)
+
+
+@FAMILIES
+def test_offload(family, make_pipe):
+    """Off-loading of experts and of whole components gives the same images."""
+    pipe = make_pipe(family)
+    expected = generate(pipe, image=ONE)
+    by_expert, by_component = (make_pipe(family, own_model=True) for _ in range(2))
+    by_expert.enable_expert_offload("cpu")
+    assert torch.equal(generate(by_expert, image=ONE), expected)
+    by_component.enable_model_cpu_offload(device="cpu")
+    torch.testing.assert_close(generate(by_component, image=ONE), expected, **CLOSE)
