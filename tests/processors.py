@@ -218,7 +218,10 @@ def tiny_tokenizer(name: str) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     named = entry["named"]
-    tokenizer.add_special_tokens(list(dict.fromkeys([*named.values(), *entry.get("tokens", [])])))
+    # As many first as make the ids of each class its own.
+    classes = list(dict.fromkeys(other["class"] for other in PROCESSORS.values()))
+    reserved = [f"<|reserved_{number}|>" for number in range(20 * classes.index(entry["class"]))]
+    tokenizer.add_special_tokens(list(dict.fromkeys([*reserved, *named.values(), *entry.get("tokens", [])])))
     if entry.get("adds_bos"):
         bos = named["bos_token"]
         tokenizer.post_processor = transformers.tokenization_utils_tokenizers.processors.TemplateProcessing(

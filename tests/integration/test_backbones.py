@@ -26,6 +26,10 @@ from latte_flow_hf.training.collator import ConversationCollator, PromptTokenize
 
 
 FAMILIES = pytest.mark.parametrize("family", list(PROCESSORS))
+# What takes seconds for each: one of them, and the others with --run-slow.
+ONE_FAMILY = pytest.mark.parametrize(
+    "family", [family if family == "smolvlm" else pytest.param(family, marks=pytest.mark.slow) for family in PROCESSORS]
+)
 SMALL = {"num_experts": 2, "timestep_frequency_dim": 16}
 CALL = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "pt"}
 
@@ -186,7 +190,7 @@ def test_save_and_load(family, make_pipe, tmp_path):
     assert answers[0] == answers[1]
 
 
-@FAMILIES
+@ONE_FAMILY
 def test_convert(family, make_pipe, vae, tmp_path):
     """A backbone's folder becomes a pipeline, one file, a pipeline and the backbone's folder again."""
     processor, backbone = processor_and_backbone(family)
@@ -211,6 +215,25 @@ def test_convert(family, make_pipe, vae, tmp_path):
     inputs = own.encode_conversations([own.conversation("what?", ONE)])
     with torch.no_grad():
         assert torch.equal(extracted(**inputs).logits, backbone(**inputs).logits)
+
+
+@FAMILIES
+def test_bfloat16(family, make_pipe):
+    """In bfloat16, images and answers from prompts with images."""
+    pipe = make_pipe(family, own_model=True).to(torch.bfloat16)
+    assert generate(pipe, image=ONE).isfinite().all()
+    assert isinstance(pipe.chat("what?", images=ONE, max_new_tokens=2), str)
+
+
+@ONE_FAMILY
+def test_compile(family, make_pipe):
+    """Compiled layers, for calls with and without an image and padding, give the same images."""
+    pipe, compiled = make_pipe(family), make_pipe(family, own_model=True)
+    torch._dynamo.reset()
+    compiled.compile(backend="eager", fullgraph=True)
+    for arguments in ({}, {"image": ONE}, {"guidance_scale": 1.0}):
+        torch.testing.assert_close(generate(compiled, **arguments), generate(pipe, **arguments), **CLOSE)
+    torch._dynamo.reset()
 
 
 @FAMILIES
