@@ -58,8 +58,9 @@ def page(results: Results, processors: dict[str, str]) -> str:
         "# Tested backbones",
         "",
         "<!-- Made by docs/backbone_table.py. -->",
-        f"Made by `python docs/backbone_table.py` with transformers {transformers.__version__}: each cell is a test with a "
-        "random model of four layers, its stock processor and a tokenizer of bytes. No released weights were loaded.",
+        f"Made by `python docs/backbone_table.py` with transformers {transformers.__version__}. Each cell is a test "
+        "of a random model of four layers with its stock processor and a tokenizer of bytes. No released"
+        " weights were loaded.",
         "",
         " | ".join(["| Backbone", "Processor", *COLUMNS.values()]) + " |",
         "|---" * (len(COLUMNS) + 2) + "|",

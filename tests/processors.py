@@ -2,8 +2,8 @@
 """Stock processors of the backbones in backbones.py at tiny sizes, made without files: a tokenizer of bytes with the
 special tokens of the family, its own image processor, and a chat template.
 
-The templates are short forms of the published ones: the same control tokens in the same order. Both processors with and
-without a video processor are made by `LatteFlowProcessor`'s adapters, since a video processor needs torchvision.
+The templates are short forms of the published ones: the same control tokens in the same order. Those with a video
+processor, which needs torchvision, exist as `LatteFlowProcessor`'s adapters only.
 """
 
 import functools
@@ -18,7 +18,7 @@ from latte_flow_hf.modeling.processing_latte_flow import LatteFlowProcessorMixin
 
 
 def _template(user: str, assistant: str, end: str, image: str, start: str = "") -> str:
-    """Turns that begin with `user` or `assistant` and end with `end`; what the assistant says is marked for training."""
+    """Turns that begin with `user` or `assistant` and end with `end`; the assistant's are marked for training."""
     words = "{% for part in message['content'] %}{% if part['type'] == 'image' %}" + image + "{% else %}"
     words += "{{ part['text'] }}{% endif %}{% endfor %}" + end
     return (
@@ -152,8 +152,8 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         "ids": {"image_token_id": "[IMG]"},
         "image": ("PixtralImageProcessorPil", {"patch_size": 8, "size": {"longest_edge": IMAGE_SIZE}}),
         "settings": {"patch_size": 8, "spatial_merge_size": 2},
-        "template": "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}{% generation %}"
-        "{{ message['content'][0]['text'] }}</s>{% endgeneration %}{% else %}[INST]"
+        "template": "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        "{% generation %}{{ message['content'][0]['text'] }}</s>{% endgeneration %}{% else %}[INST]"
         "{% for part in message['content'] %}{% if part['type'] == 'image' %}[IMG]{% else %}{{ part['text'] }}"
         "{% endif %}{% endfor %}[/INST]{% endif %}{% endfor %}",
     },
@@ -171,8 +171,11 @@ PROCESSORS: dict[str, dict[str, Any]] = {
     "paligemma2": {"class": "PaliGemmaProcessor", **PALIGEMMA},
     "glm4v": {
         "class": "Glm4vProcessor",
-        "tokens": ["[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|begin_of_image|>", "<|image|>"]
-        + ["<|end_of_image|>", "<|begin_of_video|>", "<|video|>", "<|end_of_video|>"],
+        "tokens": [
+            *("[gMASK]", "<sop>", "<|user|>", "<|assistant|>"),
+            *("<|begin_of_image|>", "<|image|>", "<|end_of_image|>"),
+            *("<|begin_of_video|>", "<|video|>", "<|end_of_video|>"),
+        ],
         "named": {"eos_token": "<|user|>", "pad_token": "<|endoftext|>"},
         "ids": {
             "image_token_id": "<|image|>",

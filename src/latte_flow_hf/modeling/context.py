@@ -198,7 +198,7 @@ def prefill_context(
     those of [`~LatteFlowForConditionalGeneration.encode_context`].
     """
     check_prompts(input_ids, attention_mask)
-    check_tokens(vlm, input_ids, has_images="pixel_values" in vision_inputs and vision_inputs["pixel_values"] is not None)
+    check_tokens(vlm, input_ids, has_images=vision_inputs.get("pixel_values") is not None)
     warn_of_long_prompts(input_ids, mm_token_type_ids, vlm.config.get_text_config(decoder=True))
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)

@@ -209,7 +209,9 @@ class LatteFlowProcessorMixin(ProcessorMixin):
         if not self.sanitize_control_tokens:
             return
         texts = list(_strings(messages))
-        found = sorted({token for token in self.tokenizer.all_special_tokens for text in texts if token in text})
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+        found = sorted(token for token in special if any(token in text for text in texts))
         if found:
             raise ValueError(
                 f"the text of a message contains the control tokens {found}, which cannot be encoded as text here; "
@@ -420,14 +422,14 @@ def adapter_of(stock_class_name: str) -> type[LatteFlowProcessorMixin]:
             video processor.
         `ImportError`: if a package that it needs is missing.
     """
-    stock_class = getattr(transformers, stock_class_name, None)
+    if stock_class_name == Qwen2VLProcessor.__name__:
+        return LatteFlowProcessor
+    stock_class: Any = getattr(transformers, stock_class_name, None)
     if stock_class_name == PixtralProcessor.__name__ and not is_torchvision_available():
         stock_class = PixtralProcessor
-    if stock_class is Qwen2VLProcessor:
-        return LatteFlowProcessor
     if isinstance(stock_class, DummyObject):
         requires_backends(stock_class, stock_class._backends)
-    if not (isinstance(stock_class, type) and issubclass(stock_class, ProcessorMixin)):
+    if ProcessorMixin not in getattr(stock_class, "__mro__", ()):
         raise ValueError(
             f"processor class {stock_class_name!r} is not one of transformers {transformers.__version__}; processors "
             "that are code of a checkpoint are not supported."
@@ -470,7 +472,8 @@ def adapt(processor: ProcessorMixin) -> LatteFlowProcessorMixin:
         return processor
     if not isinstance(processor, ProcessorMixin):
         raise ValueError(
-            f"processor must be the processor of the backbone, as AutoProcessor loads it, got {type(processor).__name__}."
+            "processor must be the processor of the backbone, as AutoProcessor loads it, got "
+            f"{type(processor).__name__}."
         )
     adapter = adapter_of(type(processor).__name__)
     settings = {name: getattr(processor, name) for name in adapter.stock_settings if hasattr(processor, name)}
@@ -496,7 +499,8 @@ def check_processor(processor: Any, config: PreTrainedConfig, vocab_size: int) -
     if len(tokenizer) > vocab_size:
         differences.append(f"the tokenizer has {len(tokenizer)} tokens, the model embeds {vocab_size}")
     image_token_id = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
-    known = {getattr(owner, "image_token_id", None) for owner in (processor, tokenizer)} - {None}
+    owners = [owner for owner in (processor, tokenizer) if getattr(owner, "image_token_id", None) is not None]
+    known = {int(owner.image_token_id) for owner in owners}
     # The tokens that Janus and Ovis2 put for an image are no attribute of their processors.
     names = [name for name in (getattr(processor, "image_token", None), "<IMG_ATOM>") if name is not None]
     known |= {number for name, number in tokenizer.get_added_vocab().items() if name in names}

@@ -1,8 +1,8 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """The processor of Pixtral and Mistral 3 where torchvision is missing.
 
-transformers' own class works without it, but not its module: it imports, for a function that is not used here, the file
-of the torchvision image processor.
+transformers' own class works without it, but not its module: it imports, for a function that is not used here, the
+file of the torchvision image processor.
 """
 
 from typing import Any
@@ -35,13 +35,13 @@ class PixtralProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.patch_size = patch_size
         self.spatial_merge_size = spatial_merge_size
-        for name, token in (("image", image_token), ("image_break", image_break_token), ("image_end", image_end_token)):
-            setattr(self, f"{name}_token", token)
-            setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+        self.image_token, self.image_token_id = image_token, tokenizer.convert_tokens_to_ids(image_token)
+        self.image_break_token, self.image_end_token = image_break_token, image_end_token
 
     @property
     def image_token_ids(self) -> list[int]:
-        return [self.image_token_id, self.image_break_token_id, self.image_end_token_id]
+        tokens = [self.image_token, self.image_break_token, self.image_end_token]
+        return [self.tokenizer.convert_tokens_to_ids(token) for token in tokens]
 
     @property
     def model_input_names(self) -> list[str]:
