@@ -22,12 +22,13 @@ COLUMNS = {
     "test_prompt_with_image": "Images in prompts",
     "test_padded": "Padding",
     "test_training_step": "Training",
+    "test_recipe": "Recipe",
     "test_lora": "LoRA",
     "test_save_and_load": "Save, load",
     "test_convert": "Convert",
-    "test_offload": "Off-load",
     "test_bfloat16": "bfloat16",
     "test_compile": "Compile",
+    "test_offload": "Off-load",
 }
 CELLS = {"passed": "yes", "failed": "**no**", "skipped": "not tested"}
 

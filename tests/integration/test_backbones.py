@@ -6,6 +6,8 @@ A test is a column of the table in docs/guides/backbone_table.md, which docs/bac
 
 import copy
 import functools
+import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +25,8 @@ from latte_flow_hf.conversion import extract_backbone, from_single_file, initial
 from latte_flow_hf.modeling.context import LatteFlowContext
 from latte_flow_hf.training import expert_lora_config
 from latte_flow_hf.training.collator import ConversationCollator, PromptTokenizer, TextToImageCollator
+from latte_flow_hf.training.recipe import Recipe
+from latte_flow_hf.training.train import train
 
 
 FAMILIES = pytest.mark.parametrize("family", list(PROCESSORS))
@@ -163,6 +167,27 @@ def test_training_step(family, make_pipe, tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in pipe.model.vlm.state_dict().items())
 
 
+@ONE_FAMILY
+def test_recipe(family, vae, tmp_path):
+    """`latte-flow train` makes a pipeline from the folders of a backbone and an autoencoder, with a cache of images
+    and prompts and, with a chat template, questions about images."""
+    processor, backbone = processor_and_backbone(family)
+    backbone.save_pretrained(tmp_path / "backbone")
+    processor.save_pretrained(tmp_path / "backbone")
+    vae.save_pretrained(tmp_path / "vae")
+    content = {
+        "model": {"backbone": str(tmp_path / "backbone"), "autoencoder": str(tmp_path / "vae"), "experts": SMALL},
+        "data": {"source": {"path": "tinyworld", "num_images": 4}, "cache": str(tmp_path / "cache")},
+        "training": {"max_steps": 2, "per_device_train_batch_size": 2, "disable_tqdm": True},
+    }
+    if processor.chat_template is not None:
+        content["understanding"] = {"source": {"path": "tinyworld", "num_conversations": 4}, "share": 0.5}
+    pipe = LatteFlowPipeline.from_pretrained(train(Recipe.from_dict(content), tmp_path / "work", tmp_path / "out"))
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe.processor) is type(processor)
+    assert generate(pipe, image=ONE).isfinite().all()
+
+
 @FAMILIES
 def test_lora(family, make_pipe, tmp_path):
     """An adapter of one expert is trained, saved and loaded again; the other expert is unchanged."""
@@ -253,3 +278,15 @@ def test_offload(family, make_pipe):
     assert torch.equal(generate(by_expert, image=ONE), expected)
     by_component.enable_model_cpu_offload(device="cpu")
     torch.testing.assert_close(generate(by_component, image=ONE), expected, **CLOSE)
+
+
+def test_the_table_has_a_row_for_each_backbone_and_a_column_for_each_check():
+    root = Path(__file__).parents[2]
+    spec = importlib.util.spec_from_file_location("backbone_table", root / "docs" / "backbone_table.py")
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    checks = [name for name, value in globals().items() if hasattr(value, "pytestmark") and name.startswith("test_")]
+    assert list(table.COLUMNS) == checks
+    page = table.PAGE.read_text()
+    assert f"| Backbone | Processor | {' | '.join(table.COLUMNS.values())} |" in page
+    assert all(f"| {family} | `{PROCESSORS[family]['class']}` |" in page for family in PROCESSORS)
