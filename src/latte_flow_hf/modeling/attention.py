@@ -54,6 +54,8 @@ def tower_attention_forward(
 
 
 def attend_to_context(
+    residual_attention: str | None,
+    implementation: str,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -64,8 +66,6 @@ def attend_to_context(
     residual: torch.Tensor | None,
     scaling: float,
     softcap: float | None,
-    residual_attention: str | None,
-    implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of latents to the prompt and, bidirectionally, to each other.
 
@@ -74,6 +74,10 @@ def attend_to_context(
     zero at the start of training. S^(l-1) includes its own residual; the first layer of an expert has none.
 
     Args:
+        residual_attention (`str`, *optional*):
+            `"scores"` and `"probabilities"` have kernels of their own, whatever `implementation` is, since the next
+            layer needs the map.
+        implementation (`str`): transformers' name of the implementation without a residual.
         module (`nn.Module`): what transformers' attention functions read settings from, with `num_key_value_groups` =
             H / G, `is_causal` and `config`.
         query (`torch.Tensor`): (B, H, N, d), with its position.
@@ -83,10 +87,6 @@ def attend_to_context(
         residual (`torch.Tensor`, *optional*): (B, H, N, N), the gated attention map of the layer before.
         scaling (`float`): factor of the scores.
         softcap (`float`, *optional*): the backbone's limit c of the scores s (Gemma 2): c * tanh(s / c).
-        residual_attention (`str`, *optional*):
-            `"scores"` and `"probabilities"` have kernels of their own, whatever `implementation` is, since the next
-            layer needs the map.
-        implementation (`str`): transformers' name of the implementation without a residual.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor | None]`: the output (B, N, H, d), and this layer's map of latents to latents

@@ -253,7 +253,7 @@ class LatteFlowLayer(GradientCheckpointingLayer):
     def attend(self, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The attention function of this layer; `inputs` are those of [`attention.attend_to_context`]."""
         mode, implementation = self.config.residual_attention, self.config._attn_implementation
-        return attend_to_context(self, *inputs, residual_attention=mode, implementation=implementation)
+        return attend_to_context(mode, implementation, self, *inputs)
 
     def modulate(self, timestep_embedding: torch.Tensor) -> LatteFlowLayerModulation:
         """The modulation of this layer at the timesteps of `timestep_embedding` (S, E)."""
