@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+import torch
 from transformers import AutoConfig, Qwen2VLConfig
 
 from latte_flow_hf import LatteFlowConfig
@@ -66,7 +67,9 @@ def test_text_config_is_the_backbone_s():
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 4, 6, 12])
 def test_experts_share_the_layers_evenly(num_experts):
     config = LatteFlowConfig(vlm_config=vlm_config(12), num_experts=num_experts)
-    assert config.layers_per_expert * num_experts == 12
+    assert config.layers_per_expert == [12 // num_experts] * num_experts
+    layers = torch.arange(12).view(num_experts, -1).tolist()
+    assert [list(config.expert_layers(k)) for k in range(num_experts)] == layers
     assert len(config.expert_boundaries) == num_experts + 1
 
 
@@ -110,9 +113,7 @@ def test_size_is_of_whole_tokens():
 
 @pytest.mark.parametrize("num_experts", [5, 7, 24])
 def test_experts_must_divide_the_layers(num_experts):
-    expected = (
-        f"num_experts must divide the backbone's 12 layers, got {num_experts}; use one of [1, 2, 3, 4, 6, 12] instead."
-    )
+    expected = f"num_experts must divide the backbone's 12 layers, got {num_experts}; use one of [1, 2, 3, 4, 6, 12]"
     with pytest.raises(ValueError, match=re.escape(expected)):
         LatteFlowConfig(vlm_config=vlm_config(12), num_experts=num_experts)
 

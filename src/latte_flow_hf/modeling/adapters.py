@@ -457,7 +457,7 @@ class LatteFlowAdapterMixin:
                 f"adapter {name!r} also adapts {module_name!r}, which all experts share: it takes one weight, got "
                 f"{per_expert}."
             )
-        weight = per_expert[0 if layer is None else int(layer[1]) // self.config.layers_per_expert]
+        weight = per_expert[0 if layer is None else self.config.expert_of_layer(int(layer[1]))]
         config = self._peft_configs()[name]
         if weight not in (0, 1) and not _is_scalable(config, module):
             raise ValueError(
