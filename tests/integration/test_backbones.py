@@ -30,10 +30,10 @@ from latte_flow_hf.training.train import train
 
 
 FAMILIES = pytest.mark.parametrize("family", list(PROCESSORS))
-# What takes seconds for each: one of them, and the others with --run-slow.
-ONE_FAMILY = pytest.mark.parametrize(
-    "family",
-    [family if family == "smolvlm" else pytest.param(family, marks=pytest.mark.slow) for family in PROCESSORS],
+# What takes seconds for each, or does not depend on much: some of them, and the others with --run-slow.
+FEW = ("smolvlm", "gemma3")
+FEW_FAMILIES = pytest.mark.parametrize(
+    "family", [family if family in FEW else pytest.param(family, marks=pytest.mark.slow) for family in PROCESSORS]
 )
 SMALL = {"num_experts": 2, "timestep_frequency_dim": 16}
 CALL = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "pt"}
@@ -142,7 +142,7 @@ class TwoImages(Dataset):
         return {"latents": noise(LATENT_CHANNELS, 4, 4, seed=index), "prompt": ["a red circle", "a cross"][index]}
 
 
-@FAMILIES
+@FEW_FAMILIES
 def test_training_step(family, make_pipe, tmp_path):
     """Steps of the stock Trainer on images and, with a chat template, conversations: the tower learns, the backbone is
     unchanged."""
@@ -155,19 +155,19 @@ def test_training_step(family, make_pipe, tmp_path):
             "conversation_collator": ConversationCollator(pipe.processor),
         }
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=6, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], disable_tqdm=True,
+        str(tmp_path), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], disable_tqdm=True,
         save_strategy="no", logging_steps=1, remove_unused_columns=False, lr_scheduler_type="constant", seed=0,
     )  # fmt: skip
     collator = TextToImageCollator(PromptTokenizer(pipe.processor), 0.0, **conversations)
     trainer = Trainer(pipe.model, arguments, train_dataset=TwoImages(), data_collator=collator)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert min(losses[3:]) < losses[0]
+    assert min(losses[2:]) < losses[0]
     expected = processor_and_backbone(family)[1].state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in pipe.model.vlm.state_dict().items())
 
 
-@ONE_FAMILY
+@FEW_FAMILIES
 def test_recipe(family, vae, tmp_path):
     """`latte-flow train` makes a pipeline from the folders of a backbone and an autoencoder, with a cache of images
     and prompts and, with a chat template, questions about images."""
@@ -188,7 +188,7 @@ def test_recipe(family, vae, tmp_path):
     assert generate(pipe, image=ONE).isfinite().all()
 
 
-@FAMILIES
+@FEW_FAMILIES
 def test_lora(family, make_pipe, tmp_path):
     """An adapter of one expert is trained, saved and loaded again; the other expert is unchanged."""
     pipe = make_pipe(family, own_model=True)
@@ -207,7 +207,7 @@ def test_lora(family, make_pipe, tmp_path):
     assert torch.equal(generate(loaded, output_type="latent"), expected) and not torch.equal(expected, before)
 
 
-@FAMILIES
+@FEW_FAMILIES
 def test_save_and_load(family, make_pipe, tmp_path):
     """The saved pipeline gives the same images and answers."""
     pipe = make_pipe(family)
@@ -221,7 +221,7 @@ def test_save_and_load(family, make_pipe, tmp_path):
     assert answers[0] == answers[1]
 
 
-@ONE_FAMILY
+@FEW_FAMILIES
 def test_convert(family, make_pipe, vae, tmp_path):
     """A backbone's folder becomes a pipeline, one file, a pipeline and the backbone's folder again."""
     processor, backbone = processor_and_backbone(family)
@@ -249,7 +249,7 @@ def test_convert(family, make_pipe, vae, tmp_path):
         assert torch.equal(extracted(**inputs).logits, backbone(**inputs).logits)
 
 
-@FAMILIES
+@FEW_FAMILIES
 def test_bfloat16(family, make_pipe):
     """In bfloat16, images and answers from prompts with images."""
     pipe = make_pipe(family, own_model=True).to(torch.bfloat16)
@@ -257,7 +257,8 @@ def test_bfloat16(family, make_pipe):
     assert isinstance(pipe.chat("what?", images=ONE, max_new_tokens=2), str)
 
 
-@ONE_FAMILY
+@pytest.mark.slow
+@FAMILIES
 def test_compile(family, make_pipe):
     """Compiled layers, for calls with and without an image and padding, give the same images."""
     pipe, compiled = make_pipe(family), make_pipe(family, own_model=True)
@@ -268,7 +269,7 @@ def test_compile(family, make_pipe):
     torch._dynamo.reset()
 
 
-@FAMILIES
+@FEW_FAMILIES
 def test_offload(family, make_pipe):
     """Off-loading of experts and of whole components gives the same images."""
     pipe = make_pipe(family)
