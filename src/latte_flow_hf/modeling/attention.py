@@ -98,7 +98,12 @@ def attend_to_context(
     if residual_attention == "probabilities":
         return residual_probabilities_attention(module, query, key, value, *context)
     if softcap is not None and implementation == "sdpa":
-        implementation = "eager"  # which transformers also chooses for such a backbone: sdpa has no limit of scores
+        # Which cannot limit scores: transformers uses eager attention for such a backbone, too.
+        implementation = "eager"
+        if attention_mask is not None:
+            attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(
+                ~attention_mask, torch.finfo(query.dtype).min
+            )
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     keys, values = join_context(key, value, context_keys, context_values)
     limit = {} if softcap is None else {"softcap": softcap}

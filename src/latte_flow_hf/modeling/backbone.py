@@ -94,6 +94,21 @@ def check_vlm_config(vlm_config: PreTrainedConfig) -> None:
         raise ValueError(f"vlm_config {model_type!r} has no decoder of layers (missing: {missing}); {advice}")
 
 
+def check_vlm(vlm: Any) -> None:
+    """Refuse a model that is not a whole vision-language model, as `AutoModelForImageTextToText` loads it.
+
+    Raises:
+        `ValueError`: with the class that it should have.
+    """
+    names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[vlm.config.model_type]
+    expected = (names,) if isinstance(names, str) else tuple(names)
+    if not {base.__name__ for base in type(vlm).__mro__} & set(expected):
+        raise ValueError(
+            f"vlm must be a {' or '.join(expected)}, got {type(vlm).__name__}; load it with "
+            "AutoModelForImageTextToText.from_pretrained."
+        )
+
+
 def find_decoder(vlm: PreTrainedModel) -> Any:
     """The decoder of a backbone, with `layers` and `rotary_emb`.
 

@@ -39,6 +39,7 @@ from .attention import attend_to_context, check_attention_implementation
 from .backbone import (
     TOLERANCE,
     DecoderStates,
+    check_vlm,
     copied_modules,
     find_decoder,
     kinds_of_layers,
@@ -701,9 +702,12 @@ class LatteFlowForConditionalGeneration(
             config: arguments of [`LatteFlowConfig`] except `vlm_config`, e.g. `num_experts=4`.
 
         Raises:
-            `ValueError`: if the configuration does not fit the backbone.
+            `ValueError`: if `vlm` is not a vision-language model of transformers with a decoder whose layers can be
+                mirrored (the error tells why), or the configuration does not fit it.
         """
-        model = cls(LatteFlowConfig(vlm_config=copy.deepcopy(vlm.config), **config))
+        latte_flow_config = LatteFlowConfig(vlm_config=copy.deepcopy(vlm.config), **config)
+        check_vlm(vlm)
+        model = cls(latte_flow_config)
         # The same object from here on, so that a change of the backbone's configuration is seen in the model's.
         model.config.vlm_config = vlm.config
         model.vlm = vlm.requires_grad_(False).eval()
