@@ -18,7 +18,7 @@ from peft import get_peft_model
 from PIL import Image
 from processors import PROCESSORS, processor_and_backbone
 from torch.utils.data import Dataset
-from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
+from transformers import AutoModelForImageTextToText, DynamicCache, Trainer, TrainingArguments
 
 from latte_flow_hf import LatteFlowForConditionalGeneration, LatteFlowPipeline, LatteFlowProcessor, LatteFlowScheduler
 from latte_flow_hf.conversion import extract_backbone, from_single_file, initialize, to_single_file
@@ -92,6 +92,16 @@ def test_text(family, make_pipe):
     with torch.no_grad():
         assert torch.equal(pipe.model(**inputs).logits, backbone(**inputs).logits)
     inputs = processor.encode_conversations([processor.conversation("what?", [ONE, OTHER])])
+    # A context is the stock class's own cache, so its positions are the backbone's.
+    context = pipe.model.encode_context(**inputs)
+    with torch.no_grad():
+        cache = backbone(**inputs, past_key_values=DynamicCache(), use_cache=True).past_key_values
+    for layer, keys, values in zip(cache.layers, context.keys, context.values, strict=True):
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+    # The position that `generate` gives to the next token.
+    delta = getattr(backbone.model, "rope_deltas", None)
+    offset = int(family.startswith("paligemma")) if delta is None else int(delta)
+    assert context.next_position.tolist() == [inputs["input_ids"].shape[1] + offset]
     tokens = backbone.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     answer = pipe.chat("what?", images=[ONE, OTHER], max_new_tokens=4, do_sample=False)
     assert answer == processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
@@ -139,7 +149,8 @@ class TwoImages(Dataset):
         return 2
 
     def __getitem__(self, index: int) -> dict:
-        return {"latents": noise(LATENT_CHANNELS, 4, 4, seed=index), "prompt": ["a red circle", "a cross"][index]}
+        # `IndexError` ends an iteration.
+        return {"prompt": ["a red circle", "a cross"][index], "latents": noise(LATENT_CHANNELS, 4, 4, seed=index)}
 
 
 @FEW_FAMILIES
@@ -155,14 +166,30 @@ def test_training_step(family, make_pipe, tmp_path):
             "conversation_collator": ConversationCollator(pipe.processor),
         }
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], disable_tqdm=True,
-        save_strategy="no", logging_steps=1, remove_unused_columns=False, lr_scheduler_type="constant", seed=0,
-    )  # fmt: skip
+        str(tmp_path),
+        max_steps=12,
+        per_device_train_batch_size=2,
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        remove_unused_columns=False,
+        seed=0,
+    )
+    examples = TwoImages()
+    # Often, for a mean over many timesteps.
+    latents = torch.stack([example["latents"] for example in examples] * 32)
+    context = PromptTokenizer(pipe.processor)([example["prompt"] for example in examples] * 32)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(pipe.model.flow_loss(latents, context, generator=torch.Generator().manual_seed(0))[0])
+
+    before = loss()
     collator = TextToImageCollator(PromptTokenizer(pipe.processor), 0.0, **conversations)
-    trainer = Trainer(pipe.model, arguments, train_dataset=TwoImages(), data_collator=collator)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert min(losses[2:]) < losses[0]
+    Trainer(pipe.model, arguments, train_dataset=examples, data_collator=collator).train()
+    assert loss() < before
     expected = processor_and_backbone(family)[1].state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in pipe.model.vlm.state_dict().items())
 
