@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LATENT_CHANNELS, fill
-from helpers import CLOSE, noise
+from helpers import CLOSE, fill, noise
 from peft import get_peft_model
 from PIL import Image
 from processors import PROCESSORS, processor_and_backbone
@@ -35,6 +34,8 @@ FEW = ("smolvlm", "gemma3")
 FEW_FAMILIES = pytest.mark.parametrize(
     "family", [family if family in FEW else pytest.param(family, marks=pytest.mark.slow) for family in PROCESSORS]
 )
+# Those of the autoencoder in conftest.py.
+LATENT_CHANNELS = 4
 SMALL = {"num_experts": 2, "timestep_frequency_dim": 16}
 CALL = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "pt"}
 
