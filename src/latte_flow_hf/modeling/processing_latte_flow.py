@@ -22,7 +22,7 @@ import transformers
 from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoConfig, BatchFeature, PaliGemmaProcessor, PreTrainedConfig, Qwen2VLProcessor
-from transformers.image_utils import make_flat_list_of_images
+from transformers.image_utils import SizeDict, make_flat_list_of_images
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 # `ProcessorMixin` must be visible here: diffusers looks for the known base class in the module of a component.
@@ -516,29 +516,27 @@ def check_processor(processor: Any, config: PreTrainedConfig, vocab_size: int) -
         found, expected = _side(getattr(owner, name, None)), _side(getattr(other, other_name, None))
         if None not in (found, expected) and found != expected:
             differences.append(f"{name} of {type(owner).__name__} is {found}, {other_name} of the model is {expected}")
-    size = next(
-        (
-            size[key]
-            for name, key in (("max_image_size", "longest_edge"), ("crop_size", "height"), ("size", "height"))
-            if (size := getattr(image_processor, name, None)) and key in size
-        ),
-        None,
-    )
+    # Of the parts of an image, where it is split; after cropping; after resizing to a square.
+    sizes = (("max_image_size", "longest_edge"), ("crop_size", "height"), ("size", "height"))
+    sides = [_side(getattr(image_processor, name, None), key) for name, key in sizes]
+    found = next((side for side in sides if side is not None), None)
     expected = _side(getattr(vision_config, "image_size", None))
-    if None not in (size, expected) and size != expected:
-        differences.append(f"images of the processor have {size} pixels a side, those of the model {expected}")
+    if None not in (found, expected) and found != expected:
+        differences.append(f"images of the processor have {found} pixels a side, those of the model {expected}")
     if differences:
         raise ValueError(
-            f"processor ({type(tokenizer).__name__}, {type(image_processor).__name__}) is not the processor of this "
-            f"{config.model_type} model: {'; '.join(differences)}. Use the processor of the backbone."
+            f"processor ({processor.stock_class.__name__}) is not the processor of this {config.model_type} model: "
+            f"{'; '.join(differences)}. Use the processor of the backbone."
         )
 
 
-def _side(size: Any) -> int | None:
-    """A size that is given as a number, a pair or a dict."""
+def _side(size: Any, key: str = "height") -> int | None:
+    """A size that is given as a number, a pair, or a dict with `key`; `None` if the dict has no such key."""
     if isinstance(size, (list, tuple)):
         return size[0]
-    return size["height"] if isinstance(size, dict) else size
+    if isinstance(size, (dict, SizeDict)):
+        return size.get(key)
+    return size
 
 
 def stock_class_name(source: Any, **kwargs: Any) -> str:
