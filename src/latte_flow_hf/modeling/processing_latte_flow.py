@@ -503,7 +503,7 @@ def check_processor(processor: Any, config: PreTrainedConfig, vocab_size: int) -
     known = {int(owner.image_token_id) for owner in owners}
     # The tokens that Janus and Ovis2 put for an image are no attribute of their processors.
     names = [name for name in (getattr(processor, "image_token", None), "<IMG_ATOM>") if name is not None]
-    known |= {number for name, number in tokenizer.get_added_vocab().items() if name in names}
+    known |= {tokenizer.convert_tokens_to_ids(name) for name in names} - {tokenizer.unk_token_id, None}
     if image_token_id is not None and image_token_id not in known:
         differences.append(f"the processor's image token is one of {sorted(known)}, the model's is {image_token_id}")
     for owner, name, other, other_name in (
