@@ -125,7 +125,9 @@ OTHER_MODES = [(name, mode) for name in ("paligemma2", "gemma3", "glm4v") for mo
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "mode"), [*((name, "scores") for name in (*BACKBONES, *MORE_BACKBONES)), *OTHER_MODES])
+@pytest.mark.parametrize(
+    ("name", "mode"), [*((name, "scores") for name in (*BACKBONES, *MORE_BACKBONES)), *OTHER_MODES]
+)
 def test_padded_prompts_give_the_same_velocity(name, mode):
     model = shared(name) if mode == "scores" else make(name, residual_attention=mode)
     latents = noise(2, 4, 4, 4)
