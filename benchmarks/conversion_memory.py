@@ -5,9 +5,10 @@
     python benchmarks/conversion_memory.py --backbone qwen3_vl
     python benchmarks/conversion_memory.py --backbone smolvlm
 
-The sources are written here, with random weights: a backbone of the shapes of Qwen2-VL-2B, Qwen3-VL-2B or SmolVLM2-2.2B
-in bfloat16, under its published names, and a DC-AE f32c32. Takes about 24 GB of disk, all of it removed at the end. Each stage is a process of its own,
-so that its peak is its own; this one imports nothing large, since a process inherits its parent's peak.
+The sources are written here, with random weights: a backbone of the shapes of Qwen2-VL-2B, Qwen3-VL-2B or
+SmolVLM2-2.2B in bfloat16, under its published names, and a DC-AE f32c32. Takes about 24 GB of disk, all of it removed
+at the end. Each stage is a process of its own, so that its peak is its own; this one imports nothing large, since a
+process inherits its parent's peak.
 
 Two peaks are reported. Allocated memory is what the machine must have. Resident memory also counts the pages of files
 that are mapped for reading or were read, which the system drops when it needs the space.
@@ -24,7 +25,7 @@ import time
 from pathlib import Path
 
 
-# The published configurations, except for the token ids and the vocabulary of SmolVLM2, which are the small tokenizer's.
+# The published configurations, except for the token ids, which are the small tokenizer's.
 QWEN2_VL = {
     "architectures": ["Qwen2VLForConditionalGeneration"],
     "attention_dropout": 0.0,
