@@ -187,6 +187,7 @@ def write_sources(folder: Path, name: str, shard_size: str) -> None:
 
 def write_processor(folder: Path, name: str) -> dict:
     """Write a processor of the backbone's class with the small tokenizer; returns the ids of its special tokens."""
+    from transformers import PreTrainedTokenizerFast
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -199,9 +200,15 @@ def write_processor(folder: Path, name: str) -> dict:
         template = tokenizer.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
         tokens = {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>"}
         tokens |= {"global_image_token": "<global-img>", "end_of_utterance_token": "<|im_end|>"}
-        tokenizer.add_special_tokens({"extra_special_tokens": tokens})
+        tokenizer.add_special_tokens({"extra_special_tokens": list(tokens.values())})
+        named = {key: getattr(tokenizer, key) for key in ("eos_token", "pad_token")}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.backend_tokenizer, extra_special_tokens=tokens, **named
+        )
         ids["image_token_id"] = "<image>"
-        processor = adapter_of("SmolVLMProcessor")(SmolVLMImageProcessorPil(), tokenizer, template, image_seq_len=81)
+        sizes = {"size": {"longest_edge": 1536}, "max_image_size": {"longest_edge": 384}}
+        image_processor = SmolVLMImageProcessorPil(**sizes)
+        processor = adapter_of("SmolVLMProcessor")(image_processor, tokenizer, template, image_seq_len=81)
     else:
         ids |= {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
         ids |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
