@@ -146,18 +146,49 @@ BACKBONES: dict[str, dict[str, Any]] = {
         },
     },
 }
+# Not in the list of what is supported end to end: two mixtures of experts, and attention beside the feed-forward.
+MORE_BACKBONES: dict[str, dict[str, Any]] = {
+    "qwen3_vl_moe": {
+        "text_config": {
+            **BACKBONES["qwen3_vl"]["text_config"],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "mlp_only_layers": [1],
+        },
+        "vision_config": BACKBONES["qwen3_vl"]["vision_config"],
+    },
+    "glm4v_moe": {
+        "text_config": {
+            **BACKBONES["glm4v"]["text_config"],
+            "head_dim": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+        },
+        "vision_config": BACKBONES["glm4v"]["vision_config"],
+    },
+    "aya_vision": {
+        "text_config": {**GEMMA, "model_type": "cohere2", "layer_types": ["sliding_attention", "full_attention"] * 2},
+        "vision_config": {**SIGLIP, "vision_use_head": False},
+        "vision_feature_layer": -1,
+        "downsample_factor": 2,
+        "adapter_layer_norm_eps": 1e-6,
+    },
+}
 # Of the image: how many tokens it takes in the prompt, and in which form the pixels come.
 NUM_IMAGE_TOKENS = {
-    **dict.fromkeys(BACKBONES, 4),
+    **dict.fromkeys([*BACKBONES, *MORE_BACKBONES], 4),
     **dict.fromkeys(["llava_llama", "llava_qwen2", "llava_onevision", "paligemma", "paligemma2", "janus"], 16),
     "llava_onevision": 36,
 }
-PATCHES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
+PATCHES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "qwen3_vl_moe", "glm4v_moe")
 
 
 def tiny_config(name: str, vocab_size: int = VOCAB_SIZE, **tokens: int) -> PreTrainedConfig:
     """The configuration of a backbone, for a tokenizer of this size with these special tokens (see `TOKENS`)."""
-    entry = dict(BACKBONES[name])
+    entry = dict({**BACKBONES, **MORE_BACKBONES}[name])
     tokens = {**TOKENS, **tokens}
     model_type = entry.pop("model_type", name)
     for part in ("eos_token_id", "pad_token_id"):
@@ -165,7 +196,7 @@ def tiny_config(name: str, vocab_size: int = VOCAB_SIZE, **tokens: int) -> PreTr
     if model_type == "ovis2":
         entry["visual_indicator_token_ids"] = [tokens["vision_start_token_id"]] * 5
         entry["hidden_size"], entry["vocab_size"] = 32, vocab_size
-    if model_type == "glm4v":
+    if model_type in ("glm4v", "glm4v_moe"):
         tokens["image_start_token_id"] = tokens.pop("vision_start_token_id")
         tokens["image_end_token_id"] = tokens.pop("vision_end_token_id")
     return AutoConfig.for_model(model_type, **entry, **tokens, tie_word_embeddings=True)

@@ -22,10 +22,8 @@ def run(*arguments):
 
 
 def test_every_verb_in_turn(backbone_folder, vae_folder, tmp_path):
-    out = {
-        name: tmp_path / name
-        for name in ("new", "one.safetensors", "again", "uneven", "regrouped", "flat.safetensors")
-    }
+    names = ("new", "one.safetensors", "again", "uneven", "regrouped", "flat.safetensors")
+    out = {name: tmp_path / name for name in names}
     for arguments in (
         ("init", backbone_folder, vae_folder, "-o", out["new"], "--experts", 3, "--tower-layers", "0,2,3"),
         ("to-single-file", out["new"], "-o", out["one.safetensors"]),

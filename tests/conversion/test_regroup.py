@@ -89,6 +89,19 @@ def test_shares_of_new_noise_by_expert_stay_with_their_experts(
     assert LatteFlowPipeline.from_pretrained(out).scheduler.config.new_noise == expected
 
 
+def test_unequal_experts(pipeline_folder, model, tmp_path):
+    regroup(pipeline_folder, 3, layers_per_expert=[1, 1, 2]).write(tmp_path / "out")
+    pipe = LatteFlowPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.model.config.layers_per_expert == [1, 1, 2]
+    assert [layer.has_residual for layer in pipe.model.tower.layers] == [False, False, False, True]
+    assert torch.equal(pipe.model.tower.layers[2].modulation.weight, model.tower.layers[2].modulation.weight)
+    assert "3 timestep experts of 1, 1, 2 layers each" in (tmp_path / "out" / "README.md").read_text().replace(
+        "\n", " "
+    )
+    regroup(tmp_path / "out", 2).write(tmp_path / "back")
+    assert LatteFlowPipeline.from_pretrained(tmp_path / "back").model.config.layers_per_expert == [2, 2]
+
+
 def test_other_boundaries(pipeline_folder, tmp_path):
     regroup(pipeline_folder, 2, [1.0, 0.7, 0.0]).write(tmp_path / "out")
     pipe = LatteFlowPipeline.from_pretrained(tmp_path / "out")

@@ -8,7 +8,7 @@ import functools
 
 import pytest
 import torch
-from backbones import BACKBONES, image_inputs, prompt_inputs, tiny_backbone, tiny_config
+from backbones import BACKBONES, MORE_BACKBONES, image_inputs, prompt_inputs, tiny_backbone, tiny_config
 from helpers import fill, noise, same_bytes
 from transformers import (
     AutoConfig,
@@ -48,6 +48,7 @@ def stock(name: str) -> torch.nn.Module:
 
 
 families = pytest.mark.parametrize("name", BACKBONES)
+all_families = pytest.mark.parametrize("name", [*BACKBONES, *MORE_BACKBONES])
 
 
 # Text is the backbone's own.
@@ -71,7 +72,7 @@ def test_text_is_that_of_the_stock_class(name):
 
 
 @torch.no_grad()
-@families
+@all_families
 def test_a_latent_in_the_place_of_the_next_token_is_that_token(name):
     """With the backbone's weights and the modulation neutral, layer by layer, behind a prompt with an image."""
     model, vlm = make(name), stock(name)
@@ -124,7 +125,9 @@ OTHER_MODES = [(name, mode) for name in ("paligemma2", "gemma3", "glm4v") for mo
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "mode"), [*((name, "scores") for name in BACKBONES), *OTHER_MODES])
+@pytest.mark.parametrize(
+    ("name", "mode"), [*((name, "scores") for name in (*BACKBONES, *MORE_BACKBONES)), *OTHER_MODES]
+)
 def test_padded_prompts_give_the_same_velocity(name, mode):
     model = shared(name) if mode == "scores" else make(name, residual_attention=mode)
     latents = noise(2, 4, 4, 4)
@@ -145,16 +148,19 @@ def test_padded_prompts_give_the_same_velocity(name, mode):
             torch.testing.assert_close(found[row : row + 1], expected, rtol=1e-3, atol=1e-3)
 
 
+TURNS_PAIRS = ("glm4v", "aya_vision")
+
+
 @torch.no_grad()
-@families
+@all_families
 def test_both_features_of_a_frequency_turn_by_the_same_position(name):
     """Else a position would stretch queries and keys instead of turning them."""
     model = shared(name)
     context = model.encode_context(**prompt_inputs(name))
     for cos, sin in model.latent_layout(torch.zeros(1, 4, 4, 4), context).position_embeddings.values():
         for states in (cos, sin):
-            pairs = states.unflatten(-1, (-1, 2) if name == "glm4v" else (2, -1))
-            first, second = pairs.unbind(-1 if name == "glm4v" else -2)
+            pairs = states.unflatten(-1, (-1, 2) if name in TURNS_PAIRS else (2, -1))
+            first, second = pairs.unbind(-1 if name in TURNS_PAIRS else -2)
             assert torch.equal(first, second)
         # Rows and columns have frequencies of their own.
         assert (cos[0, 1] != cos[0, 0]).any() and (cos[0, 4] != cos[0, 0]).any() and (cos[0, 4] != cos[0, 1]).any()
@@ -174,7 +180,7 @@ def test_a_model_is_saved_and_loaded(name, tmp_path):
     assert torch.equal(one, other)
 
 
-@families
+@all_families
 def test_a_new_tower_starts_from_the_backbone_and_learns(name):
     """From a velocity of zero, and with the gradients of every expert, on pictures that the prompts tell apart."""
     torch.manual_seed(0)
@@ -329,7 +335,7 @@ def test_what_is_no_vision_language_model_with_a_decoder_is_refused(vlm_config: 
 
 def test_a_decoder_without_layers_is_refused():
     config = LatteFlowConfig(vlm_config=AutoConfig.for_model("git"), num_experts=2)
-    with pytest.raises(ValueError, match="GitForCausalLM cannot be used: its decoder .* has no layers and no rotary"):
+    with pytest.raises(ValueError, match=r"GitForCausalLM cannot be used: its decoder .* has no layers and no rotary"):
         LatteFlowForConditionalGeneration(config)
 
 

@@ -87,7 +87,7 @@ def check_vlm_config(vlm_config: PreTrainedConfig) -> None:
         is_text = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         found = "a text-only model" if is_text else "which transformers does not list as one (image-text-to-text)"
         raise ValueError(f"vlm_config must be of a vision-language model, got {model_type!r}, {found}; {advice}")
-    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    sizes = ("hidden_size", "num_hidden_layers")
     text_config = vlm_config.get_text_config(decoder=True)
     missing = [name for name in sizes if not isinstance(getattr(text_config, name, None), int)]
     if missing:
@@ -209,15 +209,15 @@ def shrink_text_config(config: PreTrainedConfig, num_layers: int) -> None:
         "intermediate_size": 32,
         "moe_intermediate_size": 16,
         "vocab_size": 8,
-        "pad_token_id": None,
+        "pad_token_id": 0,
         "sliding_window": DecoderStates.num_context // 2,
     }
     for name, size in sizes.items():
-        if getattr(config, name, None) is not None:
+        if isinstance(getattr(config, name, None), int):
             setattr(config, name, size)
-    for name, values in list(vars(config).items()):
-        if name in ("layer_types", "mlp_layer_types") and values is not None:
-            setattr(config, name, values[:num_layers])
+    for name in ("layer_types", "mlp_layer_types"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, getattr(config, name)[:num_layers])
 
 
 @dataclass

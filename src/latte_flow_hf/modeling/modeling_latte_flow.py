@@ -498,16 +498,18 @@ def _check_mirrored(vlm_config: PreTrainedConfig, residual_attention: str | None
     for index, layer in enumerate(decoder.layers):
         copied_modules(layer, layer_type(decoder.config, index))
     kinds = kinds_of_layers(decoder)
-    small = LatteFlowConfig(vlm_config=copy.deepcopy(vlm_config), num_experts=1, residual_attention=residual_attention)
-    shrink_text_config(small.text_config, num_layers=max(kinds.index(kind) for kind in kinds) + 1)
-    small.tower_layers = list(range(small.text_config.num_hidden_layers))
-    small.layers_per_expert = [len(small.tower_layers)]
-    small.timestep_embed_dim, small._attn_implementation = 1, "eager"
     try:
+        small = LatteFlowConfig(
+            vlm_config=copy.deepcopy(vlm_config), num_experts=1, residual_attention=residual_attention
+        )
+        shrink_text_config(small.text_config, num_layers=max(kinds.index(kind) for kind in kinds) + 1)
+        small.tower_layers = list(range(small.text_config.num_hidden_layers))
+        small.layers_per_expert = [len(small.tower_layers)]
+        small.timestep_embed_dim, small._attn_implementation = 1, "eager"
         with small_models():
             states = DecoderStates.of(type(decoder), small.text_config)
-            pairs = {rotates_pairs(states.decoder.rotary_emb, kind) for kind in {kind[0] for kind in kinds}}
-            tower = LatteFlowTower(small, states.decoder, pairs.pop())
+            (pairs,) = {rotates_pairs(states.decoder.rotary_emb, kind) for kind, *_ in kinds}
+            tower = LatteFlowTower(small, states.decoder, pairs)
             differences = _differences_of_layers(tower, states)
     except Exception as error:
         raise ValueError(
