@@ -7,9 +7,8 @@ Shapes: P prompts, G key-value heads, T prompt tokens, d head size.
 import contextlib
 import inspect
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -141,17 +140,6 @@ def check_tokens(vlm: PreTrainedModel, input_ids: torch.Tensor, has_images: bool
         )
 
 
-def cast_pixels(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The processor's output with its pixels in the dtype of the backbone, to which few vision models cast them."""
-    # Not to the types in which some off-loading and quantization only store weights.
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return dict(inputs)
-    return {
-        name: value.to(dtype) if name.startswith("pixel_values") and isinstance(value, torch.Tensor) else value
-        for name, value in inputs.items()
-    }
-
-
 def warn_of_long_prompts(
     input_ids: torch.Tensor, mm_token_type_ids: torch.Tensor | None, text_config: PreTrainedConfig
 ) -> None:
@@ -203,7 +191,6 @@ def prefill_context(
     warn_of_long_prompts(input_ids, mm_token_type_ids, vlm.config.get_text_config(decoder=True))
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    vision_inputs = cast_pixels(vision_inputs, vlm.dtype)
     has_grids = vision_inputs.get("image_grid_thw") is not None
     if has_grids and mm_token_type_ids is None:
         raise ValueError("mm_token_type_ids must be given with images, as the processor returns it; got None.")

@@ -13,7 +13,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList
 
 from ..files import component_subfolder
 from .configuration_latte_flow import LatteFlowConfig
-from .context import cast_pixels, warn_of_long_prompts, warn_of_unknown_words
+from .context import warn_of_long_prompts, warn_of_unknown_words
 from .processing_latte_flow import adapt, check_processor
 
 
@@ -96,7 +96,7 @@ class LatteFlowGenerationMixin:
         merged = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
         if generation_config is not None:
             merged.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
-        kwargs = cast_pixels(merged.update(**kwargs), self.vlm.dtype)
+        kwargs = merged.update(**kwargs)
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if input_ids is not None:
             warn_of_long_prompts(input_ids, kwargs.get("mm_token_type_ids"), self.config.text_config)

@@ -877,8 +877,7 @@ class LatteFlowForConditionalGeneration(
             mm_token_type_ids (`torch.Tensor`, *optional*): (P, T), 1 at image tokens, as the processor returns it;
                 required with images.
             num_layers (`int`, *optional*): prefill the first layers of the decoder only, for experts that end there.
-            vision_inputs: what else the processor returns, such as `pixel_values` and `image_grid_thw`. Pixels are
-                cast to the dtype of the backbone.
+            vision_inputs: what else the processor returns, such as `pixel_values` and `image_grid_thw`.
 
         Returns:
             [`LatteFlowContext`]: P prompts.
