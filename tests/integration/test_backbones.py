@@ -7,6 +7,7 @@ A test is a column of the table in docs/guides/backbone_table.md, which docs/bac
 import copy
 import functools
 import importlib.util
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from transformers import AutoModelForImageTextToText, DynamicCache, Trainer, Tra
 from latte_flow_hf import LatteFlowForConditionalGeneration, LatteFlowPipeline, LatteFlowProcessor, LatteFlowScheduler
 from latte_flow_hf.conversion import extract_backbone, from_single_file, initialize, to_single_file
 from latte_flow_hf.modeling.context import LatteFlowContext
+from latte_flow_hf.modeling.generation import PROCESSOR_OUTPUTS
 from latte_flow_hf.training import expert_lora_config
 from latte_flow_hf.training.collator import ConversationCollator, PromptTokenizer, TextToImageCollator
 from latte_flow_hf.training.recipe import Recipe
@@ -92,6 +94,8 @@ def test_text(family, make_pipe):
     inputs = processor.encode_conversations([processor.conversation("what?", ONE), processor.conversation("a word")])
     with torch.no_grad():
         assert torch.equal(pipe.model(**inputs).logits, backbone(**inputs).logits)
+    # The Trainer removes what `forward` does not name, and `generate(generation_mode="image")` passes these on.
+    assert set(inputs) <= set(PROCESSOR_OUTPUTS) <= set(inspect.signature(pipe.model.forward).parameters)
     inputs = processor.encode_conversations([processor.conversation("what?", [ONE, OTHER])])
     # A context is the stock class's own cache, so its positions are the backbone's.
     context = pipe.model.encode_context(**inputs)
