@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from processors import PROCESSORS, processor_and_backbone, tiny_processor
 from transformers import AutoProcessor
+from transformers.utils.chat_template_utils import mark_control_tokens
 
 from latte_flow_hf import LatteFlowProcessor, tiny_checkpoint
-from latte_flow_hf.modeling.processing_latte_flow import adapt, adapter_of, check_processor
+from latte_flow_hf.modeling.processing_latte_flow import CONTROL_TOKEN_MARKS, adapt, adapter_of, check_processor
 
 
 QUESTION = "what is this?"
@@ -109,6 +110,8 @@ def test_picture_of_a_part_comes_under_each_name_of_transformers(processor, pict
         ([{"role": None, "content": "x"}], "the role of a message must be a string such as 'user', got None."),
         ([{"role": "", "content": "x"}], "the role of a message must be a string such as 'user', got ''."),
         ([{"role": "user", "content": "a \ud800"}], "half of a surrogate pair at position 2"),
+        ([{"role": "user", "content": "a \U000f0000"}], "contains U+F0000, a private character; remove it."),
+        ([{"role": "user\U000f0001", "content": "a"}], "contains U+F0001, a private character; remove it."),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "got NoneType"),
         ([{"role": "user", "content": [{"type": "image"}]}], "an image must be a PIL image"),
         ([{"role": "user", "content": [{"type": "image", "image": None}]}], "got NoneType"),
@@ -534,3 +537,7 @@ def test_more_tokens_than_the_model_embeds_are_refused():
     processor, backbone = processor_and_backbone("gemma3")
     with pytest.raises(ValueError, match=f"the tokenizer has {len(processor.tokenizer)} tokens, the model embeds 100"):
         check_processor(processor, backbone.config, 100)
+
+
+def test_the_marks_are_those_of_transformers():
+    assert mark_control_tokens("a<b>", re.compile("<b>")) == f"a{CONTROL_TOKEN_MARKS[0]}<b>{CONTROL_TOKEN_MARKS[1]}"

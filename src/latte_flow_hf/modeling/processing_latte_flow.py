@@ -38,6 +38,8 @@ from .processing_pixtral import PixtralProcessor
 # The size of an image in a message, as in Qwen's own messages.
 SIZE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 
+# The characters that transformers puts around control tokens in text.
+CONTROL_TOKEN_MARKS = ("\U000f0000", "\U000f0001")
 
 # Where a processor_config.json names the stock class, if its `processor_class` is ours.
 STOCK_CLASS = "stock_processor_class"
@@ -224,6 +226,7 @@ class LatteFlowProcessorMixin(ProcessorMixin):
         role, content = message["role"], message["content"]
         if not isinstance(role, str) or not role.strip():
             raise ValueError(f"the role of a message must be a string such as 'user', got {role!r}.")
+        check_text(role)
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
         if not isinstance(content, (list, tuple)) or not all(isinstance(part, dict) for part in content):
@@ -586,8 +589,12 @@ def _strings(values: Any) -> Iterator[str]:
 def check_text(text: str) -> None:
     """
     Raises:
-        `ValueError`: if `text` contains half of a surrogate pair, which no tokenizer can encode.
+        `ValueError`: if `text` contains half of a surrogate pair, which no tokenizer can encode, or a character that
+            transformers marks control tokens with, which would hide an image token behind it.
     """
+    marks = [f"U+{ord(mark):X}" for mark in CONTROL_TOKEN_MARKS if mark in text]
+    if marks:
+        raise ValueError(f"text {text[:60]!r} contains {', '.join(marks)}, a private character; remove it.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
