@@ -232,6 +232,13 @@ def test_lora(family, make_pipe, tmp_path):
     for _ in range(2):
         peft_model(**inputs, latents=latents, generator=torch.Generator().manual_seed(0)).loss.backward()
         optimizer.step()
+    weights = pipe.model.state_dict()
+    for name, tensor in filled_model(family).state_dict().items():
+        # PEFT moves what it adapts to `base_layer`.
+        path, _, leaf = name.rpartition(".")
+        assert torch.equal(weights[name] if name in weights else weights[f"{path}.base_layer.{leaf}"], tensor), name
+    adapted = {int(name.split("tower.layers.")[1].split(".")[0]) for name in weights if "lora_" in name}
+    assert adapted == set(pipe.model.expert_layers(1))
     peft_model.save_pretrained(tmp_path)
     expected = generate(pipe, output_type="latent")
     loaded = make_pipe(family, own_model=True)
