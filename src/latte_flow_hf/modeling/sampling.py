@@ -13,6 +13,9 @@ import numpy as np
 from .flow_matching import BOUNDARY_TOLERANCE, sigmas_per_expert
 
 
+# Of a step: 0.333 means a third of three steps.
+STRENGTH_TOLERANCE = 1e-2
+
 SAMPLING_FIELDS = ("num_inference_steps", "steps_per_expert", "guidance_scale", "distilled_experts")
 
 
@@ -104,6 +107,31 @@ def check_distilled_steps(sigmas: Sequence[float], sampling: Mapping[str, Any], 
                 f"{_listed(expected)}), but this call would evaluate it at sigma {_listed(used)}. Leave out the steps "
                 "of the call, or give those."
             )
+
+
+def check_distilled_strength(strength: float, num_steps: int, first_expert: int, sampling: Mapping[str, Any]) -> None:
+    """Check that image-to-image with a distilled expert starts where one of its steps does.
+
+    Other models round the number of steps up, which changes little: they take many.
+
+    Args:
+        strength (`float`): the share of the steps to take.
+        num_steps (`int`): n, the number of all steps.
+        first_expert (`int`): the expert of the first step that is taken.
+        sampling (`dict`): of the model or an adapter, see `check_sampling`.
+
+    Raises:
+        `ValueError`: naming the values that are allowed.
+    """
+    num_taken = strength * num_steps
+    if first_expert in (sampling.get("distilled_experts") or []) and (
+        abs(num_taken - round(num_taken)) > STRENGTH_TOLERANCE or not round(num_taken)
+    ):
+        allowed = [number / num_steps for number in range(1, num_steps + 1)]
+        raise ValueError(
+            f"strength must be one of {_listed(allowed)}: expert {first_expert} was distilled to steps_per_expert="
+            f"{list(sampling['steps_per_expert'])}, and a call starts at one of these steps; got {strength:g}."
+        )
 
 
 def _listed(sigmas: Sequence[float]) -> str:

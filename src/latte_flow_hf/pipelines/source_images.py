@@ -1,0 +1,147 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""The images that image-to-image and inpainting start from, and the masks of what is generated."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image, ImageOps
+from torch import nn
+
+from ..modeling.flow_matching import interpolate
+from ..modeling.images import Background, load_rgb_images
+
+
+@dataclass(frozen=True)
+class SourceImages:
+    """The start of image-to-image and inpainting.
+
+    Args:
+        images (`list[PIL.Image.Image]`): RGB, one for all prompts, or one for each.
+        masks (`list[PIL.Image.Image]`, *optional*):
+            Grey, one for all images, or one for each, of the same size as its image; white is generated.
+        strength (`float`): the share of the steps to take, in (0, 1].
+    """
+
+    images: list[Image.Image]
+    masks: list[Image.Image] | None
+    strength: float
+
+    def __len__(self) -> int:
+        return max(len(self.images), len(self.masks or ()))
+
+
+@dataclass(frozen=True)
+class KnownRegion:
+    """The part of the latents that is not generated.
+
+    Args:
+        latents (`torch.Tensor`): (batch, channels, height / f, width / f), of the source images.
+        noise (`torch.Tensor`): of the same shape, the noise that the call starts with.
+        mask (`torch.Tensor`): (batch, 1, height / f, width / f), bool, true where latents are generated.
+    """
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    mask: torch.Tensor
+
+    def restore(self, latents: torch.Tensor, sigma: float) -> torch.Tensor:
+        """Put the source, with the noise of `sigma`, in place of what is known; at sigma 0, the source itself."""
+        known = self.latents if sigma == 0 else interpolate(self.latents, self.noise, sigma)
+        return torch.where(self.mask, latents, known)
+
+
+def load_sources(images: Any, strength: float, background: Background) -> SourceImages:
+    """Read the images of image-to-image.
+
+    Args:
+        images: an image, a list of them, or a batch; see [`load_rgb_image`].
+        strength (`float`): the share of the steps to take.
+        background (`str` or `tuple[int, int, int]`): the colour behind transparent images.
+
+    Raises:
+        `ValueError`: if `strength` is not in (0, 1], or an image is missing or cannot be read.
+    """
+    check_strength(strength)
+    return SourceImages(_load("image", images, background), None, float(strength))
+
+
+def load_masked_sources(images: Any, masks: Any, strength: float, background: Background) -> SourceImages:
+    """Read the images and the masks of inpainting.
+
+    Args:
+        images, strength, background: see `load_sources`.
+        masks: a mask, a list of them, or a batch. Only lightness counts, transparent parts are black.
+
+    Raises:
+        `ValueError`: same as `load_sources`; if a mask has another size than its image or marks nothing; or if there
+            are neither one mask nor as many as images.
+    """
+    loaded = load_sources(images, strength, background).images
+    loaded_masks = [mask.convert("L") for mask in _load("mask_image", masks, "black")]
+    if 1 not in (len(loaded), len(loaded_masks)) and len(loaded) != len(loaded_masks):
+        raise ValueError(f"mask_image must be one, or one for each of {len(loaded)} images, got {len(loaded_masks)}.")
+    for index in range(max(len(loaded), len(loaded_masks))):
+        image, mask = loaded[index % len(loaded)], loaded_masks[index % len(loaded_masks)]
+        if image.size != mask.size:
+            raise ValueError(f"mask_image must be as large as its image, {image.size}, got {mask.size}.")
+    for index, mask in enumerate(loaded_masks):
+        _check_mask(mask.getextrema()[1] >= 128, index, len(loaded_masks))
+    return SourceImages(loaded, loaded_masks, float(strength))
+
+
+def check_strength(strength: Any) -> None:
+    """
+    Raises:
+        `ValueError`: if it is no number in (0, 1].
+    """
+    if not isinstance(strength, Real) or isinstance(strength, bool) or not 0 < strength <= 1:
+        raise ValueError(f"strength must be a number above 0 (nothing changes) up to 1 (all steps), got {strength!r}.")
+
+
+def latent_mask(masks: Sequence[Image.Image], height: int, width: int, scale: int) -> torch.Tensor:
+    """Masks in pixels -> masks of latents, (n, 1, height / f, width / f), bool.
+
+    They are resized and cropped at the centre, same as their images, and then black or white, same as in diffusers. A
+    latent is generated if any of its pixels is white. (Chosen: diffusers takes the pixel at its corner, with which a
+    thin mask is lost.)
+
+    Raises:
+        `ValueError`: if a mask marks nothing in what is left of its image.
+    """
+    processor = VaeImageProcessor(
+        vae_scale_factor=scale, do_normalize=False, do_binarize=True, do_convert_grayscale=True
+    )
+    fitted = [ImageOps.fit(mask, (width, height), Image.Resampling.LANCZOS) for mask in masks]
+    latents = nn.functional.max_pool2d(processor.preprocess(fitted), scale) > 0
+    for index, mask in enumerate(latents):
+        _check_mask(bool(mask.any()), index, len(masks))
+    return latents
+
+
+def repeat_for_batch(tensor: torch.Tensor, num_items: int, num_images_per_prompt: int) -> torch.Tensor:
+    """One row, or one for each of `num_items` prompts -> one for each image; those of a prompt stand together."""
+    if len(tensor) == 1:
+        return tensor.expand(num_items * num_images_per_prompt, *tensor.shape[1:])
+    return tensor.repeat_interleave(num_images_per_prompt, dim=0)
+
+
+def _load(name: str, sources: Any, background: Background) -> list[Image.Image]:
+    try:
+        loaded = load_rgb_images(sources, background)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if not loaded:
+        raise ValueError(f"{name} must be given: an image, a list of them, or a batch; got {sources!r}.")
+    return loaded
+
+
+def _check_mask(marks_something: bool, index: int, num_masks: int) -> None:
+    if not marks_something:
+        which = "mask_image" if num_masks == 1 else f"mask_image {index}"
+        raise ValueError(
+            f"{which} marks nothing: white (255, 1.0 or True) is generated, black is kept, and none of it is white."
+        )
