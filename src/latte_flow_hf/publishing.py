@@ -26,11 +26,14 @@ from .modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from .modeling.processing_latte_flow import LatteFlowProcessor
 from .pipelines.loading import check_pipeline_files
 from .pipelines.pipeline_latte_flow import LatteFlowPipeline
+from .pipelines.pipeline_latte_flow_img2img import LatteFlowImg2ImgPipeline
+from .pipelines.pipeline_latte_flow_inpaint import LatteFlowInpaintPipeline
 from .schedulers.scheduling_latte_flow import LatteFlowScheduler
 
 
 # diffusers always downloads a file of this name.
 _PIPELINE_MODULE = "pipeline"
+_PIPELINES = {cls.__name__: cls for cls in (LatteFlowPipeline, LatteFlowImg2ImgPipeline, LatteFlowInpaintPipeline)}
 _COMPONENTS = {
     "model": LatteFlowForConditionalGeneration,
     "processor": LatteFlowProcessor,
@@ -111,10 +114,11 @@ def code_files(folder: Path) -> dict[str, str]:
         `dict[str, str]`: contents of the files that are new or changed, by path in `folder`: the code, and the
         configurations that refer to it.
     """
-    files = {f"{_PIPELINE_MODULE}.py": join_modules(LatteFlowPipeline.__module__)}
     index = read_json(folder / "model_index.json")
     index.pop("_name_or_path", None)  # a local path
-    index["_class_name"] = [_PIPELINE_MODULE, LatteFlowPipeline.__name__]
+    pipeline_class = _PIPELINES[index["_class_name"]]
+    files = {f"{_PIPELINE_MODULE}.py": join_modules(pipeline_class.__module__)}
+    index["_class_name"] = [_PIPELINE_MODULE, pipeline_class.__name__]
     components = {name: cls for name, cls in _COMPONENTS.items() if index[name][1] == cls.__name__}
     for component, cls in components.items():
         module = cls.__module__.rpartition(".")[2]
@@ -182,8 +186,8 @@ def publish(folder: str | Path, repo_id: str, private: bool | None = None, with_
     folder = Path(folder)
     check_pipeline_files(folder)
     index = LatteFlowPipeline.load_config(folder)
-    if index["_class_name"] != LatteFlowPipeline.__name__:
-        raise ValueError(f"{folder} holds a {index['_class_name']}, not a {LatteFlowPipeline.__name__}.")
+    if index["_class_name"] not in _PIPELINES:
+        raise ValueError(f"{folder} holds a {index['_class_name']}, not one of {list(_PIPELINES)}.")
     missing = [name for name, entry in index.items() if entry == [None, None]]
     if missing:
         raise ValueError(f"{folder} has no {', no '.join(missing)}; save a pipeline with all of its components.")

@@ -104,6 +104,13 @@ def count_prompts(prompt: str | list[str] | None, messages: list | None, context
     return 1 if isinstance(prompt, str) else len(prompt or [])
 
 
+def check_padding(padding_mask_crop: int, output_type: str) -> None:
+    if not is_whole(padding_mask_crop) or padding_mask_crop < 0:
+        raise ValueError(f"padding_mask_crop must be a whole number of pixels from 0, got {padding_mask_crop!r}.")
+    if output_type != "pil":
+        raise ValueError(f"output_type must be 'pil' with padding_mask_crop, got {output_type!r}.")
+
+
 # Arguments of other pipelines of diffusers, and what takes their place here.
 _FOREIGN_ARGUMENTS = {
     "prompt_embeds": "context, from `encode_prompt`: the tower attends to the keys and values of all layers",

@@ -57,15 +57,36 @@ class LatteFlowDenoisingMixin:
     model: Any
     scheduler: Any
     expert_offload: Any
-    interrupt: bool
-    guidance_scale: float
-    do_classifier_free_guidance: bool
     progress_bar: Any
     _adapters: Any
     _running_call: Any
     _guidance_scale: Any
     _current_expert: Any
     _num_timesteps: Any
+    _interrupt: Any
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of the current expert."""
+        if isinstance(self._guidance_scale, list):
+            return self._guidance_scale[self._current_expert]
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether guidance is on. A callback may end it by `pipe._guidance_scale = 1.0`."""
+        return self.guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of evaluations of the model in the current call of this thread, or in its last one."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call is interrupted. A callback may skip the remaining steps of its call by
+        `pipe._interrupt = True`; a thread without a running call interrupts all calls."""
+        return self._interrupt
 
     def _prepare_steps(
         self,

@@ -137,29 +137,6 @@ class LatteFlowPipeline(
         """Pixels per token along a side."""
         return self.vae_scale_factor * self.model.config.latent_patch_size
 
-    @property
-    def guidance_scale(self) -> float:
-        """The guidance scale of the current expert."""
-        if isinstance(self._guidance_scale, list):
-            return self._guidance_scale[self._current_expert]
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether guidance is on. A callback may end it by `pipe._guidance_scale = 1.0`."""
-        return self.guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        """The number of evaluations of the model in the current call of this thread, or in its last one."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the call is interrupted. A callback may skip the remaining steps of its call by
-        `pipe._interrupt = True`; a thread without a running call interrupts all calls."""
-        return self._interrupt
-
     def check_inputs(
         self,
         prompt: str | list[str] | None,

@@ -13,10 +13,10 @@ import torch
 
 from ..modeling.context import LatteFlowContext
 from .calls import own_call
-from .check_inputs import refuses_foreign_arguments
+from .check_inputs import check_padding, check_size, refuses_foreign_arguments
 from .pipeline_latte_flow import LatteFlowPipeline
 from .pipeline_output import LatteFlowPipelineOutput
-from .source_images import load_masked_sources
+from .source_images import crop_to_masks, load_masked_sources, paste_into_sources
 
 
 class LatteFlowInpaintPipeline(LatteFlowPipeline):
@@ -55,6 +55,7 @@ class LatteFlowInpaintPipeline(LatteFlowPipeline):
         context: LatteFlowContext | None = None,
         negative_context: LatteFlowContext | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        padding_mask_crop: int | None = None,
     ) -> LatteFlowPipelineOutput | tuple:
         """Generate the masked parts of images. Arguments that are not listed are those of
         [`LatteFlowImg2ImgPipeline`].
@@ -82,8 +83,15 @@ class LatteFlowInpaintPipeline(LatteFlowPipeline):
         """
         self._require("vae")
         source = load_masked_sources(image, mask_image, strength, getattr(self.processor, "background", "white"))
+        regions, whole_source = None, source
+        if padding_mask_crop is not None:
+            check_padding(padding_mask_crop, output_type)
+            height = self.default_size if height is None else height
+            width = self.default_size if width is None else width
+            check_size(height, width, multiple=self._size_multiple)
+            source, regions = crop_to_masks(source, int(padding_mask_crop), height, width, self.image_processor)
         with self._scaled_adapters(attention_kwargs):
-            return self._generate(
+            (images,) = self._generate(
                 prompt=prompt,
                 context_image=context_image,
                 messages=messages,
@@ -100,12 +108,15 @@ class LatteFlowInpaintPipeline(LatteFlowPipeline):
                 generator=generator,
                 latents=latents,
                 output_type=output_type,
-                return_dict=return_dict,
+                return_dict=False,
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
                 context=context,
                 negative_context=negative_context,
                 source=source,
             )
+        if regions is not None:
+            images = paste_into_sources(images, whole_source, regions, self.image_processor)
+        return LatteFlowPipelineOutput(images=images) if return_dict else (images,)
 
     generate = __call__  # type: ignore[assignment]

@@ -22,7 +22,7 @@ class SourceImages:
     Args:
         images (`list[PIL.Image.Image]`): RGB, one for all prompts, or one for each.
         masks (`list[PIL.Image.Image]`, *optional*):
-            Grey, one for all images, or one for each, of the same size as its image; white is generated.
+            Mode `L`, black and white, one for all images, or one for each, as large as its image; white is generated.
         strength (`float`): the share of the steps to take, in (0, 1].
     """
 
@@ -81,16 +81,16 @@ def load_masked_sources(images: Any, masks: Any, strength: float, background: Ba
             are neither one mask nor as many as images.
     """
     loaded = load_sources(images, strength, background).images
-    loaded_masks = [mask.convert("L") for mask in _load("mask_image", masks, "black")]
+    loaded_masks = [_black_or_white(mask) for mask in _load("mask_image", masks, "black")]
     if 1 not in (len(loaded), len(loaded_masks)) and len(loaded) != len(loaded_masks):
         raise ValueError(f"mask_image must be one, or one for each of {len(loaded)} images, got {len(loaded_masks)}.")
-    for index in range(max(len(loaded), len(loaded_masks))):
-        image, mask = loaded[index % len(loaded)], loaded_masks[index % len(loaded_masks)]
+    source = SourceImages(loaded, loaded_masks, float(strength))
+    for image, mask in _pairs(source):
         if image.size != mask.size:
             raise ValueError(f"mask_image must be as large as its image, {image.size}, got {mask.size}.")
     for index, mask in enumerate(loaded_masks):
-        _check_mask(mask.getextrema()[1] >= 128, index, len(loaded_masks))
-    return SourceImages(loaded, loaded_masks, float(strength))
+        _check_mask(mask.getbbox() is not None, index, len(loaded_masks))
+    return source
 
 
 def check_strength(strength: Any) -> None:
@@ -98,7 +98,7 @@ def check_strength(strength: Any) -> None:
     Raises:
         `ValueError`: if it is no number in (0, 1].
     """
-    if not isinstance(strength, Real) or isinstance(strength, bool) or not 0 < strength <= 1:
+    if not isinstance(strength, Real) or isinstance(strength, bool) or not 0 < float(strength) <= 1:
         raise ValueError(f"strength must be a number above 0 (nothing changes) up to 1 (all steps), got {strength!r}.")
 
 
@@ -127,6 +127,61 @@ def repeat_for_batch(tensor: torch.Tensor, num_items: int, num_images_per_prompt
     if len(tensor) == 1:
         return tensor.expand(num_items * num_images_per_prompt, *tensor.shape[1:])
     return tensor.repeat_interleave(num_images_per_prompt, dim=0)
+
+
+Region = tuple[int, int, int, int]
+
+
+def crop_to_masks(
+    source: SourceImages, padding: int, height: int, width: int, processor: VaeImageProcessor
+) -> tuple[SourceImages, list[Region]]:
+    """Cut out the surroundings of each mask and resize them to `height` x `width`.
+
+    Same as diffusers: each region is widened to the aspect ratio of `height` and `width`, and what is outside of the
+    image is filled.
+
+    Args:
+        source ([`SourceImages`]): images and masks.
+        padding (`int`): pixels around the mask.
+        height, width (`int`): in pixels.
+        processor (`VaeImageProcessor`): resizes images.
+
+    Returns:
+        The cut-out images and masks, as many of both as of the larger number, and the region of each,
+        (left, top, right, bottom).
+    """
+    pairs = _pairs(source)
+    regions = [VaeImageProcessor.get_crop_region(mask, width, height, pad=padding) for _, mask in pairs]
+
+    def cut(image: Image.Image, region: Region) -> Image.Image:
+        return processor.resize(image.crop(region), height, width, resize_mode="fill")
+
+    images = [cut(image, region) for (image, _), region in zip(pairs, regions)]
+    masks = [_black_or_white(cut(mask.convert("RGB"), region)) for (_, mask), region in zip(pairs, regions)]
+    return SourceImages(images, masks, source.strength), regions
+
+
+def paste_into_sources(
+    generated: Sequence[Image.Image], source: SourceImages, regions: Sequence[Region], processor: VaeImageProcessor
+) -> list[Image.Image]:
+    """Paste the masked parts of generated images into their sources. Several images may belong to a source, and those
+    stand together. `regions` are those of `crop_to_masks`, `source` is what was given to it."""
+    pairs = _pairs(source)
+    num_images = len(generated) // len(pairs)
+    return [
+        processor.apply_overlay(pairs[i // num_images][1], pairs[i // num_images][0], image, regions[i // num_images])
+        for i, image in enumerate(generated)
+    ]
+
+
+def _pairs(source: SourceImages) -> list[tuple[Image.Image, Image.Image]]:
+    """Each image with its mask."""
+    assert source.masks is not None
+    return [(source.images[i % len(source.images)], source.masks[i % len(source.masks)]) for i in range(len(source))]
+
+
+def _black_or_white(mask: Image.Image) -> Image.Image:
+    return mask.convert("L").point(lambda lightness: 255 if lightness >= 128 else 0)
 
 
 def _load(name: str, sources: Any, background: Background) -> list[Image.Image]:
