@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from diffusers import DiffusionPipeline
 
-from latte_flow_hf import LatteFlowPipeline
+from latte_flow_hf import LatteFlowInpaintPipeline, LatteFlowPipeline
 from latte_flow_hf.files import check_hash, store_hash
 from latte_flow_hf.publishing import _with_hashes, code_files, join_modules, model_card, publish, save_with_code
 
@@ -113,6 +114,20 @@ def test_model_card(with_code, words, pipeline):
     assert pipeline not in card.text
 
 
+def test_image_to_image_pipelines_are_published_as_such(pipe, tmp_path):
+    folder = save_with_code(LatteFlowInpaintPipeline.from_pipe(pipe), tmp_path / "out")
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline", "LatteFlowInpaintPipeline"]
+    assert "class LatteFlowInpaintPipeline(LatteFlowPipeline)" in (folder / "pipeline.py").read_text()
+    # With the package, its own class is loaded.
+    assert type(DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).model) is type(pipe.model)
+    assert type(LatteFlowInpaintPipeline.from_pretrained(folder)) is LatteFlowInpaintPipeline
+    LatteFlowInpaintPipeline.from_pipe(pipe).save_pretrained(tmp_path / "plain")
+    card = model_card(tmp_path / "plain", "user/small", with_code=False).text
+    assert 'pipe = LatteFlowInpaintPipeline.from_pretrained("user/small")' in card
+    assert 'pipe("a red circle", image="image.png", mask_image="mask.png")' in card
+
+
 def other_class(folder):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
@@ -126,7 +141,7 @@ def truncate(folder):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (other_class, "holds a FluxPipeline, not a LatteFlowPipeline"),
+        (other_class, "holds a FluxPipeline, not one of \\['LatteFlowPipeline'"),
         (truncate, r"model\.safetensors is truncated or damaged"),
         (lambda folder: shutil.rmtree(folder / "vae"), "vae has no config.json"),
         (lambda folder: (folder / "model_index.json").write_text("{"), r"model_index\.json is truncated"),

@@ -34,6 +34,11 @@ from .schedulers.scheduling_latte_flow import LatteFlowScheduler
 # diffusers always downloads a file of this name.
 _PIPELINE_MODULE = "pipeline"
 _PIPELINES = {cls.__name__: cls for cls in (LatteFlowPipeline, LatteFlowImg2ImgPipeline, LatteFlowInpaintPipeline)}
+_CARD_ARGUMENTS = {
+    "LatteFlowPipeline": '"a red circle"',
+    "LatteFlowImg2ImgPipeline": '"a red circle", image="image.png"',
+    "LatteFlowInpaintPipeline": '"a red circle", image="image.png", mask_image="mask.png"',
+}
 _COMPONENTS = {
     "model": LatteFlowForConditionalGeneration,
     "processor": LatteFlowProcessor,
@@ -236,23 +241,25 @@ def _upload(files: dict[str, Path | bytes], folder: Path, repo_id: str, private:
         for name in uploaded
         if name not in files and (name.partition("/")[0] in components or ("/" not in name and name.endswith(".py")))
     ]
-    return hub.create_commit(repo_id, operations, commit_message="Upload LatteFlowPipeline").commit_url
+    return hub.create_commit(repo_id, operations, commit_message="Upload a LaTtE-Flow pipeline").commit_url
 
 
 def model_card(folder: Path, repo_id: str, with_code: bool) -> ModelCard:
     """The model card of a published pipeline that has none: what it is and how to load it."""
     data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=["latte-flow", "any-to-any"])
+    name = read_json(folder / "model_index.json")["_class_name"]
     load = (
         f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{repo_id}", '
         "trust_remote_code=True)"
         if with_code
-        else f'from latte_flow_hf import LatteFlowPipeline\n\npipe = LatteFlowPipeline.from_pretrained("{repo_id}")'
+        else f'from latte_flow_hf import {name}\n\npipe = {name}.from_pretrained("{repo_id}")'
     )
     facts = "\n".join(describe(str(folder))[1:])  # the first line holds the local path
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {repo_id.rpartition('/')[2]}\n\n"
         "A [LaTtE-Flow](https://arxiv.org/abs/2506.06952) model: a frozen vision-language model that answers, with "
         "layerwise timestep experts that generate images.\n\n"
-        f'```python\n{load}\nimage = pipe("a red circle").images[0]\nanswer = pipe.chat("what is it?", images=image)\n'
+        f"```python\n{load}\nimage = pipe({_CARD_ARGUMENTS[name]}).images[0]\n"
+        'answer = pipe.chat("what is it?", images=image)\n'
         f"```\n\n```text\n{facts}\n```\n"
     )

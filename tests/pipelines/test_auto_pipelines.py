@@ -1,15 +1,15 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """diffusers' `AutoPipelineFor...` from every pipeline and every saved folder."""
 
+import importlib
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image
 
 from latte_flow_hf import LatteFlowImg2ImgPipeline, LatteFlowInpaintPipeline, LatteFlowPipeline
+from latte_flow_hf.pipelines.auto_pipelines import register_auto_pipelines
 
 
 CLASSES = {
@@ -40,23 +40,19 @@ def test_from_pretrained_of_every_folder(pipe, origin, tmp_path):
         assert type(auto.from_pretrained(tmp_path)) is expected
 
 
-def test_the_import_order_does_not_matter():
-    """The tables of diffusers are not imported with the package: that takes long, and warns of other models."""
-    script = """
-import sys
-import latte_flow_hf
-assert "diffusers.pipelines.auto_pipeline" not in sys.modules
-from diffusers import AutoPipelineForInpainting
-from diffusers.pipelines import auto_pipeline as tables
-assert tables.AUTO_INPAINT_PIPELINES_MAPPING["latte-flow"] is latte_flow_hf.LatteFlowInpaintPipeline
-assert type(tables.__spec__.loader).__name__ == "SourceFileLoader"
-assert not any("latte_flow_hf" in type(finder).__module__ for finder in sys.meta_path)
-for name in [name for name in sys.modules if name.startswith("latte_flow_hf")]:
-    del sys.modules[name]
-del tables.AUTO_INPAINT_PIPELINES_MAPPING["latte-flow"]
-import latte_flow_hf
-assert tables.AUTO_INPAINT_PIPELINES_MAPPING["latte-flow"] is latte_flow_hf.LatteFlowInpaintPipeline
-"""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_pipelines_are_added_when_the_tables_are_imported(monkeypatch):
+    name = "diffusers.pipelines.auto_pipeline"
+    before = importlib.import_module(name)
+    assert before.AUTO_INPAINT_PIPELINES_MAPPING["latte-flow"] is LatteFlowInpaintPipeline
+    monkeypatch.delitem(sys.modules, name)
+    finders = list(sys.meta_path)
+    register_auto_pipelines()
+    assert len(sys.meta_path) == len(finders) + 1
+    tables = importlib.import_module(name)
+    assert tables is not before and tables.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["latte-flow"] is LatteFlowImg2ImgPipeline
+    assert sys.meta_path == finders
+    # And at once if they are imported already.
+    del tables.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["latte-flow"]
+    register_auto_pipelines()
+    assert tables.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["latte-flow"] is LatteFlowPipeline
+    assert sys.meta_path == finders

@@ -16,7 +16,7 @@ from ..modeling.context import LatteFlowContext
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-def check_prompts(
+def check_prompt_arguments(
     prompt: str | list[str] | None,
     image: Any,
     messages: list | None,

@@ -20,7 +20,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from safetensors.torch import save_file
 
 from ..files import atomic_write
-from ..modeling.adapters import require_peft
+from ..modeling.adapters import adapter_modules, require_peft
 from ..schedulers.steps import distilled_scheduler
 from .calls import alone
 
@@ -260,8 +260,10 @@ class LatteFlowLoraMixin(LoraBaseMixin):
             yield
             return
         weights = self.model.adapter_weights if self._adapters() else {}
-        if not weights:
-            raise ValueError(f"attention_kwargs['scale'] is {scale}, but no adapter is active; load or activate one.")
+        if not weights or any(module.disable_adapters for _, module in adapter_modules(self.model)):
+            raise ValueError(
+                f"attention_kwargs['scale'] is {scale}, but no adapter is active; load, activate or enable one."
+            )
         with alone(self.model):
             self.model.set_adapter_weights({name: [scale * w for w in values] for name, values in weights.items()})
             try:

@@ -31,7 +31,7 @@ from .check_inputs import (
     check_finite,
     check_generator,
     check_guidance,
-    check_prompts,
+    check_prompt_arguments,
     check_size,
     count_prompts,
     is_whole,
@@ -162,7 +162,7 @@ class LatteFlowPipeline(
         Raises:
             `ValueError`: with the name and the value of the first invalid argument.
         """
-        check_prompts(
+        check_prompt_arguments(
             prompt, image, messages, negative_prompt, context, negative_context, self._context_image_argument
         )
         check_size(height, width, multiple=self._size_multiple)
