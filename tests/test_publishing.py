@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from latte_flow_hf import LatteFlowInpaintPipeline, LatteFlowPipeline
 from latte_flow_hf.files import check_hash, store_hash
@@ -119,9 +121,16 @@ def test_image_to_image_pipelines_are_published_as_such(pipe, tmp_path):
     index = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline", "LatteFlowInpaintPipeline"]
     assert "class LatteFlowInpaintPipeline(LatteFlowPipeline)" in (folder / "pipeline.py").read_text()
-    # With the package, its own class is loaded.
-    assert type(DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).model) is type(pipe.model)
-    assert type(LatteFlowInpaintPipeline.from_pretrained(folder)) is LatteFlowInpaintPipeline
+    mask = Image.new("L", (64, 64), 255)
+    mask.paste(0, (0, 0, 32, 64))
+    images = []
+    # The code in the folder runs; our own class runs instead.
+    for load, module in ((DiffusionPipeline, "diffusers_modules."), (LatteFlowInpaintPipeline, "latte_flow_hf.")):
+        loaded = load.from_pretrained(folder, trust_remote_code=True)
+        assert type(loaded).__name__ == "LatteFlowInpaintPipeline" and type(loaded).__module__.startswith(module)
+        call = {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+        images.append(loaded("a cross", Image.new("RGB", (64, 64)), mask, **call).images)
+    assert torch.equal(*images)
     LatteFlowInpaintPipeline.from_pipe(pipe).save_pretrained(tmp_path / "plain")
     card = model_card(tmp_path / "plain", "user/small", with_code=False).text
     assert 'pipe = LatteFlowInpaintPipeline.from_pretrained("user/small")' in card
