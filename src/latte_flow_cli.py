@@ -306,7 +306,7 @@ def generate(
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option(help="With --source: share of the steps to take, above 0, up to 1; 0.8 if left out."),
+        typer.Option(help="With --source: share of the steps to take, above 0, up to 1."),
     ] = None,
     num_images: Annotated[
         int, typer.Option(min=1, max=1000, help="Images per prompt; their files are numbered if several.")

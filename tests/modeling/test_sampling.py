@@ -6,6 +6,7 @@ from latte_flow_hf.modeling.sampling import (
     check_distilled_steps,
     check_distilled_strength,
     check_sampling,
+    default_strength,
     describe_sampling,
 )
 
@@ -88,6 +89,12 @@ def test_distilled_experts_start_where_a_step_does():
             check_distilled_strength(strength, 5, 1, DISTILLED)
     check_distilled_strength(0.5, 5, 3, {**DISTILLED, "distilled_experts": [0]})
     check_distilled_strength(0.5, 40, 3, {})
+
+
+def test_default_strengths():
+    assert default_strength(40, {}) == 0.8 and default_strength(4, {"steps_per_expert": [1, 1, 1, 1]}) == 0.8
+    expected = {1: 1.0, 2: 0.5, 4: 0.75, 5: 0.8, 8: 0.75}
+    assert {n: default_strength(n, DISTILLED) for n in expected} == expected
 
 
 def test_descriptions():

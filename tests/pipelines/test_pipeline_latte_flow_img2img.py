@@ -255,6 +255,9 @@ def test_a_distilled_model_starts_where_a_step_does(own_pipe, picture):
         note = lambda pipe, step, timestep, _, seen=seen: seen.append(float(timestep))  # noqa: E731
         generate(img2img, PROMPT, picture, strength, callback_on_step_end=note, **own_steps)
         assert seen == times
+    assert torch.equal(
+        generate(img2img, PROMPT, picture, **own_steps), generate(img2img, PROMPT, picture, 2 / 3, **own_steps)
+    )
     message = "strength must be one of 0.3333, 0.6667, 1: expert 0 was distilled to steps_per_expert=[2, 1]"
     for strength in (0.5, 0.9):
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -267,7 +270,7 @@ STRENGTHS = "strength must be a number above 0 (nothing changes) up to 1 (all st
 BAD_CALLS = [
     *(
         ({"strength": strength}, f"{STRENGTHS}, got {strength!r}.")
-        for strength in (0, -0.1, 1.0001, "0.5", True, None, math.nan, math.inf, [0.5], 1j)
+        for strength in (0, -0.1, 1.0001, "0.5", True, math.nan, math.inf, [0.5], 1j)
     ),
     ({"image": None}, "image must be given: an image, a list of them, or a batch; got None."),
     ({"image": []}, "image must be given"),

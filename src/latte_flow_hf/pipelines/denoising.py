@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 from ..modeling.context import LatteFlowContext
-from ..modeling.sampling import check_distilled_steps, check_distilled_strength
+from ..modeling.sampling import check_distilled_steps, check_distilled_strength, default_strength
 from ..schedulers.steps import (
     distilled_scheduler,
     experts_of_steps,
@@ -24,7 +24,7 @@ from ..schedulers.steps import (
     set_timesteps,
 )
 from .offloading import runs_only_in_forward
-from .source_images import KnownRegion
+from .source_images import KnownRegion, SourceImages
 
 
 logger = logging.get_logger(__name__)
@@ -92,7 +92,7 @@ class LatteFlowDenoisingMixin:
         self,
         sampling: dict[str, Any],
         guidance_interval: tuple[float, float] | None,
-        strength: float | None,
+        source: SourceImages | None,
         starts_from_noise: bool,
         **arguments: Any,
     ) -> DenoisingSteps:
@@ -101,7 +101,7 @@ class LatteFlowDenoisingMixin:
         Args:
             sampling (`dict`): how the model, with its active adapters, is sampled.
             guidance_interval (`tuple[float, float]`, *optional*): see the call.
-            strength (`float`, *optional*): the share of the steps to take, if an image is the start.
+            source ([`SourceImages`], *optional*): the images to start from, and the share of the steps to take.
             starts_from_noise (`bool`): whether the first sigma must be (almost) 1.
             arguments: the arguments of [`schedulers.steps.set_timesteps`].
 
@@ -114,14 +114,16 @@ class LatteFlowDenoisingMixin:
             self._running_call.scheduler = distilled_scheduler(self.scheduler, sampling, self.model.config)
         set_timesteps(self.scheduler, starts_from_noise=starts_from_noise, **arguments)
         first = 0
-        if strength is not None:
+        if source is not None:
+            n = num_steps(self.scheduler)
+            strength = default_strength(n, sampling) if source.strength is None else source.strength
             first = first_evaluation(self.scheduler, strength)
             self.scheduler.set_begin_index(first)
         sigmas = self.scheduler.sigmas.tolist()[first:]
         check_distilled_steps(sigmas, sampling, boundaries)
         experts = experts_of_steps(self.scheduler, boundaries)[first:]
-        if strength is not None:
-            check_distilled_strength(strength, num_steps(self.scheduler), experts[0], sampling)
+        if source is not None:
+            check_distilled_strength(strength, n, experts[0], sampling)
         model_times = model_timesteps(self.scheduler)[first:]
         self._num_timesteps = len(model_times)
         scales = self._guidance_scale

@@ -526,7 +526,7 @@ class LatteFlowPipeline(
         steps = self._prepare_steps(
             sampling,
             guidance_interval,
-            strength=None if source is None else source.strength,
+            source,
             starts_from_noise=latents is None and source is None,
             num_inference_steps=num_inference_steps,
             device=device,

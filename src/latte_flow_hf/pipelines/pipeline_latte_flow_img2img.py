@@ -28,7 +28,7 @@ class LatteFlowImg2ImgPipeline(LatteFlowPipeline):
         self,
         prompt: str | list[str] | None = None,
         image: Any = None,
-        strength: float = 0.8,
+        strength: float | None = None,
         context_image: Any = None,
         messages: list | None = None,
         negative_prompt: str | list[str] | None = None,
@@ -60,11 +60,12 @@ class LatteFlowImg2ImgPipeline(LatteFlowPipeline):
                 all prompts, or one for each prompt; several also with one prompt. Transparent pixels are composited
                 on the background of the processor. Images of another size than `height` and `width` are resized and
                 cropped at the centre.
-            strength (`float`, defaults to 0.8):
+            strength (`float`, *optional*):
                 The share of the steps to take, in (0, 1], rounded up to whole steps (same as in diffusers). With
                 evenly spaced steps it is also the sigma of the noise that the source gets. 1 starts from pure noise:
                 same image as without a source. A distilled model starts where one of its steps does: with four steps,
-                0.25, 0.5, 0.75 or 1. (Chosen: 0.8, at which most prompts win over the source, see the guide.)
+                0.25, 0.5, 0.75 or 1. Defaults to 0.8, or the step of a distilled model below it, 0.75 with four.
+                (Chosen: at 0.8 most prompts win over the source, see the guide.)
             context_image (*optional*):
                 Images shown to the model before the prompt, which are `image` in [`LatteFlowPipeline`].
             sigmas, timesteps (`list[float]`, *optional*): all steps, of which `strength` takes the last ones.

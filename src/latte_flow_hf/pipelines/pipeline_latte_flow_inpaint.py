@@ -33,7 +33,7 @@ class LatteFlowInpaintPipeline(LatteFlowPipeline):
         prompt: str | list[str] | None = None,
         image: Any = None,
         mask_image: Any = None,
-        strength: float = 0.8,
+        strength: float | None = None,
         context_image: Any = None,
         messages: list | None = None,
         negative_prompt: str | list[str] | None = None,
@@ -69,7 +69,8 @@ class LatteFlowInpaintPipeline(LatteFlowPipeline):
                 are kept. Colours count by their lightness. A latent (f x f pixels) is generated if any of its pixels
                 is white. All other latents are those of the source at the end, bit for bit; as the autoencoder is not
                 exact, pixels are restored by `padding_mask_crop`, or by `pipe.image_processor.apply_overlay`.
-            strength (`float`, defaults to 0.8): the share of the steps to take, in (0, 1].
+            strength (`float`, *optional*):
+                The share of the steps to take, in (0, 1]; defaults to 0.8, see [`LatteFlowImg2ImgPipeline`].
             padding_mask_crop (`int`, *optional*):
                 Generate only the surroundings of the mask, with this many pixels around it, at `height` x `width`,
                 and paste them into the source, whose size the result has. For masks that are small in a large image.

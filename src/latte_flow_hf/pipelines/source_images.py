@@ -23,12 +23,12 @@ class SourceImages:
         images (`list[PIL.Image.Image]`): RGB, one for all prompts, or one for each.
         masks (`list[PIL.Image.Image]`, *optional*):
             Mode `L`, black and white, one for all images, or one for each, as large as its image; white is generated.
-        strength (`float`): the share of the steps to take, in (0, 1].
+        strength (`float`, *optional*): the share of the steps to take, in (0, 1]; by default that of the model.
     """
 
     images: list[Image.Image]
     masks: list[Image.Image] | None
-    strength: float
+    strength: float | None
 
     def __len__(self) -> int:
         return max(len(self.images), len(self.masks or ()))
@@ -54,22 +54,24 @@ class KnownRegion:
         return torch.where(self.mask, latents, known)
 
 
-def load_sources(images: Any, strength: float, background: Background) -> SourceImages:
+def load_sources(images: Any, strength: float | None, background: Background) -> SourceImages:
     """Read the images of image-to-image.
 
     Args:
         images: an image, a list of them, or a batch; see [`load_rgb_image`].
-        strength (`float`): the share of the steps to take.
+        strength (`float`, *optional*): the share of the steps to take.
         background (`str` or `tuple[int, int, int]`): the colour behind transparent images.
 
     Raises:
         `ValueError`: if `strength` is not in (0, 1], or an image is missing or cannot be read.
     """
-    check_strength(strength)
-    return SourceImages(_load("image", images, background), None, float(strength))
+    if strength is not None:
+        check_strength(strength)
+        strength = float(strength)
+    return SourceImages(_load("image", images, background), None, strength)
 
 
-def load_masked_sources(images: Any, masks: Any, strength: float, background: Background) -> SourceImages:
+def load_masked_sources(images: Any, masks: Any, strength: float | None, background: Background) -> SourceImages:
     """Read the images and the masks of inpainting.
 
     Args:
@@ -80,11 +82,12 @@ def load_masked_sources(images: Any, masks: Any, strength: float, background: Ba
         `ValueError`: same as `load_sources`; if a mask has another size than its image or marks nothing; or if there
             are neither one mask nor as many as images.
     """
-    loaded = load_sources(images, strength, background).images
+    source = load_sources(images, strength, background)
+    loaded = source.images
     loaded_masks = [_black_or_white(mask) for mask in _load("mask_image", masks, "black")]
     if 1 not in (len(loaded), len(loaded_masks)) and len(loaded) != len(loaded_masks):
         raise ValueError(f"mask_image must be one, or one for each of {len(loaded)} images, got {len(loaded_masks)}.")
-    source = SourceImages(loaded, loaded_masks, float(strength))
+    source = SourceImages(loaded, loaded_masks, source.strength)
     for image, mask in _pairs(source):
         if image.size != mask.size:
             raise ValueError(f"mask_image must be as large as its image, {image.size}, got {mask.size}.")
