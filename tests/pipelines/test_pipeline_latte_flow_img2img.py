@@ -143,6 +143,24 @@ def test_experts_above_the_start_are_not_fetched(own_pipe, pipe, picture, img2im
     assert torch.equal(generate(offloaded, PROMPT, picture, 0.5), expected)
 
 
+def test_only_all_steps_start_from_pure_noise(img2img, model, picture, monkeypatch):
+    """The second of 500 steps, at sigma 0.998, keeps 0.2% of the source."""
+    starts, predict = [], model.predict_velocity
+
+    def recorded(latents, *arguments, **keywords):
+        starts.append(latents)
+        return predict(latents, *arguments, **keywords)
+
+    monkeypatch.setattr(model, "predict_velocity", recorded, raising=False)
+    stop = lambda pipe, *_: setattr(pipe, "_interrupt", True)  # noqa: E731
+    call = {"num_inference_steps": 500, "guidance_scale": 1.0, "callback_on_step_end": stop}
+    for strength in (1.0, 0.998):
+        generate(img2img, PROMPT, picture, strength, **call)
+    noise, clean = torch.randn(1, 4, 8, 8, generator=seeded()), img2img.encode_images(picture)
+    assert torch.equal(starts[0], noise)
+    torch.testing.assert_close(starts[1], 0.002 * clean + 0.998 * noise, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("call", [{"steps_per_expert": [2, 6]}, {"sigmas": [0.9, 0.6, 0.4, 0.2]}])
 def test_strength_is_a_share_of_the_given_steps(img2img, picture, call):
     times = []
@@ -282,6 +300,7 @@ BAD_CALLS = [
     ({"prompt": None, "messages": [{"role": "user", "content": "x"}], "context_image": "one"}, "`context_image` goes"),
     ({"prompt": PROMPTS, "context_image": ["one"]}, "context_image must be one, or one for each of 3 prompts, got 1."),
     ({"image": "two", "generator": [seeded()]}, "generator must be one, or one for each of 2 images, got 1."),
+    ({"mask_image": "one"}, "mask_image is not supported; use LatteFlowInpaintPipeline.from_pipe(pipe)"),
     ({"height": 60}, "height must be a positive multiple of 8, got 60."),
     ({"latents": torch.zeros(1, 4, 8, 9)}, "latents must be of shape (1, 4, 8, 8), got (1, 4, 8, 9)."),
     ({"prompt_embeds": torch.zeros(1, 4, 8)}, "prompt_embeds is not supported; use context, from `encode_prompt`"),

@@ -3,6 +3,7 @@
 argument and its value."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from numbers import Integral, Real
@@ -122,18 +123,23 @@ _FOREIGN_ARGUMENTS = {
     "cross_attention_kwargs": "attention_kwargs",
     "true_cfg_scale": "guidance_scale",
     "guidance_rescale": "guidance_interval, or a guidance_scale for each expert",
-    "ip_adapter_image": "images in the prompt",
+    "ip_adapter_image": "images that the model sees: image, or context_image in image-to-image",
+    "strength": "LatteFlowImg2ImgPipeline.from_pipe(pipe)",
+    "mask_image": "LatteFlowInpaintPipeline.from_pipe(pipe)",
+    "masked_image_latents": "image and mask_image of LatteFlowInpaintPipeline",
+    "context_image": "image",
     "eta": "LatteFlowScheduler(new_noise=...)",
 }
 
 
 def refuses_foreign_arguments(method: Callable) -> Callable:
-    """Refuse arguments of other diffusers pipelines with a `ValueError` that names what takes their place. `None` is
-    ignored, for programs that give all arguments of all pipelines."""
+    """Refuse arguments of other pipelines with a `ValueError` that names what takes their place. `None` is ignored,
+    for programs that give all arguments of all pipelines."""
+    foreign_arguments = _FOREIGN_ARGUMENTS.keys() - inspect.signature(method).parameters.keys()
 
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for name in kwargs.keys() & _FOREIGN_ARGUMENTS.keys():
+        for name in kwargs.keys() & foreign_arguments:
             if kwargs.pop(name) is not None:
                 raise ValueError(f"{name} is not supported; use {_FOREIGN_ARGUMENTS[name]}, instead.")
         return method(self, *args, **kwargs)

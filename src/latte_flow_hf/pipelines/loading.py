@@ -62,7 +62,8 @@ class LatteFlowLoadingMixin(ConfigMixin):
             kwargs: components that replace those of `pipeline`, or arguments of `DiffusionPipeline.from_pipe`.
         """
         components = {**pipeline.components, **kwargs}
-        if {"dtype", "torch_dtype", "custom_pipeline"} & kwargs.keys():
+        is_ours = components.keys() == set(cls._get_signature_keys(cls)[0])  # type: ignore[attr-defined]
+        if not is_ours:
             return super().from_pipe(pipeline, **{"vae": components.get("vae"), **kwargs})
         pipe = cls(**components)
         pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))

@@ -37,7 +37,7 @@ from .check_inputs import (
     is_whole,
     refuses_foreign_arguments,
 )
-from .denoising import LatteFlowDenoisingMixin
+from .denoising import DenoisingSteps, LatteFlowDenoisingMixin
 from .loading import LatteFlowLoadingMixin, check_autoencoder_of
 from .lora import LatteFlowLoraMixin
 from .offloading import LatteFlowOffloadingMixin, check_hooks
@@ -543,7 +543,7 @@ class LatteFlowPipeline(
         known = None
         if source is not None:
             latents, known = self._prepare_source(
-                source, latents, steps.sigmas[0], height, width, num_items, num_images_per_prompt
+                source, latents, steps, height, width, num_items, num_images_per_prompt
             )
 
         # 4. Encode prompts
@@ -583,14 +583,14 @@ class LatteFlowPipeline(
         self,
         source: SourceImages,
         noise: torch.Tensor,
-        sigma: float,
+        steps: DenoisingSteps,
         height: int,
         width: int,
         num_items: int,
         num_images_per_prompt: int,
     ) -> tuple[torch.Tensor, KnownRegion | None]:
-        """The source images as latents with the noise of `sigma`, (batch, channels, height / f, width / f), and what
-        is not generated if there are masks."""
+        """The source images as latents with the noise of the first step, (batch, channels, height / f, width / f), and
+        what is not generated if there are masks."""
         mask = None
         if source.masks is not None:
             mask = latent_mask(source.masks, height, width, self.vae_scale_factor).to(noise.device)
@@ -598,8 +598,10 @@ class LatteFlowPipeline(
         clean = self.encode_images(source.images, height, width)
         check_finite(clean, self.vae)
         clean = repeat_for_batch(clean.to(noise), num_items, num_images_per_prompt)
-        # Schedulers that start a little below 1 start from pure noise too, as without a source.
-        latents = noise if sigma >= MIN_FIRST_SIGMA else interpolate(clean, noise, sigma)
+        sigma = steps.sigmas[0]
+        # All steps start from pure noise, as without a source, also those of schedulers that start a little below 1.
+        is_pure_noise = steps.first == 0 and sigma >= MIN_FIRST_SIGMA
+        latents = noise if is_pure_noise else interpolate(clean, noise, sigma)
         return latents, None if mask is None else KnownRegion(clean, noise, mask)
 
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
