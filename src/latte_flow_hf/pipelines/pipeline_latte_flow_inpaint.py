@@ -74,7 +74,7 @@ class LatteFlowInpaintPipeline(LatteFlowPipeline):
             padding_mask_crop (`int`, *optional*):
                 Generate only the surroundings of the mask, with this many pixels around it, at `height` x `width`,
                 and paste them into the source, whose size the result has. For masks that are small in a large image.
-                With `output_type="pil"` only.
+                The prompt then describes these surroundings. With `output_type="pil"` only.
 
         Returns:
             [`LatteFlowPipelineOutput`], or a tuple of the images.
