@@ -75,8 +75,8 @@ def export_expert(
 ) -> torch.export.ExportedProgram:
     """The velocity of one expert as a program, for latents of one size and any number of images and prompt tokens.
 
-    Each image has a prompt of its own. With guidance both branches are one batch, as in the pipeline. Adapters that are
-    active become part of the program.
+    Each image has a prompt of its own. With guidance both branches are one batch, as in the pipeline. Active adapters
+    become part of the program.
 
     Args:
         model ([`LatteFlowForConditionalGeneration`]): the model.
