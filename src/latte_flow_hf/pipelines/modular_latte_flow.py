@@ -51,9 +51,14 @@ MODEL_NAME = "latte-flow"
 GUIDER_INPUTS = {"context": ("context", "negative_context")}
 
 
+class _SkippableLayer(LatteFlowLayer):
+    """A layer that diffusers' layer-skip hooks know. `LatteFlowLayer` itself stays unknown to them: caches, which use
+    the same table, would skip layers of a model in the middle of a trajectory."""
+
+
 class _LayerMetadata(TransformerBlockMetadata):
-    """What diffusers' layer-skip hooks return in place of a skipped layer: its hidden states and, as a layer returns
-    them too, the attention scores of the layer before it."""
+    """What those hooks return in place of a skipped layer: its hidden states and, as a layer returns them too, the
+    attention scores of the layer before it."""
 
     def _get_parameter_from_args_kwargs(self, identifier: str, args: Any = (), kwargs: Any = None) -> Any:
         name = "previous_scores" if identifier == "encoder_hidden_states" else identifier
@@ -61,7 +66,7 @@ class _LayerMetadata(TransformerBlockMetadata):
 
 
 TransformerBlockRegistry.register(
-    LatteFlowLayer, _LayerMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1)
+    _SkippableLayer, _LayerMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1)
 )
 
 
@@ -200,7 +205,10 @@ def _own_modules(model: Any) -> Any:
     """The model with a tower of its own modules but the same weights: hooks on it concern no other call."""
     own = copy.copy(model)
     tensors = [*model.tower.parameters(), *model.tower.buffers()]
-    own._modules = {**model._modules, "tower": copy.deepcopy(model.tower, {id(tensor): tensor for tensor in tensors})}
+    tower = copy.deepcopy(model.tower, {id(tensor): tensor for tensor in tensors})
+    for layer in tower.layers:
+        layer.__class__ = _SkippableLayer
+    own._modules = {**model._modules, "tower": tower}
     return own
 
 
