@@ -125,7 +125,8 @@ def _modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _has_hook(module: torch.nn.Module) -> bool:
-    return "_hf_hook" in module.__dict__ or "_diffusers_hook" in module.__dict__
+    # Hooks of diffusers that were removed leave an empty registry.
+    return "_hf_hook" in module.__dict__ or ("_diffusers_hook" in module.__dict__ and bool(_hook_names(module)))
 
 
 def runs_only_in_forward(tower: torch.nn.Module) -> bool:
