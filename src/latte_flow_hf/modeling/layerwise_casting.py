@@ -13,6 +13,8 @@ from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
 from torch import nn
 from transformers.utils import is_peft_available
 
+from .adapters import peft
+
 
 _HOOK = "layerwise_casting"
 
@@ -90,8 +92,6 @@ class LatteFlowLayerwiseCastingMixin:
 
     def _adapter_patterns(self) -> tuple[str, ...]:
         """The names of LoRA's own weights, which stay as they are. Other methods compute with the stored weights."""
-        from peft.tuners.lora import LoraLayer
-
         for name, config in (getattr(self, "peft_config", None) or {}).items():
             method = getattr(config.peft_type, "value", config.peft_type)
             if method != "LORA" or getattr(config, "use_dora", False):
@@ -99,7 +99,7 @@ class LatteFlowLayerwiseCastingMixin:
                     f"adapter {name!r} ({'DoRA' if method == 'LORA' else method}) computes with the weights of the "
                     "tower, which layerwise casting stores in another dtype; fuse it, or use LoRA."
                 )
-        return tuple(rf"\.{name}(\.|$)" for name in LoraLayer.adapter_layer_names)
+        return tuple(rf"\.{name}(\.|$)" for name in peft.tuners.lora.LoraLayer.adapter_layer_names)
 
     def _check_not_cast(self, method: str) -> None:
         if is_layerwise_cast(self.tower):
