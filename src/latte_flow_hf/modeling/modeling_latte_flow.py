@@ -60,6 +60,7 @@ from .flow_matching import (
     expert_of_sigma,
 )
 from .generation import LatteFlowGenerationMixin
+from .layerwise_casting import LatteFlowLayerwiseCastingMixin
 from .losses import LatteFlowLossMixin
 from .positions import interleaved_rotary_embedding, sincos_pos_embed
 
@@ -615,7 +616,12 @@ class LatteFlowPreTrainedModel(PreTrainedModel):
 
 
 class LatteFlowForConditionalGeneration(
-    LatteFlowGenerationMixin, LatteFlowLossMixin, LatteFlowAdapterMixin, LatteFlowPreTrainedModel, GenerationMixin
+    LatteFlowGenerationMixin,
+    LatteFlowLossMixin,
+    LatteFlowLayerwiseCastingMixin,
+    LatteFlowAdapterMixin,
+    LatteFlowPreTrainedModel,
+    GenerationMixin,
 ):
     """A frozen vision-language model, and beside it a tower of timestep experts that generates images.
 
@@ -685,6 +691,7 @@ class LatteFlowForConditionalGeneration(
 
         The Trainer resumes with `load_state_dict`, which ignores a backbone that is stored under its original names.
         """
+        self._check_not_cast("save_pretrained")
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
     # diffusers reads the signature to decide what to pass, such as `variant` and `max_shard_size`.
@@ -755,7 +762,13 @@ class LatteFlowForConditionalGeneration(
         )
 
     def train(self, mode: bool = True) -> "LatteFlowForConditionalGeneration":
-        """Training mode for the tower, and for a backbone that is trained; a frozen one stays in evaluation mode."""
+        """Training mode for the tower, and for a backbone that is trained; a frozen one stays in evaluation mode.
+
+        Raises:
+            `ValueError`: for training mode after `enable_layerwise_casting`.
+        """
+        if mode:
+            self._check_not_cast("train")
         super().train(mode)
         self.vlm.train(mode and any(parameter.requires_grad for parameter in self.vlm.parameters()))
         return self
