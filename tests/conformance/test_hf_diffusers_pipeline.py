@@ -1,0 +1,45 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""diffusers' `PipelineTesterMixin` and `PipelineLatentTesterMixin` on `LatteFlowPipeline`."""
+
+import copy
+import unittest
+
+from hf_suites import WholeTests
+import pytest
+import torch
+from hf_tests.diffusers.pipelines import pipeline_params, test_pipelines_common as suite
+
+from latte_flow_hf import LatteFlowPipeline
+
+
+class LatteFlowPipelineTest(WholeTests, suite.PipelineLatentTesterMixin, suite.PipelineTesterMixin, unittest.TestCase):
+    pipeline_class = LatteFlowPipeline
+    # An encoded prompt is `context`, keys and values of each layer, in place of `prompt_embeds`.
+    params = pipeline_params.TEXT_TO_IMAGE_PARAMS - {
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "cross_attention_kwargs",
+    }
+    batch_params = pipeline_params.TEXT_TO_IMAGE_BATCH_PARAMS
+    image_params = frozenset()
+    image_latents_params = frozenset()
+    callback_cfg_params = frozenset()
+    test_layerwise_casting = True
+    test_group_offloading = True
+    by_design = {}
+
+    @pytest.fixture(autouse=True)
+    def _pipe(self, pipe):
+        self.pipe = pipe
+
+    def get_dummy_components(self):
+        return {name: copy.deepcopy(component) for name, component in self.pipe.components.items()}
+
+    def get_dummy_inputs(self, device, seed=0):
+        return {
+            "prompt": "a red circle",
+            "generator": torch.Generator(device).manual_seed(seed),
+            "num_inference_steps": 2,
+            "guidance_scale": 5.0,
+            "output_type": "np",
+        }
