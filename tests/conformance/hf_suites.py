@@ -23,8 +23,9 @@ for library in ("transformers", "diffusers", "peft"):
     package = types.ModuleType(f"hf_tests.{library}")
     package.__path__ = [os.path.join(os.environ["HF_TESTS"], library, "tests")]
     sys.modules[package.__name__] = package
-# Some files of transformers import each other by this name.
+# Some files of transformers import each other, and scripts of the checkout, by these names.
 sys.modules["tests"] = sys.modules["hf_tests.transformers"]
+sys.path.append(os.path.join(os.environ["HF_TESTS"], "transformers"))
 
 
 class WholeTests:
