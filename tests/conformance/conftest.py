@@ -8,8 +8,8 @@ import pytest
 MARKERS = (
     "accelerate_tests attention autoround bfl big_accelerator bitsandbytes cache compile context_parallel cpu_offload "
     "executorch_export_test flash_attn_test flash_attn_3_test flash_attn_4_test generate gguf group_offload "
-    "ip_adapter is_pipeline_test is_training_test lora memory modelopt onnx_export_test quantization quanto sdnq single_file "
-    "tensor_parallel timeout torch_compile_test torch_export_test torchao training"
+    "ip_adapter is_pipeline_test is_training_test lora memory modelopt onnx_export_test quantization quanto sdnq "
+    "single_file tensor_parallel timeout torch_compile_test torch_export_test torchao training"
 )
 
 

@@ -32,5 +32,5 @@ class WholeTests:
     """A failing subtest fails its test: pytest does not see one that is expected."""
 
     @contextlib.contextmanager
-    def subTest(self, *args, **kwargs):
+    def subTest(self, *args, **kwargs):  # noqa: N802
         yield

@@ -4,12 +4,13 @@
 import copy
 import unittest
 
-from hf_suites import WholeTests
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from hf_suites import WholeTests
 from hf_tests.diffusers.models.autoencoders.vae import get_autoencoder_kl_config
-from hf_tests.diffusers.pipelines import pipeline_params, test_pipelines_common as suite
+from hf_tests.diffusers.pipelines import pipeline_params
+from hf_tests.diffusers.pipelines import test_pipelines_common as suite
 
 from latte_flow_hf import LatteFlowPipeline
 
@@ -30,7 +31,7 @@ class LatteFlowPipelineTest(WholeTests, suite.PipelineLatentTesterMixin, suite.P
     by_design = {
         "test_encode_prompt_works_in_isolation": "there is no text encoder: the model's backbone encodes prompts",
         "test_multi_vae": "asks for the configuration of an AutoencoderKL, see the class below",
-        "test_save_load_optional_components": "without processor and vae, a pipeline needs `context` and gives latents",
+        "test_save_load_optional_components": "without processor and vae, it takes `context` and gives latents",
     }
 
     @pytest.fixture(autouse=True)

@@ -34,6 +34,7 @@ class LatteFlowModelTest(WholeTests, ModelTesterMixin, GenerationTesterMixin, un
     # output of the backbone.
     test_all_params_have_gradient = False
 
+    test_mismatching_num_image_tokens = qwen2_vl.Qwen2VLModelTest.test_mismatching_num_image_tokens
     # Positions of packed prompts with three axes, as the tests of Qwen2-VL give them.
     attention_mask_padding_matches_padding_free_with_position_ids = (
         qwen2_vl.Qwen2VLModelTest.attention_mask_padding_matches_padding_free_with_position_ids
@@ -47,7 +48,7 @@ class LatteFlowModelTest(WholeTests, ModelTesterMixin, GenerationTesterMixin, un
         "test_reverse_loading_mapping": "save_pretrained writes the module's own names, so that the Trainer resumes",
         "test_*_padding_matches_padding_free_with_position_ids": "the backbone is `model.vlm`; `model.model` is asked",
         "test_retain_grad_hidden_states_attentions": FROZEN,
-        "test_training_gradient_checkpointing*": FROZEN + " until `train()` finds it unfrozen; the test unfreezes later",
+        "test_training_gradient_checkpointing*": FROZEN + " when `train()` is called, and unfrozen later",
     }
 
     def setUp(self):
