@@ -74,7 +74,7 @@ class CommonTests(PeftCommonTester):
     by_design = {
         "*adapter_name_substring-AdaLoRA*": "peft: AdaLoRA trains one adapter alone",
         "*weighted_combination_of_adapters-DoRA*": "peft: the magnitudes of DoRA are not combined",
-        "*mixed_adapter_batches_and_beam_search-*": "reads config.eos_token_id, which no vision-language model has",
+        "*mixed_adapter_batches_and_beam_search-*": "reads config.eos_token_id, which Qwen2-VL does not have",
     }
 
     def run(self, test, method, checkpoint):

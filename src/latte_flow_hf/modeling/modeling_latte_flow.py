@@ -704,7 +704,7 @@ class LatteFlowForConditionalGeneration(
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> ModelOutput | tuple:
         """Without `latents` or `states` the backbone's own output, with them the training losses.
 
