@@ -24,7 +24,7 @@ class LatteFlowPipelineTest(WholeTests, suite.PipelineLatentTesterMixin, suite.P
         "cross_attention_kwargs",
     }
     batch_params = pipeline_params.TEXT_TO_IMAGE_BATCH_PARAMS
-    image_params = frozenset()
+    image_params = frozenset(["image"])
     image_latents_params = frozenset()
     callback_cfg_params = frozenset()
     test_group_offloading = True
@@ -35,8 +35,8 @@ class LatteFlowPipelineTest(WholeTests, suite.PipelineLatentTesterMixin, suite.P
     }
 
     @pytest.fixture(autouse=True)
-    def _pipe(self, pipe):
-        self.pipe = pipe
+    def _pipe(self, pipe, picture):
+        self.pipe, self.picture = pipe, picture
 
     def get_dummy_components(self):
         return {name: copy.deepcopy(component) for name, component in self.pipe.components.items()}
@@ -44,6 +44,7 @@ class LatteFlowPipelineTest(WholeTests, suite.PipelineLatentTesterMixin, suite.P
     def get_dummy_inputs(self, device, seed=0):
         return {
             "prompt": "a red circle",
+            "image": self.picture,
             "generator": torch.Generator(device).manual_seed(seed),
             "num_inference_steps": 2,
             "guidance_scale": 5.0,
