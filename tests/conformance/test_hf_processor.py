@@ -18,6 +18,10 @@ class LatteFlowProcessorTest(WholeTests, suite.ProcessorTesterMixin, unittest.Te
         "test_init_arguments_not_in_processor_kwargs": "sanitize_control_tokens is saved, and a call may change it",
     }
 
+    @classmethod
+    def _setup_test_attributes(cls, processor):
+        cls.image_token = processor.image_token  # and no token of videos, which are left out
+
     @pytest.fixture(autouse=True)
     def local_picture(self, picture, tmp_path, monkeypatch):
         """The suite would download its picture."""
