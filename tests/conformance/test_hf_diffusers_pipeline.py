@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""diffusers' `PipelineTesterMixin` and `PipelineLatentTesterMixin` on `LatteFlowPipeline`."""
+"""diffusers' `PipelineTesterMixin` and `PipelineLatentTesterMixin` on our three pipelines."""
 
 import copy
 import unittest
@@ -11,8 +11,9 @@ from hf_suites import WholeTests
 from hf_tests.diffusers.models.autoencoders.vae import get_autoencoder_kl_config
 from hf_tests.diffusers.pipelines import pipeline_params
 from hf_tests.diffusers.pipelines import test_pipelines_common as suite
+from PIL import Image
 
-from latte_flow_hf import LatteFlowPipeline
+from latte_flow_hf import LatteFlowImg2ImgPipeline, LatteFlowInpaintPipeline, LatteFlowPipeline
 
 
 class LatteFlowPipelineTest(WholeTests, suite.PipelineLatentTesterMixin, suite.PipelineTesterMixin, unittest.TestCase):
@@ -59,3 +60,26 @@ class AutoencoderKLPipelineTest(LatteFlowPipelineTest):
     def get_dummy_components(self):
         vae = AutoencoderKL(**get_autoencoder_kl_config())
         return {**super().get_dummy_components(), "vae": vae.eval()}
+
+
+class LatteFlowImg2ImgPipelineTest(LatteFlowPipelineTest):
+    pipeline_class = LatteFlowImg2ImgPipeline
+    params = pipeline_params.TEXT_GUIDED_IMAGE_VARIATION_PARAMS - {
+        "prompt_embeds",
+        "negative_prompt_embeds",
+    }
+    batch_params = pipeline_params.TEXT_GUIDED_IMAGE_VARIATION_BATCH_PARAMS
+
+    def get_dummy_inputs(self, device, seed=0):
+        return {**super().get_dummy_inputs(device, seed), "strength": 0.8, "num_inference_steps": 4}
+
+
+class LatteFlowInpaintPipelineTest(LatteFlowImg2ImgPipelineTest):
+    pipeline_class = LatteFlowInpaintPipeline
+    params = LatteFlowImg2ImgPipelineTest.params | {"mask_image"}
+    batch_params = pipeline_params.TEXT_GUIDED_IMAGE_INPAINTING_BATCH_PARAMS
+
+    def get_dummy_inputs(self, device, seed=0):
+        mask = Image.new("L", self.picture.size)
+        mask.paste(255, (16, 16, 48, 48))
+        return {**super().get_dummy_inputs(device, seed), "mask_image": mask}
