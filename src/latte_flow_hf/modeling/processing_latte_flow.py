@@ -115,6 +115,17 @@ class LatteFlowProcessorMixin(ProcessorMixin):
             processor_dict = {"video_processor": settings, **processor_dict}
         return processor_dict, unused
 
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """Same as `ProcessorMixin.__call__`, for text and images alone.
+
+        Raises:
+            `ValueError`: if `videos` or `audio` are given.
+        """
+        for name in ("videos", "audio"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"{name} must not be given: {type(self).__name__} takes text and images alone.")
+        return super().__call__(images=images, text=text, **kwargs)
+
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any):
         names = {"chat_template", "background", "sanitize_control_tokens", "video_processor", *cls.stock_settings}
