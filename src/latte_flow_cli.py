@@ -210,6 +210,7 @@ def _load(model: str | None, device: str | None, dtype: str, lora: list[str] | N
     import transformers
 
     from latte_flow_hf import LatteFlowPipeline, tiny_checkpoint
+    from latte_flow_hf.checkpoints import few_step_checkpoint
     from latte_flow_hf.pipelines.lora import load_loras
 
     device = _check_device(device)
@@ -218,6 +219,10 @@ def _load(model: str | None, device: str | None, dtype: str, lora: list[str] | N
     pipe = LatteFlowPipeline.from_pretrained(model or tiny_checkpoint(), dtype=getattr(torch, dtype))
     if lora:
         load_loras(pipe, lora)
+    if lora == [few_step_checkpoint()]:
+        # As part of the weights it costs no time: PEFT takes longer for it than the layers for their own work.
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
     return pipe.to(device)
 
 

@@ -1,7 +1,6 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """Off-loading that `DiffusionPipeline` does not have: one expert at a time. And what group off-loading needs."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from diffusers.utils.torch_utils import get_device
 from torch.distributed.tensor import DTensor
 
 from ..modeling.expert_offload import ExpertOffload
+from ..modeling.module_walk import all_modules
 
 
 class LatteFlowOffloadingMixin:
@@ -99,18 +99,7 @@ class LatteFlowOffloadingMixin:
 
 def has_forward_hooks(model: torch.nn.Module) -> bool:
     """Whether accelerate or diffusers hooked the `forward` of any module, to move weights or inputs."""
-    return any(_has_hook(module) for module in _modules(model))
-
-
-# Each call looks for hooks. `Module.modules()`, which composes names, and `hasattr`, which searches parameters and
-# submodules, take longer for that than a step of a small model.
-def _modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Same as `model.modules()`; a module that occurs twice is repeated."""
-    remaining = [model]
-    while remaining:
-        module = remaining.pop()
-        yield module
-        remaining += [child for child in module._modules.values() if child is not None]
+    return any(_has_hook(module) for module in all_modules(model))
 
 
 def _has_hook(module: torch.nn.Module) -> bool:
@@ -136,10 +125,15 @@ def uses_shared_state(module: torch.nn.Module) -> bool:
     This is so with expert off-loading, with hooks on `forward` (off-loading, layerwise casting), and with FSDP.
     """
     tower = getattr(module, "tower", module)
-    return getattr(tower, "expert_offload", None) is not None or any(
-        _has_hook(submodule) or any(isinstance(weight, DTensor) for weight in submodule._parameters.values())
-        for submodule in _modules(module)
-    )
+    if getattr(tower, "expert_offload", None) is not None:
+        return True
+    for submodule in all_modules(module):
+        if _has_hook(submodule):
+            return True
+        for weight in submodule._parameters.values():
+            if isinstance(weight, DTensor):
+                return True
+    return False
 
 
 def check_hooks(model: torch.nn.Module) -> None:
@@ -150,7 +144,7 @@ def check_hooks(model: torch.nn.Module) -> None:
     """
     hooks = {
         name
-        for module in _modules(model)
+        for module in all_modules(model)
         if "_diffusers_hook" in module.__dict__
         for name, hook in module._diffusers_hook.hooks.items()
         if hook._is_stateful
