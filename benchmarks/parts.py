@@ -10,7 +10,7 @@ import functools
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from latte_flow_hf.modeling.modeling_latte_flow import (
     LatteFlowTower,
 )
 
-from .scenarios import LatteFlow, materialize
+from .scenarios import EmbeddedCheckpoint, LatteFlow, materialize
 from .suite import Suite
 
 
@@ -53,8 +53,14 @@ REST = "rest: checks, state of the call, loop"
 
 
 @contextlib.contextmanager
-def timed_parts() -> Iterator[dict[str, float]]:
-    """Time the functions of `PARTS` inside the block.
+def timed_parts(
+    parts: Sequence[tuple[str, Sequence[tuple[type, str]]]] = PARTS, now: Callable[[], float] = time.perf_counter
+) -> Iterator[dict[str, float]]:
+    """Time functions inside the block.
+
+    Args:
+        parts: the name of each part, and its functions: a class, and the name of the method.
+        now: the clock, in seconds.
 
     Yields:
         `dict[str, float]`: seconds spent in each part so far, without the parts that it calls.
@@ -62,13 +68,13 @@ def timed_parts() -> Iterator[dict[str, float]]:
     seconds: dict[str, float] = defaultdict(float)
     # The part that runs, below those that called it, and when it began or went on.
     running: list[str] = [REST]
-    since = time.perf_counter()
+    since = now()
 
     def switch() -> None:
         nonlocal since
-        now = time.perf_counter()
-        seconds[running[-1]] += now - since
-        since = now
+        switched = now()
+        seconds[running[-1]] += switched - since
+        since = switched
 
     def timed(function: Callable, part: str) -> Callable:
         @functools.wraps(function)
@@ -83,8 +89,8 @@ def timed_parts() -> Iterator[dict[str, float]]:
 
         return wrapped
 
-    originals = [(owner, name, vars(owner)[name]) for _, functions in PARTS for owner, name in functions]
-    for part, functions in PARTS:
+    originals = [(owner, name, vars(owner)[name]) for _, functions in parts for owner, name in functions]
+    for part, functions in parts:
         for owner, name in functions:
             setattr(owner, name, timed(vars(owner)[name], part))
     try:
@@ -95,55 +101,51 @@ def timed_parts() -> Iterator[dict[str, float]]:
             setattr(owner, name, original)
 
 
-def profile(suite: Suite, name: str, num_rounds: int) -> dict[str, float]:
-    """The parts of an image of one scenario, in this process.
+def time_parts(suite: Suite, name: str) -> dict[str, float]:
+    """The parts of an image of one scenario, measured in this process, `num_rounds` times with and without timers.
 
     Args:
         suite ([`Suite`]): the suite.
         name (`str`): a scenario of kind `latte_flow` or `embedded`.
-        num_rounds (`int`): images; each part is the median over them.
 
     Returns:
-        `dict[str, float]`: seconds by part, and of a whole image without timers as `image`.
+        `dict[str, float]`: seconds by part, and of a whole image without timers as `image`, each the median.
 
     Raises:
-        `ValueError`: if there is no such scenario, it is of another kind or on a GPU, where calls return before their
-            work is done, or `num_rounds` is not positive.
+        `ValueError`: if there is no such scenario, it is of another kind, or the device is a GPU, where functions
+            return before their work is done.
     """
-    scenarios = {key: item for key, item in suite.build_scenarios().items() if type(item).kind in PROFILED_KINDS}
+    scenarios = {key: item for key, item in suite.build_scenarios().items() if type(item) in TIMED}
     if name not in scenarios:
-        raise ValueError(f"scenario to profile must be one of {list(scenarios)}, got {name!r}.")
-    if num_rounds < 1:
-        raise ValueError(f"number of images to profile must be positive, got {num_rounds}.")
+        raise ValueError(f"parts can be timed of the scenarios {list(scenarios)}, got {name!r}.")
     if torch.device(suite.device).type != "cpu":
-        raise ValueError(f"profiling needs device cpu, got {suite.device!r}; use torch.profiler on a GPU.")
+        raise ValueError(f"parts can be timed on the device cpu, got {suite.device!r}; use torch.profiler on a GPU.")
     if suite.num_threads:
         torch.set_num_threads(suite.num_threads)
     scenario = scenarios[name]
     networks = scenario.build_networks()
     materialize(networks, {}, suite.device, getattr(torch, suite.dtype))
-    generate = scenario.prepare(networks, **({"compiled": True} if scenario.compile else {}))
+    generate = scenario.prepare(networks, compiled=scenario.compile)
 
     def run() -> float:
         start = time.perf_counter()
         generate(scenario.num_steps, lambda part: None)
         return time.perf_counter() - start
 
-    with torch.no_grad():
-        for _ in range(suite.num_warmup_calls):
+    for _ in range(suite.num_warmup_calls):
+        run()
+    images, parts = [], []
+    for _ in range(suite.num_rounds):
+        images.append(run())
+        with timed_parts() as seconds:
             run()
-        images, parts = [], []
-        for _ in range(num_rounds):
-            images.append(run())
-            with timed_parts() as seconds:
-                run()
-            parts.append(dict(seconds))
+        parts.append(dict(seconds))
     names = [*(part for part, _ in PARTS), REST]
     medians = {part: statistics.median(item.get(part, 0.0) for item in parts) for part in names}
     return {**medians, "image": statistics.median(images)}
 
 
-PROFILED_KINDS = (LatteFlow.kind, "embedded")
+TIMED = (LatteFlow, EmbeddedCheckpoint)
 
 
 def parts_to_markdown(parts: dict[str, float]) -> str:

@@ -9,12 +9,12 @@ import torch
 
 from latte_flow_hf.files import read_yaml
 
-from .baselines import DiT, JanusPro, Sana
+from .baselines import DiT, JanusPro, Sana, SanaSprint
 from .scenarios import EmbeddedCheckpoint, LatteFlow, Matmul, Scenario
 
 
 KINDS: dict[str, type[Scenario]] = {
-    scenario.kind: scenario for scenario in (LatteFlow, Matmul, EmbeddedCheckpoint, DiT, Sana, JanusPro)
+    scenario.kind: scenario for scenario in (LatteFlow, Matmul, EmbeddedCheckpoint, DiT, Sana, SanaSprint, JanusPro)
 }
 
 # What a ratio can compare: seconds per image, seconds per step and image (`step`), and the counts.
