@@ -127,17 +127,19 @@ def time_parts(suite: Suite, name: str) -> dict[str, float]:
     materialize(networks, {}, suite.device, getattr(torch, suite.dtype))
     generate = scenario.prepare(networks, compiled=scenario.compile)
 
+    now = time.process_time if suite.clock == "cpu" else time.perf_counter
+
     def run() -> float:
-        start = time.perf_counter()
+        start = now()
         generate(scenario.num_steps, lambda part: None)
-        return time.perf_counter() - start
+        return now() - start
 
     for _ in range(suite.num_warmup_calls):
         run()
     images, parts = [], []
     for _ in range(suite.num_rounds):
         images.append(run())
-        with timed_parts() as seconds:
+        with timed_parts(now=now) as seconds:
             run()
         parts.append(dict(seconds))
     names = [*(part for part, _ in PARTS), REST]

@@ -5,8 +5,9 @@
     python -m benchmarks.speed benchmarks/suites/few_steps_2b.yaml --parts latte-k4-4
 
 Scenarios are measured in turn within a round, in worker processes that stay alive. Every second round runs in reverse
-order, so that a change of the machine's load over time favours none of them. `--parts` divides an image of one scenario
-into the functions that it runs instead.
+order, so that a change of the machine's load over time favours none of them.
+
+`--parts` divides an image of one scenario into the functions that it runs instead.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import json
 import os
 import platform
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import diffusers
@@ -136,6 +137,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("suite", type=Path, help="a YAML file, such as benchmarks/suites/speed_tinyworld.yaml")
     parser.add_argument("-o", "--output", type=Path, help="folder for results.json, results.md and results.png")
     parser.add_argument("--parts", metavar="SCENARIO", help="print where the time of an image of this scenario goes")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="processor time of one thread, for a machine that does other work too"
+    )
     options = parser.parse_args(arguments)
     if (options.output is None) == (options.parts is None):
         parser.error("give either --output or --parts.")
@@ -143,6 +147,8 @@ def main(arguments: list[str] | None = None) -> None:
     diffusers.utils.logging.disable_progress_bar()
     try:
         suite = Suite.from_yaml(options.suite)
+        if options.cpu_time:
+            suite = replace(suite, clock="cpu", num_threads=1)
         if options.parts is not None:
             print(parts_to_markdown(time_parts(suite, options.parts)))
             return

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -182,6 +183,18 @@ def test_seconds_per_image_are_the_sum_of_the_parts():
     assert all_steps["loop"] == 14 and all_steps["image"] == 25
 
 
+def test_processor_time_leaves_out_what_others_do():
+    """A call that waits takes time by the wall clock alone."""
+
+    def generate(num_steps, mark):
+        time.sleep(0.05)
+        mark("step")
+        mark("decode")
+
+    assert sum(workers.measure(generate, 1)["steps"]) >= 0.05
+    assert sum(workers.measure(generate, 1, clock="cpu")["steps"]) < 0.04
+
+
 def test_ratios_are_computed_within_rounds(latte):
     """Both scenarios take twice as long in the second round: the ratio is the same in both."""
     info = {"num_steps": 2, "batch_size": 1, "step_parameters": 7}
@@ -211,6 +224,7 @@ def test_ratios_are_computed_within_rounds(latte):
         ({"num_threads": 0}, "num_threads must be"),
         ({"dtype": "float31"}, "dtype must be a dtype of torch"),
         ({"device": "abacus"}, "device must be"),
+        ({"clock": "sundial"}, "clock must be wall, or cpu on the device cpu, got 'sundial'"),
         ({"scenarios": {}}, "scenarios must contain at least one"),
         ({"scenarios": {"a": {"kind": "gan"}}}, r"kind must be one of \['latte_flow', 'matmul', .*'gan'"),
         ({"scenarios": {"a": {"kind": "dit", "num_experts": 4}}}, r"fields of 'dit' are .*\['num_experts'\]"),

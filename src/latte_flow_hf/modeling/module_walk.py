@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""A walk over the modules of a network that costs less than a step of a small model: calls look for hooks and adapters."""
+"""A walk over the modules of a network, fast enough for every call to look for hooks and adapters in it."""
 
 from torch import nn
 
