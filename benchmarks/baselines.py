@@ -130,8 +130,8 @@ class Sana(Scenario):
     kind = "sana"
     published_sizes = {"transformer": SANA_600M, "text_encoder": GEMMA_2_2B, "vae": DC_AE_F32C32}
     note = (
-        "small tokenizer; without the instruction of about 200 more tokens that diffusers puts before a prompt, which "
-        "favours it; without the encoder of the autoencoder"
+        "small tokenizer; without the instruction that diffusers puts before a prompt by default, which favours it; "
+        "without the encoder of the autoencoder"
     )
 
     num_steps: int = 20

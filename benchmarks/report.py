@@ -91,8 +91,8 @@ def to_markdown(suite: Suite, results: dict) -> str:
         f"{environment['num_cores']} cores, {suite.dtype}, {num_rounds} round(s), load average {min(loads)} to "
         f"{max(loads)}; {versions}.",
         "",
-        f"{'Processor seconds' if suite.clock == 'cpu' else 'Seconds'} per image: median over the rounds (min to max). `~`: extrapolated from fewer steps than an image "
-        "has. Peak: memory in addition to the weights.",
+        f"{'Processor seconds' if suite.clock == 'cpu' else 'Seconds'} per image: median over the rounds (min to max). "
+        "`~`: extrapolated from fewer steps than an image has. Peak: memory in addition to the weights.",
         "",
         "| " + " | ".join(columns) + " |",
         "|---" * len(columns) + "|",

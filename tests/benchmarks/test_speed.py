@@ -308,7 +308,7 @@ def test_parts_that_cannot_be_timed_are_refused(embedded, name, device, message)
 def test_the_command_takes_an_output_or_parts(embedded, tmp_path, capsys):
     suite = tmp_path / "suite.yaml"
     suite.write_text(yaml.safe_dump({**yaml.safe_load(TINY.read_text()), "ratios": [], "num_rounds": 1}))
-    speed.main([str(suite), "--parts", "fused"])
+    speed.main([str(suite), "--parts", "fused", "--cpu-time"])
     assert "| layers |" in capsys.readouterr().out
     for arguments in ([], ["--parts", "fused", "-o", str(tmp_path / "out")]):
         with pytest.raises(SystemExit, match="2"):
