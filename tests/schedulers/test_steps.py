@@ -19,6 +19,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
+    FluxImg2ImgPipeline,
     SASolverScheduler,
     SchedulerMixin,
     UniPCMultistepScheduler,
@@ -28,6 +29,7 @@ from latte_flow_hf import LatteFlowScheduler
 from latte_flow_hf.schedulers.steps import (
     experts_of_steps,
     finish_step,
+    first_evaluation,
     generator_kwargs,
     model_timesteps,
     set_timesteps,
@@ -254,3 +256,19 @@ def test_steps_may_start_later_with_given_latents():
     scheduler = UniPCMultistepScheduler(**FLOW)
     set_timesteps(scheduler, 40, sigmas=[0.7, 0.3], starts_from_noise=False)
     np.testing.assert_allclose(scheduler.sigmas.numpy(), [0.7, 0.3, 0.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_first_evaluation_is_that_of_diffusers(order):
+    """`get_timesteps` of diffusers' flow-matching image-to-image pipelines, without the errors of its rounding."""
+    solver = "heun" if order == 2 else "euler"
+    for num_steps in (1, 3, 4, 20, 40):
+        pipe = FluxImg2ImgPipeline.__new__(FluxImg2ImgPipeline)
+        pipe.scheduler = LatteFlowScheduler(solver=solver)
+        pipe.scheduler.set_timesteps(num_steps)
+        for strength in (1e-9, 0.05, 0.25, 0.31, 0.5, 0.6, 0.75, 0.9, 0.99, 1.0):
+            timesteps, _ = pipe.get_timesteps(num_steps, strength, "cpu")
+            assert first_evaluation(pipe.scheduler, strength) == len(pipe.scheduler.timesteps) - len(timesteps)
+        # diffusers takes 12 of 20 steps here: 20 * 0.55 is a little above 11.
+        if num_steps == 20:
+            assert first_evaluation(pipe.scheduler, 0.55) == 9 * order
