@@ -184,7 +184,7 @@ def adapter_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
         return
 
     for name, module in list(model.named_modules()):
-        if _is_of_peft(type(module)):
+        if _is_of_peft(type(module)):  # type: ignore[arg-type]
             yield name, module
 
 
