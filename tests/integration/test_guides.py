@@ -63,6 +63,7 @@ PAGES: dict[str, dict[str, str]] = {
     "docs/guides/image_to_image.md": {
         "(0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)": "(0.4, 0.6)",
         "seeds=range(8)": "seeds=range(2)",
+        '["blue square", "green cross", "yellow triangle", "white circle"]': '["blue square"]',
     },
     "docs/guides/images_in_prompts.md": {},
     "docs/guides/loading_and_publishing.md": {'"user/name"': '"with-code"', "my-latte-flow": "vanilla"},

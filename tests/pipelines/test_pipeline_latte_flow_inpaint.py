@@ -252,6 +252,11 @@ BAD_CALLS = [
     ({"mask_image": [box_mask(), Image.new("L", (64, 64))]}, "mask_image 1 marks nothing"),
     ({"mask_image": box_mask((64, 32))}, "mask_image must be as large as its image, (64, 64), got (64, 32)."),
     ({"mask_image": np.full((64, 64), math.nan)}, "mask_image: image of float64, (64, 64), cannot be used: float"),
+    (
+        {"mask_image": torch.ones(2, 64, 64)},
+        "mask_image of shape (2, 64, 64) may be several masks or several channels",
+    ),
+    ({"mask_image": [np.ones((3, 64, 64))]}, "mask_image of shape (3, 64, 64) may be several masks"),
     ({"mask_image": np.full((64, 64), 255.0)}, "float values must be from 0 to 1, got 255 to 255"),
     ({"mask_image": np.ones((64, 64), np.int64)}, "mask_image: an image must be a PIL image"),
     ({"mask_image": "no/mask.png"}, "mask_image: image 'no/mask.png' cannot be read"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
@@ -84,6 +85,8 @@ def load_masked_sources(images: Any, masks: Any, strength: float | None, backgro
     """
     source = load_sources(images, strength, background)
     loaded = source.images
+    for mask in masks if isinstance(masks, (list, tuple)) else [masks]:
+        _check_mask_axes(mask)
     loaded_masks = [_black_or_white(mask) for mask in _load("mask_image", masks, "black")]
     if 1 not in (len(loaded), len(loaded_masks)) and len(loaded) != len(loaded_masks):
         raise ValueError(f"mask_image must be one, or one for each of {len(loaded)} images, got {len(loaded_masks)}.")
@@ -195,6 +198,16 @@ def _load(name: str, sources: Any, background: Background) -> list[Image.Image]:
     if not loaded:
         raise ValueError(f"{name} must be given: an image, a list of them, or a batch; got {sources!r}.")
     return loaded
+
+
+def _check_mask_axes(mask: Any) -> None:
+    """Three axes are several masks in diffusers, but channels and one image for `load_rgb_image`."""
+    is_array = isinstance(mask, (np.ndarray, torch.Tensor)) and mask.ndim == 3
+    if is_array and mask.shape[0] != 1 and mask.shape[-1] not in range(1, 5):
+        raise ValueError(
+            f"mask_image of shape {tuple(mask.shape)} may be several masks or several channels; give (n, 1, height, "
+            "width) for masks, or one channel."
+        )
 
 
 def _check_mask(marks_something: bool, index: int, num_masks: int) -> None:
