@@ -51,6 +51,7 @@ PAGES: dict[str, dict[str, str]] = {
     "docs/concepts/residual_attention.md": {},
     "docs/concepts/time_axis.md": {},
     "docs/guides/add_a_class.md": {"num_images=200": "num_images=6", "range(400)": "range(12)"},
+    "docs/guides/backbones.md": {"Qwen/Qwen3-VL-2B-Instruct": "backbone"},
     "docs/guides/conversion.md": {},
     "docs/guides/devices_and_dtypes.md": {},
     "docs/guides/few_steps.md": {

@@ -2,6 +2,7 @@
 """The training losses: recomputed by definition, and which weights learn from them."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -141,6 +142,17 @@ def test_training_step_runs_each_layer_once_and_prefills_as_deep_as_it_reads(tra
     assert rows == dict.fromkeys(range(4), 0)
     for handle in handles:
         handle.remove()
+
+
+def test_a_tower_of_some_layers_prefills_as_deep_as_it_reads(make_model, encode):
+    model = make_model(num_experts=2, tower_layers=[0, 2, 3], layers_per_expert=[2, 1]).train()
+    rows = Counter()
+    for index, layer in enumerate(model.get_decoder().layers):
+        layer.register_forward_hook(lambda module, inputs, output, index=index: rows.update({index: len(inputs[0])}))
+    model(**encode("a red circle", "a cross", "a white square"), latents=noise(3, 4, 4, 4)).loss.backward()
+    # Two prompts for the first expert, whose last layer reads layer 2 of the backbone.
+    assert rows == {0: 3, 1: 3, 2: 3, 3: 1}
+    assert all(parameter.grad is not None for parameter in model.tower.parameters())
 
 
 def test_new_model_learns(make_model, encode):

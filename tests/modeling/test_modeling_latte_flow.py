@@ -186,6 +186,42 @@ def test_expert_reads_the_backbone_s_keys_of_its_own_layers_only(model, context,
     assert torch.equal(model.predict_velocity(latents, timestep, partial), expected)
 
 
+UNEVEN = {"num_experts": 2, "tower_layers": [0, 2, 3], "layers_per_expert": [1, 2]}
+
+
+@torch.no_grad()
+def test_a_tower_layer_is_the_replica_of_its_own_layer(make_model, backbone, context, count_layers):
+    model = make_model(filled=False, **UNEVEN)
+    for layer, index in zip(model.tower.layers, (0, 2, 3), strict=True):
+        assert same_bytes(layer.mlp, backbone.get_decoder().layers[index].mlp)
+    assert [list(model.expert_layers(k)) for k in range(2)] == [[0], [1, 2]]
+    assert [layer.has_residual for layer in model.tower.layers] == [False, False, True]
+    model = make_model(**UNEVEN)
+    latents = noise(2, 4, 4, 4)
+    for timestep, layers, read in ((730.0, [0], (0,)), (210.0, [1, 2], (2, 3))):
+        with count_layers(model) as calls:
+            expected = model.predict_velocity(latents, timestep, context)
+        assert calls == dict.fromkeys(layers, 1)
+        keys, values = (
+            tuple(
+                states if i in read else torch.full_like(states, float("nan")) for i, states in enumerate(all_states)
+            )
+            for all_states in (context.keys, context.values)
+        )
+        partial = LatteFlowContext(keys, values, context.attention_mask, context.next_position, context.has_padding)
+        assert torch.equal(model.predict_velocity(latents, timestep, partial), expected)
+
+
+def test_a_tower_of_some_layers_is_saved_and_loaded(make_model, context, tmp_path):
+    model = make_model(**UNEVEN)
+    model.save_pretrained(tmp_path)
+    loaded = LatteFlowForConditionalGeneration.from_pretrained(tmp_path)
+    assert (loaded.config.tower_layers, loaded.config.layers_per_expert) == ([0, 2, 3], [1, 2])
+    with torch.no_grad():
+        one, other = (m.predict_velocity(noise(2, 4, 4, 4), 210.0, context) for m in (model, loaded))
+    assert torch.equal(one, other)
+
+
 # The network against a second implementation.
 
 
