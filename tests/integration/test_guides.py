@@ -47,6 +47,7 @@ PAGES: dict[str, dict[str, str]] = {
     "docs/tinyworld.md": {},
     "docs/benchmarks.md": {},
     "docs/departures.md": {},
+    "docs/doors.md": {},
     "docs/concepts/experts.md": {},
     "docs/concepts/residual_attention.md": {},
     "docs/concepts/time_axis.md": {},
@@ -54,6 +55,8 @@ PAGES: dict[str, dict[str, str]] = {
     "docs/guides/backbones.md": {"Qwen/Qwen3-VL-2B-Instruct": "backbone"},
     "docs/guides/conversion.md": {},
     "docs/guides/devices_and_dtypes.md": {},
+    # Two random experts of two layers instead of four.
+    "docs/guides/export.md": {"tiny_checkpoint()": '"with-code"'},
     "docs/guides/few_steps.md": {
         '"path/to/the/base"': repr(tiny_checkpoint()),
         "--device cuda": "--device cpu",
@@ -68,6 +71,7 @@ PAGES: dict[str, dict[str, str]] = {
     },
     "docs/guides/images_in_prompts.md": {},
     "docs/guides/loading_and_publishing.md": {'"user/name"': '"with-code"', "my-latte-flow": "vanilla"},
+    "docs/guides/modular.md": {},
     "docs/guides/reproducing_the_paper.md": {"--num-images 50": "--num-images 1"},
     "docs/guides/solvers.md": {},
     "docs/guides/speed_and_memory.md": {},

@@ -64,6 +64,12 @@ def test_text_config_is_the_backbone_s():
     assert config.get_text_config(decoder=True).num_hidden_layers == 12
 
 
+def test_vision_config_is_the_backbone_s():
+    config = LatteFlowConfig(vlm_config=vlm_config())
+    assert config.vision_config is config.vlm_config.vision_config
+    assert "vision_config" not in config.to_dict()
+
+
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 4, 6, 12])
 def test_experts_share_the_layers_evenly(num_experts):
     config = LatteFlowConfig(vlm_config=vlm_config(12), num_experts=num_experts)

@@ -61,6 +61,17 @@ def test_labels_add_the_backbone_s_own_loss(model, backbone, encode):
     assert torch.equal(output.loss, alone.flow_loss + stock.loss)
 
 
+def test_shifted_labels_replace_labels(model, backbone, encode):
+    # As parallelism over the sequence gives them, whose `labels` may all be out of this process's part.
+    inputs = encode("a red circle", "a cross")
+    shifted = torch.nn.functional.pad(inputs["input_ids"][:, 1:], (0, 1), value=-100)
+    labels = torch.full_like(shifted, -100)
+    with torch.no_grad():
+        output = model(**inputs, labels=labels, shift_labels=shifted, latents=noise(2, 4, 4, 4))
+        stock = backbone(**inputs, labels=labels, shift_labels=shifted)
+    assert stock.loss > 0 and torch.equal(output.lm_loss, stock.loss)
+
+
 @pytest.mark.parametrize(
     "prompts", [["a red circle", "a cross"], ["a cross", "a red circle above a blue square", "a"]]
 )
@@ -91,7 +102,7 @@ def test_loss_with_a_picture_in_the_prompt(model, encode, picture):
 def test_what_the_trainer_adds_is_taken(model, encode):
     # The stock Trainer hands this to every forward that takes keyword arguments.
     inputs, data = encode("a red circle", "a cross"), noise(2, 4, 4, 4)
-    output = model(**inputs, latents=data, num_items_in_batch=torch.tensor(2))
+    output = model(**inputs, latents=data, num_items_in_batch=torch.tensor(2), logits_to_keep=1, use_cache=False)
     assert torch.isfinite(output.loss)
 
 

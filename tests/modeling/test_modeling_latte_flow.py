@@ -7,6 +7,7 @@ the maps are computed in float32 on purpose.
 """
 
 import copy
+import inspect
 import math
 import re
 
@@ -48,6 +49,28 @@ def test_text_loss_and_tuple_equal_the_backbone_s(model, backbone, encode):
         assert torch.equal(ours.loss, stock.loss)
         as_tuple = model(**inputs, return_dict=False)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], stock.logits)
+
+
+def test_arguments_that_forward_names_reach_the_backbone(model, backbone, encode):
+    inputs = encode("what is this?", "how many shapes are there?")
+    embeds = backbone.get_input_embeddings()(inputs["input_ids"]) * 0.5
+    mask = inputs["attention_mask"]
+    given = {
+        "inputs_embeds": embeds,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(-1) * 3).expand(3, -1, -1),
+        "logits_to_keep": 2,
+    }
+    assert set(given) <= set(inspect.signature(model.forward).parameters)  # or the Trainer would remove them
+    with torch.no_grad():
+        ours, stock = model(**given, use_cache=True), backbone(**given, use_cache=True)
+        assert torch.equal(ours.logits, stock.logits) and ours.logits.shape[1] == 2
+        token = {"input_ids": torch.ones(2, 1, dtype=torch.long), "position_ids": torch.full((3, 2, 1), 40)}
+        ours, stock = (
+            one(**token, past_key_values=output.past_key_values).logits
+            for one, output in ((model, ours), (backbone, stock))
+        )
+    assert torch.equal(ours, stock)
 
 
 def test_picture_changes_the_logits(model, encode, picture):
@@ -454,6 +477,21 @@ def test_expert_layers_refuses(model, expert):
 def test_forward_checks_latents_against_prompts(model, encode):
     with pytest.raises(ValueError, match="context must have a prompt for each of the 3 latents, got 1"):
         model(**encode("a red circle"), latents=noise(3, 4, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"noise": noise(1, 4, 4, 4)}, "noise must be given with latents, and has no effect alone"),
+        ({"noise": noise(1, 4, 4, 4), "states": noise(1, 3, 4, 4, 4)}, "noise must be given with latents"),
+        ({"sigmas": [1.0, 0.5, 0.0], "latents": noise(1, 4, 4, 4)}, "sigmas must be given with states"),
+        ({"context": {}}, "context must be given with latents or states"),
+        ({"latents": noise(1, 4, 4, 4), "states": noise(1, 3, 4, 4, 4)}, "give latents or states, not both"),
+    ],
+)
+def test_forward_refuses_arguments_without_effect(model, encode, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model(**encode("a red circle"), **arguments)
 
 
 # Saving and loading.

@@ -222,6 +222,7 @@ class LatteFlowAdapterMixin:
     """The adapter methods of transformers models, with checks, and with a weight for each expert."""
 
     config: LatteFlowConfig
+    _check_not_cast: Any
 
     def load_adapter(
         self,
@@ -285,6 +286,7 @@ class LatteFlowAdapterMixin:
             raise ValueError(f"adapter_name {name!r} is taken; use another name than those of {list(loaded)}.")
         self._check_adapter_name(name)
         self._check_not_fused("load_adapter")
+        self._check_not_cast("load_adapter")
 
         # 2. Read and check the adapter
         stored, stored_config = read_adapter(source, weight_name, **download)
@@ -401,6 +403,7 @@ class LatteFlowAdapterMixin:
         require_peft("add_adapter")
         self._check_adapter_name(adapter_name or "default")
         self._check_not_fused("add_adapter")
+        self._check_not_cast("add_adapter")
         check_adapter_config(self, adapter_config, adapter_name or "default")  # type: ignore[arg-type]
         super().add_adapter(adapter_config, adapter_name)  # type: ignore[misc]
 
@@ -544,6 +547,7 @@ class LatteFlowAdapterMixin:
         Raises:
             `ValueError`: if none is active, they are disabled or fused already, or one cannot be fused.
         """
+        self._check_not_cast("fuse_adapters")
         weights = self.adapter_weights
         modules = list(adapter_modules(self))  # type: ignore[arg-type]
         if not weights:
@@ -572,6 +576,8 @@ class LatteFlowAdapterMixin:
 
     def unfuse_adapters(self) -> None:
         """Subtract what `fuse_adapters` added; the weights are restored up to rounding, and the adapters active."""
+        if self.fused_adapters:
+            self._check_not_cast("unfuse_adapters")
         self._unmerge()
         self.set_adapter_weights(self.adapter_weights)
 

@@ -203,6 +203,11 @@ class LatteFlowConfig(PreTrainedConfig):
         """The backbone's text configuration; transformers expects this name."""
         return self.vlm_config.get_text_config(decoder=True)
 
+    @property
+    def vision_config(self) -> PreTrainedConfig:
+        """The backbone's vision configuration; transformers expects this name."""
+        return self.vlm_config.vision_config
+
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
 

@@ -175,7 +175,9 @@ def prefill_context(
     given = [name for name in ("pixel_values", "token_type_ids") if vision_inputs.get(name) is not None]
     if has_token_types and given == ["pixel_values"]:
         raise ValueError("token_type_ids must be given with images, as the processor returns it; got None.")
-    vision_inputs.pop("use_cache", None)  # A context is a cache, also where a training loop wants none.
+    # A context is a cache without logits, whatever a training loop asks of the same call.
+    for name in ("use_cache", "logits_to_keep"):
+        vision_inputs.pop(name, None)
     for name in ("inputs_embeds", "position_ids", "past_key_values"):
         if vision_inputs.pop(name, None) is not None:
             raise ValueError(f"{name} must not be given: a context is made from the tokens of the prompts alone.")

@@ -15,13 +15,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
-from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedConfig
+from transformers import AutoModelForImageTextToText, Cache, GenerationConfig, PreTrainedConfig
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMixin
@@ -31,7 +31,7 @@ from transformers.modeling_outputs import ModelOutput
 
 # `PreTrainedModel` must be visible here: diffusers looks for the known base class in the module of a component.
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from ..files import check_files, component_subfolder
 from .adapters import LatteFlowAdapterMixin
@@ -60,6 +60,7 @@ from .flow_matching import (
     expert_of_sigma,
 )
 from .generation import LatteFlowGenerationMixin
+from .layerwise_casting import LatteFlowLayerwiseCastingMixin
 from .losses import LatteFlowLossMixin
 from .positions import interleaved_rotary_embedding, sincos_pos_embed
 
@@ -615,7 +616,12 @@ class LatteFlowPreTrainedModel(PreTrainedModel):
 
 
 class LatteFlowForConditionalGeneration(
-    LatteFlowGenerationMixin, LatteFlowLossMixin, LatteFlowAdapterMixin, LatteFlowPreTrainedModel, GenerationMixin
+    LatteFlowGenerationMixin,
+    LatteFlowLossMixin,
+    LatteFlowLayerwiseCastingMixin,
+    LatteFlowAdapterMixin,
+    LatteFlowPreTrainedModel,
+    GenerationMixin,
 ):
     """A frozen vision-language model, and beside it a tower of timestep experts that generates images.
 
@@ -685,6 +691,7 @@ class LatteFlowForConditionalGeneration(
 
         The Trainer resumes with `load_state_dict`, which ignores a backbone that is stored under its original names.
         """
+        self._check_not_cast("save_pretrained")
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
     # diffusers reads the signature to decide what to pass, such as `variant` and `max_shard_size`.
@@ -755,7 +762,13 @@ class LatteFlowForConditionalGeneration(
         )
 
     def train(self, mode: bool = True) -> "LatteFlowForConditionalGeneration":
-        """Training mode for the tower, and for a backbone that is trained; a frozen one stays in evaluation mode."""
+        """Training mode for the tower, and for a backbone that is trained; a frozen one stays in evaluation mode.
+
+        Raises:
+            `ValueError`: for training mode after `enable_layerwise_casting`.
+        """
+        if mode:
+            self._check_not_cast("train")
         super().train(mode)
         self.vlm.train(mode and any(parameter.requires_grad for parameter in self.vlm.parameters()))
         return self
@@ -798,13 +811,18 @@ class LatteFlowForConditionalGeneration(
         generator: torch.Generator | None = None,
         states: torch.Tensor | None = None,
         sigmas: Sequence[float] | None = None,
-        **kwargs: Any,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> ModelOutput | tuple:
         """Without `latents` or `states` the backbone's own output, with them the training losses.
 
         Args:
-            input_ids, attention_mask, pixel_values, image_grid_thw, mm_token_type_ids, labels, and anything else: as
-                for the backbone. (The `Trainer` removes what the signature does not name.)
+            input_ids, attention_mask, pixel_values, image_grid_thw, mm_token_type_ids, labels, position_ids,
+                past_key_values, inputs_embeds, logits_to_keep, and anything else: as for the backbone. (The `Trainer`
+                removes what the signature does not name.)
             latents (`torch.Tensor`, *optional*): (B, C, height, width), clean latents of the images that the prompts
                 describe, scaled as by `pipe.encode_images`.
             noise (`torch.Tensor`, *optional*): same shape as `latents`; drawn if not given.
@@ -818,8 +836,17 @@ class LatteFlowForConditionalGeneration(
 
         Raises:
             `ValueError`: if `latents` or `states` do not fit the model or the number of prompts, `noise` has another
-                shape than `latents`, or there is neither `input_ids` nor `context`.
+                shape than `latents`, there is neither `input_ids` nor `context`, or arguments do not go together.
         """
+        if latents is not None and states is not None:
+            raise ValueError("give latents or states, not both: they are two training losses.")
+        for name, value, loss_input, owner in (
+            ("noise", noise, latents, "latents"),
+            ("sigmas", sigmas, states, "states"),
+            ("context", context, states if latents is None else latents, "latents or states"),
+        ):
+            if value is not None and loss_input is None:
+                raise ValueError(f"{name} must be given with {owner}, and has no effect alone.")
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -827,9 +854,15 @@ class LatteFlowForConditionalGeneration(
             "image_grid_thw": image_grid_thw,
             **kwargs,
         }
-        # Left out rather than `None`: not every backbone has it.
-        if mm_token_type_ids is not None:
-            inputs["mm_token_type_ids"] = mm_token_type_ids
+        # Left out rather than `None`: not every backbone has them.
+        optional = {
+            "mm_token_type_ids": mm_token_type_ids,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "logits_to_keep": logits_to_keep,
+        }
+        inputs |= {name: value for name, value in optional.items() if value is not None}
         if latents is None and states is None:
             return self.vlm(labels=labels, **inputs)
         prompts = inputs if context is None else context
@@ -842,7 +875,8 @@ class LatteFlowForConditionalGeneration(
         if labels is not None:
             lm_output = self.vlm(labels=labels, **inputs)
             # The loss is a mean over tokens: weighted, so that the mean over processes is the mean over all tokens.
-            num_tokens = int((labels[:, 1:] != -100).sum())
+            targets = labels[:, 1:] if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
+            num_tokens = int((targets != -100).sum())
             all_num_tokens = all_gather_list([num_tokens])
             output.lm_loss = lm_output.loss * (len(all_num_tokens) * num_tokens / max(sum(all_num_tokens), 1))
             output.logits = lm_output.logits
