@@ -28,7 +28,6 @@ from latte_flow_hf import (
     tiny_checkpoint,
 )
 from latte_flow_hf.checkpoints import few_step_checkpoint
-from latte_flow_hf.modeling.modeling_latte_flow import check_backbone
 
 
 Mark = Callable[[str], None]
@@ -155,8 +154,6 @@ class LatteFlow(Scenario):
             latent_channels=vae["latent_channels"],
             residual_attention=self.residual_attention,
         )
-        # Its result is kept. Inside `init_empty_weights` it could not run the small models that it compares.
-        check_backbone(config)
         with init_empty_weights():
             model = LatteFlowForConditionalGeneration(config)
             autoencoder = AutoencoderDC(**vae)
