@@ -427,7 +427,8 @@ class LatteFlowTower(nn.Module):
         """
         visible, has_hidden = context.attention_mask, context.has_padding
         window = self.windows[kind]
-        if window is not None and visible.shape[1] >= window:
+        # With padding there is a mask anyway, and an exported program has no limit to its number of tokens.
+        if window is not None and (has_hidden or visible.shape[1] >= window):
             has_hidden = True
             # Of each token, its distance from the first token after the prompt.
             visible = visible & (visible.flip(1).cumsum(1).flip(1) < window)
