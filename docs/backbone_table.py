@@ -61,7 +61,8 @@ def page(results: Results, processors: dict[str, str]) -> str:
         "<!-- Made by docs/backbone_table.py. -->",
         f"Made by `python docs/backbone_table.py` with transformers {transformers.__version__}. Each cell is a test "
         "of a random model of four layers with its stock processor and a tokenizer of bytes. No released"
-        " weights were loaded.",
+        " weights were loaded. [What the tower mirrors and what is refused](backbones.md);"
+        " [how prompts are made](processors.md).",
         "",
         " | ".join(["| Backbone", "Processor", *COLUMNS.values()]) + " |",
         "|---" * (len(COLUMNS) + 2) + "|",

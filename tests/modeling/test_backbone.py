@@ -104,6 +104,7 @@ def test_a_latent_in_the_place_of_the_next_token_is_that_token(name):
     one, zero = torch.ones(1, text.hidden_size), torch.zeros(1, text.hidden_size)
     neutral = LatteFlowLayerModulation(torch.cat([one, zero, zero, one], dim=1), None)
     for index, layer in enumerate(model.tower.layers):
+        assert layer.context_head_shape == (context.keys[index].shape[1], context.keys[index].shape[3])
         layer.copy_from(decoder.layers[index])
         for new in {"attention_post_norm", "mlp_post_norm"} - layer.copied_modules.keys():
             setattr(layer, new, torch.nn.Identity())
@@ -354,7 +355,7 @@ def test_what_is_no_vision_language_model_with_a_decoder_is_refused(vlm_config: 
 def test_a_width_without_sines_and_cosines_for_rows_and_columns_is_refused():
     vlm_config = tiny_config("llava_llama")
     vlm_config.text_config.hidden_size = 30
-    with pytest.raises(ValueError, match="hidden_size that is a multiple of 4, .* got 30"):
+    with pytest.raises(ValueError, match=r"hidden_size that is a multiple of 4, .* got 30"):
         LatteFlowConfig(vlm_config=vlm_config, **SIZES)
 
 

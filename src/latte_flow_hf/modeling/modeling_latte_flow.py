@@ -932,7 +932,8 @@ class LatteFlowForConditionalGeneration(
 
         Raises:
             `ValueError`: if there are no `input_ids`, the mask has another shape, images come without
-                `mm_token_type_ids`, or something else is given in place of tokens.
+                `mm_token_type_ids`, something else is given in place of tokens, or a prompt is so long that dynamic
+                rotary frequencies would change.
         """
         return prefill_context(
             self.vlm,
