@@ -5,6 +5,7 @@ refused, with the reason.
 
 import copy
 import functools
+import json
 
 import pytest
 import torch
@@ -406,6 +407,25 @@ def test_from_vlm_takes_whole_vision_language_models_alone():
     vlm = AutoModelForImageTextToText.from_config(tiny_config("qwen2_vl"))
     with pytest.raises(ValueError, match="vlm must be a Qwen2VLForConditionalGeneration, got Qwen2VLModel"):
         LatteFlowForConditionalGeneration.from_vlm(vlm.model, **SIZES)
+
+
+@pytest.mark.parametrize("vlm", [None, "Qwen/Qwen3-VL-2B-Instruct"])
+def test_from_vlm_takes_loaded_models_alone(vlm):
+    with pytest.raises(ValueError, match=r"vlm must be a loaded vision-language model, got .*; load it with"):
+        LatteFlowForConditionalGeneration.from_vlm(vlm)
+
+
+def test_a_folder_of_another_model_is_refused_before_weights_are_read(tmp_path):
+    tiny_config("smolvlm").save_pretrained(tmp_path)
+    assert backbone.read_vlm_config(tmp_path).model_type == "smolvlm"
+    content = json.loads((tmp_path / "config.json").read_text())
+    remote = {**content, "model_type": "mine", "auto_map": {"AutoConfig": "mine.MyConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(remote))
+    with pytest.raises(ValueError, match=r"the model type 'mine' .*code of a checkpoint .* is not supported"):
+        backbone.read_vlm_config(tmp_path)
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="got 'llama', a text-only model"):
+        backbone.read_vlm_config(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "paligemma2"])

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from ..cards import pipeline_card
 from ..files import check_files
+from ..modeling.backbone import read_vlm_config
 from ..modeling.configuration_latte_flow import LatteFlowConfig
 from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from ..modeling.processing_latte_flow import LatteFlowProcessor
@@ -52,7 +53,7 @@ def initialize(
     backbone_folder, autoencoder_folder = local_folder(backbone), local_folder(autoencoder)
     vae, vae_tensors = read_autoencoder(autoencoder_folder)
     check_files(backbone_folder, "config.json")
-    vlm_config = AutoConfig.from_pretrained(backbone_folder)
+    vlm_config = read_vlm_config(backbone_folder)
     stored = read_weights(backbone_folder, "model")
     dtype = vlm_config.dtype or next(tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point)
     vlm_config._name_or_path = ""

@@ -12,11 +12,13 @@ import copy
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -65,6 +67,24 @@ _REASONS = {
 TOLERANCE = 1e-3
 
 
+def read_vlm_config(source: str | Path) -> PreTrainedConfig:
+    """The configuration of a backbone in a folder or on the hub.
+
+    Raises:
+        `OSError`: if there is none.
+        `ValueError`: if it is not one of transformers, or not that of a vision-language model with a decoder.
+    """
+    content, _ = PreTrainedConfig.get_config_dict(source)
+    if content.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"backbone must be a model that is part of transformers {transformers.__version__}, got the model type "
+            f"{content.get('model_type')!r} ({source}); code of a checkpoint (trust_remote_code) is not supported."
+        )
+    config = AutoConfig.from_pretrained(source)
+    check_vlm_config(config)
+    return config
+
+
 def check_vlm_config(vlm_config: PreTrainedConfig) -> None:
     """Refuse what is not a vision-language model of transformers with a decoder.
 
@@ -100,6 +120,12 @@ def check_vlm(vlm: Any) -> None:
     Raises:
         `ValueError`: with the class that it should have.
     """
+    if not isinstance(vlm, PreTrainedModel):
+        raise ValueError(
+            f"vlm must be a loaded vision-language model, got {type(vlm).__name__}; load it with "
+            "AutoModelForImageTextToText.from_pretrained."
+        )
+    check_vlm_config(vlm.config)
     names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[vlm.config.model_type]
     expected = (names,) if isinstance(names, str) else tuple(names)
     if not {base.__name__ for base in type(vlm).__mro__} & set(expected):

@@ -730,8 +730,8 @@ class LatteFlowForConditionalGeneration(
             `ValueError`: if `vlm` is not a vision-language model of transformers with a decoder whose layers can be
                 mirrored (the error tells why), or the configuration does not fit it.
         """
-        latte_flow_config = LatteFlowConfig(vlm_config=copy.deepcopy(vlm.config), **config)
         check_vlm(vlm)
+        latte_flow_config = LatteFlowConfig(vlm_config=copy.deepcopy(vlm.config), **config)
         model = cls(latte_flow_config)
         # The same object from here on, so that a change of the backbone's configuration is seen in the model's.
         model.config.vlm_config = vlm.config

@@ -23,6 +23,7 @@ from ..cards import pipeline_card
 from ..checkpoints import tiny_checkpoint
 from ..files import atomic_write, check_output, store_hashes, write_json
 from ..modeling.adapters import sampling_mark
+from ..modeling.backbone import read_vlm_config
 from ..modeling.configuration_latte_flow import LatteFlowConfig
 from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from ..modeling.processing_latte_flow import LatteFlowProcessor
@@ -254,6 +255,8 @@ def load_pipeline(settings: ModelSettings) -> LatteFlowPipeline:
             config = {**pipe.model.config.to_dict(), "timestep_sampling": settings.timestep_sampling}
             pipe.model.config.timestep_sampling = LatteFlowConfig.from_dict(config).timestep_sampling
     else:
+        # Refuses other models before weights are read.
+        read_vlm_config(str(settings.backbone))
         folder = Path(str(settings.autoencoder))
         if folder.is_dir():
             check_autoencoder(folder)
