@@ -234,6 +234,17 @@ def test_a_working_folder_belongs_to_one_starting_model(stopped, own_pipe, tmp_p
         train(Recipe.from_dict(content), folder, tmp_path / "out")
 
 
+def test_a_finished_run_takes_no_more_steps(finished, tmp_path):
+    content, folder = finished
+    work = tmp_path / "work"
+    shutil.copytree(folder / "work", work)
+    output = train(Recipe.from_dict(content), work, tmp_path / "again")
+    # Step 4 is in the middle of an epoch.
+    assert last_checkpoint(work / "checkpoints").name == "checkpoint-4"
+    pipes = [LatteFlowPipeline.from_pretrained(path) for path in (folder / "out", output)]
+    assert hash_module(pipes[0].model) == hash_module(pipes[1].model)
+
+
 def test_a_working_folder_belongs_to_the_same_data(stopped, images, tmp_path):
     content, folder = stopped
     copied = tmp_path / "images"

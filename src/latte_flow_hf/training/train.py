@@ -198,6 +198,13 @@ class RecipeTrainer(Trainer):
             group["lr"] = rate
         self.lr_scheduler._last_lr = rates
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Same as in `Trainer`, which takes another step if a finished run is resumed in the middle of an epoch."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         collator = self.data_collator
         self.data_collator = self.eval_collator or collator
