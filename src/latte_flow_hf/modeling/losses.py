@@ -105,13 +105,15 @@ class LatteFlowLossMixin:
         context: LatteFlowContext | Mapping[str, Any],
         generator: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean squared error of the velocity from one state of a trajectory to the next, summed over the experts.
+        """The mean squared error of the velocity from the start to the end of a step, summed over the experts.
 
-        The target at x(sigma_j) is `flow_matching.mean_velocity`, which leads to x(sigma_j+1) in one step. The batch
+        The target at the start of step j is `flow_matching.mean_velocity`, which leads to its end at once. The batch
         is split over the experts as in `flow_loss`, and each example gets one of the steps of its expert.
 
         Args:
-            states (`torch.Tensor`): (B, S + 1, C, height, width), x at each of `sigmas`, on trajectories of a teacher.
+            states (`torch.Tensor`): (B, S, 2, C, height, width), on trajectories of a teacher: where each of S steps
+                starts, x(sigma_j), and where it ends, x(sigma_j+1). The next step may start elsewhere, if new noise
+                is added between them.
             sigmas (`list[float]`): S + 1, falling from 1 to 0, among them all boundaries of the experts.
             context, generator: as in `flow_loss`.
 
@@ -125,18 +127,18 @@ class LatteFlowLossMixin:
             raise ValueError(
                 f"sigmas must fall from 1 to 0 and contain the boundaries {boundaries} of the experts, got {found}."
             )
-        if states.ndim != 5 or states.shape[1] != len(found):
+        if states.ndim != 6 or states.shape[1:3] != (len(found) - 1, 2):
             raise ValueError(
-                f"states must be (batch, {len(found)}, channels, height, width), one for each of the sigmas, got "
-                f"{tuple(states.shape)}."
+                f"states must be (batch, {len(found) - 1}, 2, channels, height, width), the start and the end of each "
+                f"step between the sigmas, got {tuple(states.shape)}."
             )
-        self._check_training_latents(states[:, 0], context)
+        self._check_training_latents(states[:, 0, 0], context)
         sigma_of_state = torch.tensor(found, device=states.device)
 
         def example_at(rows: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             # The step whose interval contains sigma: the experts' own sampling spreads examples over their steps.
             step = (sigma_of_state[None, 1:-1] >= sigma[:, None]).sum(dim=1)
-            start, end = states[rows, step], states[rows, step + 1]
+            start, end = states[rows, step].unbind(dim=1)
             sigma_start, sigma_end = sigma_of_state[step], sigma_of_state[step + 1]
             return start, sigma_start, mean_velocity(start, end, sigma_start, sigma_end)
 

@@ -13,7 +13,7 @@ import numpy as np
 from .flow_matching import BOUNDARY_TOLERANCE, sigmas_per_expert
 
 
-SAMPLING_FIELDS = ("num_inference_steps", "steps_per_expert", "guidance_scale", "distilled_experts")
+SAMPLING_FIELDS = ("num_inference_steps", "steps_per_expert", "guidance_scale", "distilled_experts", "new_noise")
 
 
 def check_sampling(sampling: Any, num_experts: int) -> dict[str, Any]:
@@ -24,7 +24,9 @@ def check_sampling(sampling: Any, num_experts: int) -> dict[str, Any]:
             - `num_inference_steps` (`int`), or `steps_per_expert` (`list[int]`);
             - `guidance_scale` (`float`, or a list of one for each expert);
             - `distilled_experts` (`list[int]`): experts that were trained to take exactly these `steps_per_expert`,
-              without guidance.
+              without guidance;
+            - `new_noise` (`list[float]`): the share of the noise, 0 to 1, that distilled experts replace after each of
+              their steps, one for each expert. The scheduler does it; none by default.
         num_experts (`int`): K.
 
     Returns:
@@ -57,6 +59,15 @@ def check_sampling(sampling: Any, num_experts: int) -> dict[str, Any]:
             )
         if experts and steps is None:
             raise ValueError("sampling: distilled_experts must come with their steps_per_expert.")
+    shares = sampling.get("new_noise")
+    if shares is not None:
+        is_list = isinstance(shares, (list, tuple)) and len(shares) == num_experts
+        if not is_list or not all(_is_share(share) for share in shares):
+            raise ValueError(
+                f"sampling: new_noise must be {num_experts} numbers from 0 to 1, one for each expert, got {shares!r}."
+            )
+        if not experts:
+            raise ValueError("sampling: new_noise is for distilled_experts; a scheduler has its own new_noise.")
     return {
         key: list(value) if isinstance(value, tuple) else value for key, value in sampling.items() if value is not None
     }
@@ -78,6 +89,10 @@ def check_steps_per_expert(steps_per_expert: Any, num_experts: int, name: str = 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value <= 1.0
 
 
 def check_distilled_steps(sigmas: Sequence[float], sampling: Mapping[str, Any], boundaries: Sequence[float]) -> None:
@@ -128,6 +143,8 @@ def describe_sampling(sampling: Mapping[str, Any] | None, solver: str | None = N
     text += f"{'' if solver is None else f' ({solver})'}; guidance {', '.join(f'{value:g}' for value in scales)}"
     if sampling.get("distilled_experts"):
         text += f"; experts {', '.join(map(str, sampling['distilled_experts']))} distilled to these steps"
+    if any(sampling.get("new_noise") or []):
+        text += f"; new noise {', '.join(f'{share:g}' for share in sampling['new_noise'])}"
     return text
 
 

@@ -316,6 +316,9 @@ class DistillationSettings(Settings):
             student needs none.
         steps_per_expert (`list[int]`, *optional*): the number of steps of the student in the interval of each expert,
             a divisor of that of the teacher; defaults to one.
+        new_noise (`float` or `list[float]`, *optional*): the share of the noise, 0 to 1, that is replaced after each
+            step of the student, in the trajectories and when the result is sampled: one, or one for each expert.
+            Defaults to that of the scheduler of the pipeline that is trained.
         num_trajectories (`int`, *optional*): how many trajectories there are; trajectory i has prompt i of the data,
             starting again after the last one. Defaults to one for each prompt.
         batch_size (`int`, defaults to 64): the number of trajectories that are generated at once, and are in a file.
@@ -327,6 +330,7 @@ class DistillationSettings(Settings):
     solver: Literal["heun", "euler"] = "heun"
     guidance_scale: Number | list[Number] = 4.0
     steps_per_expert: list[int] | None = None
+    new_noise: Number | list[Number] | None = None
     num_trajectories: int | None = Field(None, ge=1)
     batch_size: int = Field(64, ge=1)
 
@@ -340,6 +344,14 @@ class DistillationSettings(Settings):
                 f"teacher stops where the student does, got {self.teacher_steps} and {steps}"
             )
         return self
+
+    @field_validator("new_noise")
+    @classmethod
+    def _check_new_noise(cls, new_noise: float | list[float] | None) -> float | list[float] | None:
+        shares = new_noise if isinstance(new_noise, list) else [new_noise]
+        if new_noise is not None and not all(0.0 <= share <= 1.0 for share in shares if share is not None):
+            raise ValueError(f"must be from 0 to 1, or one such value for each expert, got {new_noise!r}")
+        return new_noise
 
     @property
     def student_steps(self) -> list[int]:

@@ -53,7 +53,13 @@ from .data import (
 )
 from .recipe import DistillationSettings, ModelSettings, Recipe, ValidationSettings
 from .sharding import UnshardedBackboneCallback, check_sharding, full_tensor, is_sharded, save_sharded_pipeline
-from .trajectories import TrajectoryCollator, TrajectoryDataset, build_trajectories, trajectory_sigmas
+from .trajectories import (
+    TrajectoryCollator,
+    TrajectoryDataset,
+    build_trajectories,
+    student_new_noise,
+    trajectory_sigmas,
+)
 from .working_folder import RUN_FILE, check_run, lock_folder
 
 
@@ -289,12 +295,12 @@ def prepare_model(recipe: Recipe, pipe: LatteFlowPipeline) -> Any:
 
         config = expert_lora_config(model, **recipe.lora)
         if recipe.distillation is not None:
-            sampling = student_sampling(recipe.distillation, sorted(set(recipe.lora["experts"])))
+            sampling = student_sampling(recipe.distillation, sorted(set(recipe.lora["experts"])), pipe)
             config.target_modules = f"{sampling_mark(model.config, sampling)}{config.target_modules}"
         return get_peft_model(model, config)
     set_trainable(model, recipe.trainable)
     if recipe.distillation is not None:
-        model.config.sampling = student_sampling(recipe.distillation, model.training_experts)
+        model.config.sampling = student_sampling(recipe.distillation, model.training_experts, pipe)
         pipe.scheduler = distilled_scheduler(pipe.scheduler, model.config.sampling, model.config)
     return model
 
@@ -331,7 +337,9 @@ def load_trajectories(
     return dataset, TrajectoryCollator(contexts, sigmas)
 
 
-def student_sampling(settings: DistillationSettings, experts: list[int]) -> dict[str, Any]:
+def student_sampling(
+    settings: DistillationSettings, experts: list[int], pipe: LatteFlowPipeline
+) -> dict[str, Any]:
     """How the student is sampled, see [`modeling.sampling.check_sampling`]. Experts that are not distilled keep the
     steps and the guidance of the teacher."""
     num_experts = len(settings.teacher_steps)
@@ -339,10 +347,13 @@ def student_sampling(settings: DistillationSettings, experts: list[int]) -> dict
     scales = scale if isinstance(scale, list) else [scale] * num_experts
     is_distilled = [expert in experts for expert in range(num_experts)]
     steps = zip(is_distilled, settings.student_steps, settings.teacher_steps)
+    shares = student_new_noise(settings, pipe)
+    new_noise = [share if distilled else 0.0 for distilled, share in zip(is_distilled, shares)]
     return {
         "steps_per_expert": [few if distilled else many for distilled, few, many in steps],
         "guidance_scale": 1.0 if all(is_distilled) else [1.0 if d else own for d, own in zip(is_distilled, scales)],
         "distilled_experts": list(experts),
+        **({"new_noise": new_noise} if any(new_noise) else {}),
     }
 
 

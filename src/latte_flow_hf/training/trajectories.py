@@ -2,13 +2,16 @@
 """Trajectories of a teacher from noise to data, stored on disk: what a student with few steps learns from.
 
 A folder is filled and resumed as in `cache.py`: shards that are written atomically and contain their hash, and a
-`fingerprint.json` with what the numbers depend on. Only the states where a step of the student starts or ends are
+`fingerprint.json` with what the numbers depend on. Only the states where a step of the student starts and ends are
 stored. They are states of the teacher's own sampling: at the start of an expert's interval the student then sees what
 the expert before it was trained to reach, and not an interpolation of data and noise.
+
+The teacher adds no noise within a step of the student, so that the end follows from the start. Between two steps it
+replaces the share of the noise that the student will replace, with the same formula.
 """
 
 import json
-import math
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import Dataset
 
-from ..modeling.flow_matching import sigmas_per_expert
+from ..modeling.flow_matching import mean_velocity, sigmas_per_expert
 from ..pipelines.fingerprint import hash_module, hash_processor, pipeline_fingerprint
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
 from .cache import (
@@ -34,9 +37,21 @@ from .data import ImageRows, UnreadableImageError, UnreadableImages, draw_prompt
 from .recipe import DistillationSettings
 
 
+# Changes with what is stored.
+TRAJECTORY_FORMAT = 2
+
+
 def trajectory_sigmas(boundaries: list[float], steps_per_expert: list[int]) -> list[float]:
-    """The S + 1 sigmas at which the states of a trajectory are stored: where a step of the student starts, and 0."""
+    """The S + 1 sigmas between which the student takes its S steps: where each starts, and 0."""
     return [*sigmas_per_expert(boundaries, steps_per_expert).tolist(), 0.0]
+
+
+def student_new_noise(settings: DistillationSettings, student: Any) -> list[float]:
+    """The share of the noise that the student replaces after a step of each expert."""
+    if settings.new_noise is None:
+        return list(getattr(student.scheduler, "noise_shares", [0.0] * student.model.config.num_experts))
+    is_list = isinstance(settings.new_noise, list)
+    return list(settings.new_noise) if is_list else [settings.new_noise] * student.model.config.num_experts
 
 
 def check_teacher(teacher: Any, student: Any, settings: DistillationSettings) -> None:
@@ -60,27 +75,31 @@ def check_teacher(teacher: Any, student: Any, settings: DistillationSettings) ->
         raise ValueError(
             "distillation: teacher was distilled to few steps itself; use the model that it was distilled from."
         )
-    scale = settings.guidance_scale
+    scale, new_noise = settings.guidance_scale, settings.new_noise
     for name, values in (
         ("teacher_steps", settings.teacher_steps),
         ("steps_per_expert", settings.student_steps),
         ("guidance_scale", scale if isinstance(scale, list) else None),
+        ("new_noise", new_noise if isinstance(new_noise, list) else None),
     ):
         if values is not None and len(values) != own.num_experts:
             raise ValueError(f"distillation: {name} must be one for each of {own.num_experts} experts, got {values}.")
 
 
-def trajectory_fingerprint(teacher: Any, rows: ImageRows, settings: DistillationSettings, seed: int) -> dict[str, str]:
+def trajectory_fingerprint(
+    teacher: Any, student: Any, rows: ImageRows, settings: DistillationSettings, seed: int
+) -> dict[str, str]:
     """What the stored numbers depend on, by name."""
     parts = pipeline_fingerprint(teacher)
     return {
-        "format": f"trajectories {CACHE_FORMAT}",
+        "format": f"trajectories {TRAJECTORY_FORMAT}, cache {CACHE_FORMAT}",
         "teacher": parts["model"],
         "autoencoder": parts["autoencoder"],
         "processor": parts["processor"],
         "solver": settings.solver,
         "teacher_steps": json.dumps(settings.teacher_steps),
         "guidance_scale": json.dumps(settings.guidance_scale),
+        "new_noise": json.dumps(student_new_noise(settings, student)),
         "expert_boundaries": json.dumps(teacher.model.config.expert_boundaries),
         "steps_per_expert": json.dumps(settings.student_steps),
         "num_trajectories": str(settings.num_trajectories),
@@ -118,7 +137,7 @@ def build_trajectories(
         `OSError`: with the file, if a shard is damaged or cannot be written.
     """
     check_teacher(teacher, student, settings)
-    fingerprint = trajectory_fingerprint(teacher, rows, settings, seed)
+    fingerprint = trajectory_fingerprint(teacher, student, rows, settings, seed)
     if with_contexts:
         fingerprint |= {"backbone": hash_module(student.model.vlm), "tokenizer": hash_processor(student.processor)}
     with PartialState().main_process_first():
@@ -129,7 +148,8 @@ def build_trajectories(
         prompts = [trajectory_prompt(rows, index, seed, unreadable) for index in indices]
         seeds = [trajectory_seed(seed, index) for index in indices]
         assert rows.settings.size is not None
-        states = generate_trajectories(teacher, prompts, seeds, rows.settings.size, settings)
+        new_noise = student_new_noise(settings, student)
+        states = generate_trajectories(teacher, prompts, seeds, rows.settings.size, settings, new_noise)
         if not torch.isfinite(states).all():
             raise ValueError("distillation: teacher generates values that are not finite; use dtype float32.")
         write_shard({"states": states}, {"prompts": prompts}, path)
@@ -171,9 +191,14 @@ def trajectory_seed(seed: int, index: int) -> int:
 
 @torch.no_grad()
 def generate_trajectories(
-    teacher: Any, prompts: list[str], seeds: list[int], size: int, settings: DistillationSettings
+    teacher: Any,
+    prompts: list[str],
+    seeds: list[int],
+    size: int,
+    settings: DistillationSettings,
+    new_noise: list[float],
 ) -> torch.Tensor:
-    """Sample the teacher, and keep the states at `trajectory_sigmas`.
+    """Sample the teacher, and keep the states where a step of the student starts and ends.
 
     Args:
         teacher ([`LatteFlowPipeline`]): the teacher.
@@ -181,25 +206,32 @@ def generate_trajectories(
         seeds (`list[int]`): of the noise; drawn on the CPU, so that it is the same for every device.
         size (`int`): height and width in pixels.
         settings ([`DistillationSettings`]): the settings.
+        new_noise (`list[float]`): see `student_new_noise`.
 
     Returns:
-        `torch.Tensor`: (B, S + 1, C, height, width), float32, on the CPU.
+        `torch.Tensor`: (B, S, 2, C, height, width), float32, on the CPU: the start and the end of each step.
     """
     config = teacher.model.config
     side = size // teacher.vae_scale_factor
-    noise = torch.stack(
-        [torch.randn(config.latent_channels, side, side, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    )
-    sigmas = trajectory_sigmas(config.expert_boundaries, settings.student_steps)
-    states: dict[int, torch.Tensor] = {0: noise}
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.stack([torch.randn(config.latent_channels, side, side, generator=g) for g in generators])
+    steps = LatteFlowScheduler(expert_boundaries=config.expert_boundaries, new_noise=new_noise)
+    steps.set_timesteps(steps_per_expert=settings.student_steps)
+    evaluations = _evaluations_at_ends(settings)
+    starts, ends = [noise], []
 
-    def keep(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
-        reached = float(pipe.scheduler.sigmas[step + 1])
-        for index, sigma in enumerate(sigmas):
-            if math.isclose(reached, sigma, abs_tol=1e-6):
-                # Heun reaches a sigma twice: the corrected state replaces the predicted one.
-                states[index] = tensors["latents"].float().cpu()
-        return {}
+    def keep(pipe: Any, evaluation: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        if evaluation not in evaluations:
+            return {}
+        step, latents = len(ends), tensors["latents"]
+        ends.append(latents.float().cpu())
+        if step + 1 == len(evaluations):
+            return {}
+        # The step of the student that leads there, with the student's own scheduler.
+        sigma, next_sigma = steps.sigmas[step], steps.sigmas[step + 1]
+        velocity = mean_velocity(starts[step], ends[step], sigma, next_sigma)
+        starts.append(steps.step(velocity, steps.timesteps[step], starts[step], generators).prev_sample)
+        return {"latents": starts[-1].to(latents)}
 
     scheduler = teacher.scheduler
     teacher.scheduler = LatteFlowScheduler(expert_boundaries=config.expert_boundaries, solver=settings.solver)
@@ -216,7 +248,19 @@ def generate_trajectories(
         )
     finally:
         teacher.scheduler = scheduler
-    return torch.stack([states[index] for index in range(len(sigmas))], dim=1)
+    return torch.stack([torch.stack(starts, dim=1), torch.stack(ends, dim=1)], dim=2)
+
+
+def _evaluations_at_ends(settings: DistillationSettings) -> list[int]:
+    """The evaluations of the teacher, numbered from 0, after which it is where a step of the student ends."""
+    teacher_steps = [
+        many // few for many, few in zip(settings.teacher_steps, settings.student_steps) for _ in range(few)
+    ]
+    ends = list(accumulate(teacher_steps))
+    if settings.solver == "euler":
+        return [end - 1 for end in ends]
+    # Heun evaluates twice in each step but the last one of all.
+    return [*(2 * end - 1 for end in ends[:-1]), 2 * ends[-1] - 2]
 
 
 class TrajectoryDataset(Dataset):
@@ -255,7 +299,7 @@ class TrajectoryCollator:
 
     Args:
         contexts (`Callable`): maps a list of prompts to their contexts, such as [`CachedContexts`].
-        sigmas (`list[float]`): those of the states, see `trajectory_sigmas`.
+        sigmas (`list[float]`): see `trajectory_sigmas`.
     """
 
     def __init__(self, contexts: Any, sigmas: list[float]):
