@@ -1,6 +1,7 @@
 """Runs on a small random pipeline: what is trained, what they save, and resuming after a stop."""
 
 import copy
+import logging
 import shutil
 import signal
 import subprocess
@@ -404,3 +405,47 @@ def test_a_trained_backbone_is_resumed(recipe, run, tmp_path):
     shutil.copytree(tmp_path / "whole" / "work", tmp_path / "parts" / "work")
     shutil.rmtree(tmp_path / "parts" / "work" / "checkpoints" / "checkpoint-6")
     assert hash_module(run(content, tmp_path / "parts").model) == hash_module(whole.model)
+
+
+def test_guidance_in_the_weights_is_not_added_again(
+    recipe, run, count_layers, pipeline, caplog, monkeypatch, tmp_path
+):
+    """Guidance is trained into the weights, and the result is sampled with one evaluation per step."""
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    content = recipe(folded_guidance_scale=3.0, training={"max_steps": 2})
+    pipe = run(content, tmp_path)
+    assert pipe.model.config.sampling == {"guidance_scale": 1.0, "folded_guidance_scale": 3.0}
+    plain = run(recipe(training={"max_steps": 2}), tmp_path / "plain")
+    assert hash_module(pipe.model.tower) != hash_module(plain.model.tower)
+    call = {"num_inference_steps": 2, "output_type": "latent", "latents": torch.zeros(1, 4, 8, 8)}
+    caplog.clear()
+    images = pipe("a red circle", **call).images
+    assert not pipe.do_classifier_free_guidance
+    assert torch.equal(images, pipe("a red circle", **call, guidance_scale=1.0).images) and not caplog.records
+    pipe("a red circle", **call, guidance_scale=3.0)
+    assert len(caplog.records) == 1 and "trained or distilled into their weights" in caplog.text
+    with pytest.raises(ValueError, match=r"experts \[0, 1\] of the model were trained or distilled with guidance"):
+        model = {"pipeline": str(tmp_path / "out")}
+        train(Recipe.from_dict({**content, "model": model}), tmp_path / "again", tmp_path / "second")
+
+    adapter = train(
+        Recipe.from_dict({**content, "lora": {"experts": [1], "r": 2}}), tmp_path / "lora", tmp_path / "adapter"
+    )
+    base = LatteFlowPipeline.from_pretrained(pipeline)
+    base.load_lora_weights(str(adapter))
+    assert base.model.sampling == {"guidance_scale": [4.0, 1.0], "folded_guidance_scale": [1.0, 3.0]}
+    scheduler, used = base.scheduler, []
+    base("a red circle", **call, callback_on_step_end=lambda p, *_: used.append(p.scheduler.config) or {})
+    assert used == [scheduler.config] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"folded_guidance_scale": 1.0}, "folded_guidance_scale must be greater than 1"),
+        ({"folded_guidance_scale": 4.0, "prompt_dropout": 0.0}, "needs prompt_dropout above 0"),
+    ],
+)
+def test_guidance_that_cannot_be_learned_is_refused(recipe, change, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_dict(recipe(**change))

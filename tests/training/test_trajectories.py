@@ -258,6 +258,7 @@ def test_chosen_experts_are_distilled_and_the_others_keep_their_steps(distillati
     ("change", "message"),
     [
         ({"prompt_dropout": 0.1}, "prompt_dropout"),
+        ({"folded_guidance_scale": 4.0}, "folded_guidance_scale"),
         ({"trainable": "vlm"}, "trainable must be"),
         ({"distillation": {"steps_per_expert": [1, 3]}}, "multiples of steps_per_expert"),
         ({"distillation": {"solver": "multistep"}}, "solver"),

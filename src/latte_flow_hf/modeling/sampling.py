@@ -13,7 +13,14 @@ import numpy as np
 from .flow_matching import BOUNDARY_TOLERANCE, sigmas_per_expert
 
 
-SAMPLING_FIELDS = ("num_inference_steps", "steps_per_expert", "guidance_scale", "distilled_experts", "new_noise")
+SAMPLING_FIELDS = (
+    "num_inference_steps",
+    "steps_per_expert",
+    "guidance_scale",
+    "folded_guidance_scale",
+    "distilled_experts",
+    "new_noise",
+)
 
 
 def check_sampling(sampling: Any, num_experts: int) -> dict[str, Any]:
@@ -23,6 +30,8 @@ def check_sampling(sampling: Any, num_experts: int) -> dict[str, Any]:
 
             - `num_inference_steps` (`int`), or `steps_per_expert` (`list[int]`);
             - `guidance_scale` (`float`, or a list of one for each expert);
+            - `folded_guidance_scale` (`float`, or a list of one for each expert): the guidance that the weights
+              contain, so that `guidance_scale` is 1; an expert with 1 has none in its weights;
             - `distilled_experts` (`list[int]`): experts that were trained to take exactly these `steps_per_expert`,
               without guidance;
             - `new_noise` (`list[float]`): the share of the noise, 0 to 1, that distilled experts replace after each of
@@ -44,13 +53,14 @@ def check_sampling(sampling: Any, num_experts: int) -> dict[str, Any]:
         raise ValueError(f"sampling: num_inference_steps must be a positive whole number, got {number!r}.")
     if steps is not None:
         check_steps_per_expert(steps, num_experts, "sampling: steps_per_expert")
-    scale = sampling.get("guidance_scale")
-    scales = scale if isinstance(scale, (list, tuple)) else [scale] * num_experts
-    are_numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in scales)
-    if scale is not None and (len(scales) != num_experts or not are_numbers):
-        raise ValueError(
-            f"sampling: guidance_scale must be a number, or one for each of {num_experts} experts, got {scale!r}."
-        )
+    for name in ("guidance_scale", "folded_guidance_scale"):
+        scale = sampling.get(name)
+        scales = scale if isinstance(scale, (list, tuple)) else [scale] * num_experts
+        are_numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in scales)
+        if scale is not None and (len(scales) != num_experts or not are_numbers):
+            raise ValueError(
+                f"sampling: {name} must be a number, or one for each of {num_experts} experts, got {scale!r}."
+            )
     experts = sampling.get("distilled_experts")
     if experts is not None:
         if not isinstance(experts, (list, tuple)) or not set(experts) <= set(range(num_experts)):
@@ -132,6 +142,16 @@ def guides_any(guidance_scale: float | Sequence[float], experts: Sequence[int]) 
     return bool(experts) and guidance_scale > 1
 
 
+def experts_with_guidance(sampling: Mapping[str, Any], num_experts: int) -> list[int]:
+    """The experts whose weights contain guidance: distilled ones, and those that were trained with it."""
+    folded = sampling.get("folded_guidance_scale", 1.0)
+    return [
+        expert
+        for expert in range(num_experts)
+        if expert in (sampling.get("distilled_experts") or []) or guides_any(folded, [expert])
+    ]
+
+
 def describe_sampling(sampling: Mapping[str, Any] | None, solver: str | None = None) -> str:
     """How a checkpoint is sampled by default, in one line: `steps per expert 1, 1, 1, 1 (euler); guidance 1`."""
     sampling = sampling or {}
@@ -141,6 +161,10 @@ def describe_sampling(sampling: Mapping[str, Any] | None, solver: str | None = N
         text = f"steps per expert {', '.join(map(str, steps))}"
     scales = scale if isinstance(scale, (list, tuple)) else [scale]
     text += f"{'' if solver is None else f' ({solver})'}; guidance {', '.join(f'{value:g}' for value in scales)}"
+    folded = sampling.get("folded_guidance_scale")
+    if folded is not None:
+        folded = folded if isinstance(folded, (list, tuple)) else [folded]
+        text += f", and {', '.join(f'{value:g}' for value in folded)} in the weights"
     if sampling.get("distilled_experts"):
         text += f"; experts {', '.join(map(str, sampling['distilled_experts']))} distilled to these steps"
     if any(sampling.get("new_noise") or []):

@@ -23,7 +23,13 @@ from transformers.utils import logging
 
 from ..modeling.context import LatteFlowContext, warn_of_unknown_words
 from ..modeling.images import load_rgb_images
-from ..modeling.sampling import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_STEPS, check_distilled_steps, guides_any
+from ..modeling.sampling import (
+    DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_NUM_STEPS,
+    check_distilled_steps,
+    experts_with_guidance,
+    guides_any,
+)
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
 from ..schedulers.steps import (
     distilled_scheduler,
@@ -240,10 +246,11 @@ class LatteFlowPipeline(
             guidance_scale = sampling.get("guidance_scale", DEFAULT_GUIDANCE_SCALE)
         else:
             _check_guidance(guidance_scale, None, self.model.config.num_experts)
-            if guides_any(guidance_scale, distilled_experts):
+            guided_experts = experts_with_guidance(sampling, self.model.config.num_experts)
+            if guides_any(guidance_scale, guided_experts):
                 logger.warning(
-                    f"guidance_scale {guidance_scale} guides experts {distilled_experts} a second time: their "
-                    "guidance was distilled into the weights. Leave guidance_scale out, or use 1 for them."
+                    f"guidance_scale {guidance_scale} guides experts {guided_experts} a second time: guidance was "
+                    "trained or distilled into their weights. Leave guidance_scale out, or use 1 for them."
                 )
         means_own_steps = num_inference_steps is None or (
             bool(distilled_experts) and num_inference_steps == sum(own_steps or [])
@@ -459,7 +466,7 @@ class LatteFlowPipeline(
         device = self._execution_device
 
         # 2. Prepare timesteps, the expert of each, and whether it is guided
-        if sampling != (self.model.config.sampling or {}):
+        if sampling != (self.model.config.sampling or {}) and sampling.get("distilled_experts"):
             # The pipeline's scheduler belongs to the model without the adapter that is active.
             assert self._running_call is not None
             self._running_call.scheduler = distilled_scheduler(self.scheduler, sampling, self.model.config)

@@ -26,6 +26,7 @@ from ..modeling.adapters import sampling_mark
 from ..modeling.configuration_latte_flow import LatteFlowConfig
 from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from ..modeling.processing_latte_flow import LatteFlowProcessor
+from ..modeling.sampling import DEFAULT_GUIDANCE_SCALE, experts_with_guidance
 from ..pipelines.fingerprint import pipeline_fingerprint
 from ..pipelines.loading import check_autoencoder
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline
@@ -281,7 +282,8 @@ def load_pipeline(settings: ModelSettings) -> LatteFlowPipeline:
 
 
 def prepare_model(recipe: Recipe, pipe: LatteFlowPipeline) -> Any:
-    """Make trainable what the recipe names; with `distillation`, the pipeline is then sampled with few steps.
+    """Make trainable what the recipe names; the pipeline is then sampled as the result shall be: with few steps after
+    `distillation`, without guidance if it is in the weights.
 
     Returns:
         `pipe.model`, or the `PeftModel` around it.
@@ -294,11 +296,17 @@ def prepare_model(recipe: Recipe, pipe: LatteFlowPipeline) -> Any:
         from peft import get_peft_model
 
         config = expert_lora_config(model, **recipe.lora)
+        experts, sampling = sorted(set(recipe.lora["experts"])), None
         if recipe.distillation is not None:
-            sampling = student_sampling(recipe.distillation, sorted(set(recipe.lora["experts"])), pipe)
+            sampling = student_sampling(recipe.distillation, experts, pipe)
+        elif recipe.folded_guidance_scale is not None:
+            sampling = guided_sampling(recipe.folded_guidance_scale, experts, pipe)
+        if sampling is not None:
             config.target_modules = f"{sampling_mark(model.config, sampling)}{config.target_modules}"
         return get_peft_model(model, config)
     set_trainable(model, recipe.trainable)
+    if recipe.folded_guidance_scale is not None:
+        model.config.sampling = guided_sampling(recipe.folded_guidance_scale, model.training_experts, pipe)
     if recipe.distillation is not None:
         model.config.sampling = student_sampling(recipe.distillation, model.training_experts, pipe)
         pipe.scheduler = distilled_scheduler(pipe.scheduler, model.config.sampling, model.config)
@@ -337,9 +345,7 @@ def load_trajectories(
     return dataset, TrajectoryCollator(contexts, sigmas)
 
 
-def student_sampling(
-    settings: DistillationSettings, experts: list[int], pipe: LatteFlowPipeline
-) -> dict[str, Any]:
+def student_sampling(settings: DistillationSettings, experts: list[int], pipe: LatteFlowPipeline) -> dict[str, Any]:
     """How the student is sampled, see [`modeling.sampling.check_sampling`]. Experts that are not distilled keep the
     steps and the guidance of the teacher."""
     num_experts = len(settings.teacher_steps)
@@ -354,6 +360,36 @@ def student_sampling(
         "guidance_scale": 1.0 if all(is_distilled) else [1.0 if d else own for d, own in zip(is_distilled, scales)],
         "distilled_experts": list(experts),
         **({"new_noise": new_noise} if any(new_noise) else {}),
+    }
+
+
+def guided_sampling(scale: float, experts: list[int], pipe: LatteFlowPipeline) -> dict[str, Any]:
+    """How a model is sampled whose `experts` were trained with guidance in their weights. The others keep the guidance
+    of the model.
+
+    Raises:
+        `ValueError`: if the weights contain guidance already.
+    """
+    num_experts, sampling = pipe.model.config.num_experts, pipe.model.sampling
+    guided = [expert for expert in experts_with_guidance(sampling, num_experts) if expert in experts]
+    if guided:
+        raise ValueError(
+            f"folded_guidance_scale: experts {guided} of the model were trained or distilled with guidance in their "
+            "weights already; start from a model that is sampled with guidance."
+        )
+    if len(experts) == num_experts:
+        return {**sampling, "guidance_scale": 1.0, "folded_guidance_scale": scale}
+    own, folded = (
+        value if isinstance(value, list) else [value] * num_experts
+        for value in (
+            sampling.get("guidance_scale", DEFAULT_GUIDANCE_SCALE),
+            sampling.get("folded_guidance_scale", 1.0),
+        )
+    )
+    return {
+        **sampling,
+        "guidance_scale": [1.0 if expert in experts else own[expert] for expert in range(num_experts)],
+        "folded_guidance_scale": [scale if expert in experts else folded[expert] for expert in range(num_experts)],
     }
 
 
@@ -396,7 +432,14 @@ def load_data(
             "conversation_collator": ConversationCollator(pipe.processor),
             "conversation_share": share,
         }
-    return dataset, TextToImageCollator(contexts, recipe.prompt_dropout, encoder.latents, **conversations)
+    collator = TextToImageCollator(
+        contexts,
+        recipe.prompt_dropout,
+        encoder.latents,
+        **conversations,
+        folded_guidance_scale=recipe.folded_guidance_scale,
+    )
+    return dataset, collator
 
 
 def load_validation(
