@@ -243,6 +243,7 @@ def demo(
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = "float32",
+    fast: Fast = False,
 ) -> None:
     """Generate images of a few prompts with the embedded checkpoint, and ask it about them."""
     from latte_flow_hf.checkpoints import tiny_checkpoint, verify
@@ -251,9 +252,12 @@ def demo(
 
     check_output(output / "contact-sheet.png", replace=True)
     start = time.perf_counter()
-    verify(tiny_checkpoint())
-    pipe = _load(None, device, dtype)
-    typer.echo(f"verified and loaded the embedded checkpoint in {time.perf_counter() - start:.1f} s")
+    lora = _fast_lora(None, None) if fast else []
+    for folder in (tiny_checkpoint(), *lora):
+        verify(folder)
+    pipe = _load(None, device, dtype, lora)
+    loaded = f"the embedded checkpoint{' and its adapter' if fast else ''}"
+    typer.echo(f"verified and loaded {loaded} in {time.perf_counter() - start:.1f} s")
     items = []
     for number, prompt in enumerate(DEMO_PROMPTS):
         start = time.perf_counter()
