@@ -143,6 +143,27 @@ def test_adapters_and_single_experts_are_trained_and_resumed(recipe, run, pipeli
     assert hash_module(before.tower.head) == hash_module(after.tower.head)
 
 
+def test_an_adapter_is_trained_further(recipe, tmp_path):
+    """Without a learning rate the new adapter has the weights of the old one; anything else is refused at once."""
+    first = train(Recipe.from_dict(recipe(lora={"experts": [1], "r": 2})), tmp_path / "one", tmp_path / "first")
+
+    def further(folder, **lora):
+        lora = {"experts": [1], "r": 2, "weights": str(first), **lora}
+        content = recipe(lora=lora, training={"learning_rate": 0.0, "max_steps": 1})
+        return train(Recipe.from_dict(content), tmp_path / folder / "work", tmp_path / folder / "out")
+
+    second = further("two")
+    weights, again = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
+    assert weights.keys() == again.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
+    for name, change in (("r", {"r": 4}), ("lora_alpha", {"lora_alpha": 4}), ("target_modules", {"experts": [0]})):
+        with pytest.raises(ValueError, match=f"lora: weights: .* has {name}"):
+            further("three", **change)
+    assert not (tmp_path / "three" / "work" / "checkpoints" / "checkpoint-1").exists()
+    with pytest.raises(ValueError, match="weights must be the folder or hub id"):
+        further("three", weights=3)
+
+
 def test_a_new_pipeline_has_the_settings_of_the_recipe(pipeline, processor, tmp_path):
     parts = Path(pipeline)
     LatteFlowPipeline.from_pretrained(pipeline).model.vlm.save_pretrained(tmp_path / "backbone")

@@ -377,6 +377,7 @@ class Recipe(Settings):
         trainable (`str` or `list[int]`, defaults to `"experts"`): `"experts"`, the whole tower; a list of experts,
             only their layers and not what all experts share; or `"vlm"`, the tower and the backbone's language model.
         lora (`dict`, *optional*): instead of `trainable`: arguments of `expert_lora_config`. The result is an adapter.
+            `weights`, the folder or hub id of an adapter of the same experts and rank, is where its training starts.
         prompt_dropout (`float`, defaults to 0.1): the share of prompts replaced by the empty one, 0 to 1.
         folded_guidance_scale (`float`, *optional*): above 1: the weights learn to contain guidance of this scale, so
             that the result needs one evaluation per step instead of two, see `flow_matching.folded_guidance_target`.
@@ -453,7 +454,9 @@ class Recipe(Settings):
 
             arguments = {"model", "lora_config", "target_modules"}
             known = {*inspect.signature(expert_lora_config).parameters, *inspect.signature(LoraConfig).parameters}
-            check_names(lora, known - arguments)
+            check_names(lora, known - arguments | {"weights"})
+            if not isinstance(lora.get("weights", ""), str):
+                raise ValueError(f"weights must be the folder or hub id of an adapter, got {lora['weights']!r}")
         return lora
 
     @model_validator(mode="after")

@@ -32,7 +32,7 @@ from ..pipelines.loading import check_autoencoder
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
 from ..schedulers.steps import distilled_scheduler
-from .adapters import expert_lora_config, set_trainable
+from .adapters import expert_lora_config, read_starting_weights, set_trainable
 from .cache import CachedContexts, CachedImageDataset, build_cache
 from .callbacks import (
     CheckpointCallback,
@@ -120,6 +120,9 @@ def _train(
     unreadable = UnreadableImages(recipe.data.max_unreadable)
     dataset: Dataset
     collator: Any
+    if recipe.lora is not None:
+        # An error before the data are prepared.
+        load_lora(recipe.lora, pipe.model)
     if recipe.distillation is not None:
         # Of the model without an adapter, so that runs with and without one can share the trajectories.
         dataset, collator = load_trajectories(recipe, recipe.distillation, pipe, work_dir, unreadable)
@@ -293,9 +296,9 @@ def prepare_model(recipe: Recipe, pipe: LatteFlowPipeline) -> Any:
     """
     model = pipe.model
     if recipe.lora is not None:
-        from peft import get_peft_model
+        from peft import get_peft_model, set_peft_model_state_dict
 
-        config = expert_lora_config(model, **recipe.lora)
+        config, weights = load_lora(recipe.lora, model)
         experts, sampling = sorted(set(recipe.lora["experts"])), None
         if recipe.distillation is not None:
             sampling = student_sampling(recipe.distillation, experts, pipe)
@@ -303,7 +306,10 @@ def prepare_model(recipe: Recipe, pipe: LatteFlowPipeline) -> Any:
             sampling = guided_sampling(recipe.folded_guidance_scale, experts, pipe)
         if sampling is not None:
             config.target_modules = f"{sampling_mark(model.config, sampling)}{config.target_modules}"
-        return get_peft_model(model, config)
+        peft_model = get_peft_model(model, config)
+        if weights is not None:
+            set_peft_model_state_dict(peft_model, weights)
+        return peft_model
     set_trainable(model, recipe.trainable)
     if recipe.folded_guidance_scale is not None:
         model.config.sampling = guided_sampling(recipe.folded_guidance_scale, model.training_experts, pipe)
@@ -311,6 +317,18 @@ def prepare_model(recipe: Recipe, pipe: LatteFlowPipeline) -> Any:
         model.config.sampling = student_sampling(recipe.distillation, model.training_experts, pipe)
         pipe.scheduler = distilled_scheduler(pipe.scheduler, model.config.sampling, model.config)
     return model
+
+
+def load_lora(settings: dict, model: LatteFlowForConditionalGeneration) -> tuple[Any, dict | None]:
+    """The configuration of the adapter to train, and the weights it starts from, if they are given.
+
+    Raises:
+        `ValueError`: if an expert does not exist, a setting cannot be used, or the weights do not fit.
+        `OSError`: if a file of the weights is missing or damaged.
+    """
+    config = expert_lora_config(model, **{name: value for name, value in settings.items() if name != "weights"})
+    source = settings.get("weights")
+    return config, None if source is None else read_starting_weights(source, config)
 
 
 def load_trajectories(
