@@ -494,6 +494,7 @@ def _train(recipe: Path, settings: Any, output: Path, work_dir: Path | None, all
     sources = {f"model: {name}": getattr(settings.model, name) for name in ("pipeline", "backbone", "autoencoder")}
     if settings.distillation is not None:
         sources["distillation: teacher"] = settings.distillation.teacher
+        sources["distillation: student"] = settings.distillation.student
     for name, source in sources.items():
         if source not in (None, "tinyworld"):
             _check_source(f"recipe {recipe}: {name}", source)

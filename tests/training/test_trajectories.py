@@ -14,6 +14,7 @@ from latte_flow_hf.training.cache import hash_module, read_metadata
 from latte_flow_hf.training.recipe import DistillationSettings, Recipe
 from latte_flow_hf.training.train import train
 from latte_flow_hf.training.trajectories import (
+    check_earlier_student,
     check_teacher,
     generate_trajectories,
     student_new_noise,
@@ -287,3 +288,56 @@ def test_the_command_distils_and_refuses_a_recipe_without_a_teacher(distillation
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(content))
     result = CliRunner().invoke(app, ["distill", str(tmp_path / "train.yaml"), *arguments, str(tmp_path / "other")])
     assert result.exit_code == 1 and "has no section `distillation`" in result.stderr
+
+
+def test_an_earlier_student_leads_to_the_starts_and_the_teacher_goes_on(pipe, own_pipe):
+    """The starts are the path of the earlier student, and each end is the teacher's from that start."""
+    boundaries = pipe.model.config.expert_boundaries
+    own_pipe.model.config.sampling = {"steps_per_expert": [1, 1], "guidance_scale": 1.0, "distilled_experts": [0, 1]}
+    own_pipe.model.tower.head.proj.bias.data += 0.5
+    settings = DistillationSettings(teacher_steps=[2, 1], guidance_scale=3.0, solver="euler")
+    states = generate_trajectories(pipe, PROMPTS, [5, 6], 32, settings, [0.5, 0.0], own_pipe)
+    own_pipe.scheduler = LatteFlowScheduler(expert_boundaries=boundaries, new_noise=[0.5, 0.0])
+    call = {"height": 32, "width": 32, "output_type": "latent"}
+    reached = []
+    own_pipe(
+        PROMPTS,
+        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
+        callback_on_step_end=lambda p, i, t, tensors: reached.append(tensors["latents"]) or {},
+        **call,
+    )
+    torch.testing.assert_close(states[:, 1, 0], reached[0], atol=1e-4, rtol=1e-4)
+    pipe.scheduler = LatteFlowScheduler(expert_boundaries=boundaries)
+    end = pipe(PROMPTS, latents=states[:, 1, 0], sigmas=[0.5], guidance_scale=3.0, **call).images
+    torch.testing.assert_close(states[:, 1, 1], end, atol=1e-4, rtol=1e-4)
+    # The first step starts from noise in any case.
+    plain = generate_trajectories(pipe, PROMPTS, [5, 6], 32, settings, [0.5, 0.0])
+    assert torch.equal(states[:, 0], plain[:, 0]) and not torch.allclose(states[:, 1], plain[:, 1], atol=1e-2)
+
+
+def test_a_student_is_distilled_again_from_where_it_ended(distillation, pipeline, tmp_path):
+    lora = {"experts": [0, 1], "r": 2}
+    first = train(Recipe.from_dict({**distillation(), "lora": lora}), tmp_path / "one", tmp_path / "first")
+    again = distillation(data={"cache": str(tmp_path / "again")}, distillation={"student_lora": str(first)})
+    again["lora"] = {**lora, "weights": str(first)}
+    second = train(Recipe.from_dict(again), tmp_path / "two", tmp_path / "second")
+    pipe = LatteFlowPipeline.from_pretrained(pipeline)
+    pipe.load_lora_weights(str(second))
+    assert pipe.model.sampling["steps_per_expert"] == [1, 1]
+    # The trajectories depend on the earlier student.
+    other = distillation(data={"cache": str(tmp_path / "again")})
+    with pytest.raises(ValueError, match="made with a different earlier student"):
+        train(Recipe.from_dict(other), tmp_path / "three", tmp_path / "third")
+
+
+def test_an_earlier_student_of_other_steps_is_refused(own_pipe):
+    settings = DistillationSettings(teacher_steps=[2, 2])
+    with pytest.raises(ValueError, match="earlier student has steps_per_expert None"):
+        check_earlier_student(own_pipe, own_pipe, settings)
+    for sampling, name in (
+        ({"steps_per_expert": [2, 1], "distilled_experts": [0, 1]}, r"steps_per_expert \[2, 1\]"),
+        ({"steps_per_expert": [1, 1], "distilled_experts": [0]}, r"distilled_experts \[0\]"),
+    ):
+        own_pipe.model.config.sampling = sampling
+        with pytest.raises(ValueError, match=f"earlier student has {name}"):
+            check_earlier_student(own_pipe, own_pipe, settings)

@@ -310,6 +310,9 @@ class DistillationSettings(Settings):
         teacher (`str`, *optional*): folder or hub id of a pipeline; defaults to the pipeline that is trained. It must
             have the same autoencoder, experts and boundaries.
         teacher_lora (`str`, *optional*): an adapter for the teacher.
+        student, student_lora (`str`, *optional*): an earlier result for the same steps, a pipeline or an adapter for
+            the pipeline that is trained. Each step of a trajectory then starts where the steps of that student lead,
+            and the teacher goes on from there. Without one it starts where the teacher's step ended.
         teacher_steps (`list[int]`): the number of steps of the teacher in the interval of each expert.
         solver (`str`, defaults to `"heun"`): of the teacher: `"heun"` or `"euler"`, without new noise.
         guidance_scale (`float` or `list[float]`, defaults to 4.0): of the teacher: one, or one for each expert. The
@@ -326,6 +329,8 @@ class DistillationSettings(Settings):
 
     teacher: str | None = None
     teacher_lora: str | None = None
+    student: str | None = None
+    student_lora: str | None = None
     teacher_steps: list[int]
     solver: Literal["heun", "euler"] = "heun"
     guidance_scale: Number | list[Number] = 4.0

@@ -346,15 +346,21 @@ def load_trajectories(
     """
     data = set_image_size(recipe.data, pipe)
     folder = work_dir / "trajectories" if data.cache is None else Path(data.cache)
-    teacher = pipe
-    if settings.teacher is not None or settings.teacher_lora is not None:
-        source = {"pipeline": settings.teacher or recipe.model.pipeline}
-        teacher = load_pipeline(recipe.model.model_copy(update=source)).to(pipe.device)
-        teacher.set_progress_bar_config(disable=True)
-        if settings.teacher_lora is not None:
-            teacher.load_lora_weights(settings.teacher_lora)
+
+    def load(source: str | None, lora: str | None) -> LatteFlowPipeline | None:
+        if source is None and lora is None:
+            return None
+        model = recipe.model.model_copy(update={"pipeline": source or recipe.model.pipeline})
+        other = load_pipeline(model).to(pipe.device)
+        other.set_progress_bar_config(disable=True)
+        if lora is not None:
+            other.load_lora_weights(lora)
+        return other
+
+    teacher = load(settings.teacher, settings.teacher_lora) or pipe
+    earlier = load(settings.student, settings.student_lora)
     rows = load_image_rows(data, recipe.seed)
-    build_trajectories(folder, teacher, pipe, rows, settings, recipe.seed, unreadable, data.cache_contexts)
+    build_trajectories(folder, teacher, pipe, rows, settings, recipe.seed, unreadable, data.cache_contexts, earlier)
     num_trajectories = settings.num_trajectories or len(rows.dataset)
     dataset = TrajectoryDataset(folder, num_trajectories, settings.batch_size, recipe.seed)
     encoder = ImagePromptEncoder(pipe, data.encode_batch_size)

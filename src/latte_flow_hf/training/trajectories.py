@@ -8,6 +8,9 @@ the expert before it was trained to reach, and not an interpolation of data and 
 
 The teacher adds no noise within a step of the student, so that the end follows from the start. Between two steps it
 replaces the share of the noise that the student will replace, with the same formula.
+
+With an earlier student, each step starts where the steps of that student lead, and the teacher goes on from there:
+the new student then learns from the errors that the steps before it make.
 """
 
 import json
@@ -86,8 +89,26 @@ def check_teacher(teacher: Any, student: Any, settings: DistillationSettings) ->
             raise ValueError(f"distillation: {name} must be one for each of {own.num_experts} experts, got {values}.")
 
 
+def check_earlier_student(earlier: Any, student: Any, settings: DistillationSettings) -> None:
+    """
+    Raises:
+        `ValueError`: if the model whose steps lead to the starts was not distilled to the steps of the student.
+    """
+    config, own, sampling = earlier.model.config, student.model.config, earlier.model.sampling
+    for name, value, expected in (
+        ("expert_boundaries", config.expert_boundaries, own.expert_boundaries),
+        ("latent_channels", config.latent_channels, own.latent_channels),
+        ("steps_per_expert", sampling.get("steps_per_expert"), settings.student_steps),
+        ("distilled_experts", sampling.get("distilled_experts"), list(range(own.num_experts))),
+    ):
+        if value != expected:
+            raise ValueError(f"distillation: the earlier student has {name} {value}, but expected is {expected}.")
+    if hash_module(earlier.vae) != hash_module(student.vae):
+        raise ValueError("distillation: the earlier student has another autoencoder: its latents differ.")
+
+
 def trajectory_fingerprint(
-    teacher: Any, student: Any, rows: ImageRows, settings: DistillationSettings, seed: int
+    teacher: Any, student: Any, rows: ImageRows, settings: DistillationSettings, seed: int, earlier: Any = None
 ) -> dict[str, str]:
     """What the stored numbers depend on, by name."""
     parts = pipeline_fingerprint(teacher)
@@ -100,6 +121,7 @@ def trajectory_fingerprint(
         "teacher_steps": json.dumps(settings.teacher_steps),
         "guidance_scale": json.dumps(settings.guidance_scale),
         "new_noise": json.dumps(student_new_noise(settings, student)),
+        "earlier student": "none" if earlier is None else hash_module(earlier.model),
         "expert_boundaries": json.dumps(teacher.model.config.expert_boundaries),
         "steps_per_expert": json.dumps(settings.student_steps),
         "num_trajectories": str(settings.num_trajectories),
@@ -119,6 +141,7 @@ def build_trajectories(
     seed: int,
     unreadable: UnreadableImages,
     with_contexts: bool = True,
+    earlier: Any = None,
 ) -> None:
     """Fill the folder, keeping finished shards, which are checked. All processes must call it.
 
@@ -131,13 +154,17 @@ def build_trajectories(
         seed (`int`): of the noise, and of the choice between several captions of an image.
         unreadable ([`UnreadableImages`]): collects the rows that have no caption.
         with_contexts (`bool`, defaults to `True`): whether to store the contexts of the prompts, too.
+        earlier ([`LatteFlowPipeline`], *optional*): an earlier student, whose steps lead to the starts.
 
     Raises:
-        `ValueError`: if the teacher does not fit the student, or the folder has other trajectories.
+        `ValueError`: if the teacher or the earlier student does not fit the student, or the folder has other
+            trajectories.
         `OSError`: with the file, if a shard is damaged or cannot be written.
     """
     check_teacher(teacher, student, settings)
-    fingerprint = trajectory_fingerprint(teacher, student, rows, settings, seed)
+    if earlier is not None:
+        check_earlier_student(earlier, student, settings)
+    fingerprint = trajectory_fingerprint(teacher, student, rows, settings, seed, earlier)
     if with_contexts:
         fingerprint |= {"backbone": hash_module(student.model.vlm), "tokenizer": hash_processor(student.processor)}
     with PartialState().main_process_first():
@@ -149,7 +176,7 @@ def build_trajectories(
         seeds = [trajectory_seed(seed, index) for index in indices]
         assert rows.settings.size is not None
         new_noise = student_new_noise(settings, student)
-        states = generate_trajectories(teacher, prompts, seeds, rows.settings.size, settings, new_noise)
+        states = generate_trajectories(teacher, prompts, seeds, rows.settings.size, settings, new_noise, earlier)
         if not torch.isfinite(states).all():
             raise ValueError("distillation: teacher generates values that are not finite; use dtype float32.")
         write_shard({"states": states}, {"prompts": prompts}, path)
@@ -197,6 +224,7 @@ def generate_trajectories(
     size: int,
     settings: DistillationSettings,
     new_noise: list[float],
+    earlier: Any = None,
 ) -> torch.Tensor:
     """Sample the teacher, and keep the states where a step of the student starts and ends.
 
@@ -207,6 +235,7 @@ def generate_trajectories(
         size (`int`): height and width in pixels.
         settings ([`DistillationSettings`]): the settings.
         new_noise (`list[float]`): see `student_new_noise`.
+        earlier ([`LatteFlowPipeline`], *optional*): an earlier student, whose steps lead to the starts.
 
     Returns:
         `torch.Tensor`: (B, S, 2, C, height, width), float32, on the CPU: the start and the end of each step.
@@ -218,6 +247,7 @@ def generate_trajectories(
     steps = LatteFlowScheduler(expert_boundaries=config.expert_boundaries, new_noise=new_noise)
     steps.set_timesteps(steps_per_expert=settings.student_steps)
     evaluations = _evaluations_at_ends(settings)
+    context = None if earlier is None else earlier.encode_prompt(prompts, do_classifier_free_guidance=False)[0]
     starts, ends = [noise], []
 
     def keep(pipe: Any, evaluation: int, timestep: torch.Tensor, tensors: dict) -> dict:
@@ -227,9 +257,15 @@ def generate_trajectories(
         ends.append(latents.float().cpu())
         if step + 1 == len(evaluations):
             return {}
-        # The step of the student that leads there, with the student's own scheduler.
-        sigma, next_sigma = steps.sigmas[step], steps.sigmas[step + 1]
-        velocity = mean_velocity(starts[step], ends[step], sigma, next_sigma)
+        # The step of the student that leads there, or that of the earlier student, with the student's own scheduler.
+        if earlier is None:
+            velocity = mean_velocity(starts[step], ends[step], steps.sigmas[step], steps.sigmas[step + 1])
+        else:
+            start = starts[step].to(latents.device)
+            velocity = earlier.model.predict_velocity(
+                start, 1000.0 * float(steps.sigmas[step]), context, expert=steps.experts[step]
+            )
+            velocity = velocity.float().cpu()
         starts.append(steps.step(velocity, steps.timesteps[step], starts[step], generators).prev_sample)
         return {"latents": starts[-1].to(latents)}
 
