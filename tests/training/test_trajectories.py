@@ -8,7 +8,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler
+from latte_flow_hf import LatteFlowForConditionalGeneration, LatteFlowPipeline, LatteFlowScheduler
 from latte_flow_hf.cli import app
 from latte_flow_hf.training.cache import hash_module, read_metadata
 from latte_flow_hf.training.recipe import DistillationSettings, Recipe
@@ -221,13 +221,26 @@ def test_trajectories_of_another_teacher_are_refused(distillation, own_pipe, tmp
         train(Recipe.from_dict(content), tmp_path / "two", tmp_path / "other")
 
 
+def test_trajectories_between_other_boundaries_are_refused(distillation, own_pipe, tmp_path):
+    train(Recipe.from_dict(distillation()), tmp_path / "one", tmp_path / "full")
+    own_pipe.model.config.expert_boundaries = [1.0, 0.6, 0.0]
+    own_pipe.scheduler = LatteFlowScheduler(expert_boundaries=[1.0, 0.6, 0.0])
+    own_pipe.save_pretrained(tmp_path / "other")
+    content = distillation(model={"pipeline": str(tmp_path / "other")})
+    with pytest.raises(ValueError, match="made with a different .*expert_boundaries"):
+        train(Recipe.from_dict(content), tmp_path / "two", tmp_path / "result")
+
+
 def test_a_teacher_that_does_not_fit_is_refused(own_pipe, make_model, make_vae):
     settings, student = DistillationSettings(teacher_steps=[2, 2]), own_pipe
     teacher = copy.copy(student)
+    wider = copy.deepcopy(student.model.config)
+    wider.text_config.hidden_size = wider.vlm_config.vision_config.hidden_size = 64
     for model, name in (
         (make_model(num_experts=4), "num_experts 4"),
         (make_model(expert_boundaries=[1.0, 0.6, 0.0]), "expert_boundaries"),
         (make_model(latent_channels=8), "latent_channels 8"),
+        (LatteFlowForConditionalGeneration(wider), "hidden_size 64"),
     ):
         teacher.register_modules(model=model)
         with pytest.raises(ValueError, match=f"teacher has {name}"):

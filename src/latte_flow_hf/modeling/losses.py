@@ -230,8 +230,8 @@ def _check_folded_guidance(
         raise ValueError("give guidance_scale and negative_context together: the guidance to learn, and from what.")
     if not guidance_scale > 1.0:
         raise ValueError(f"guidance_scale must be above 1 to be learned, got {guidance_scale}.")
-    is_encoded = isinstance(negative_context, LatteFlowContext)
-    num_prompts = len(negative_context if is_encoded else negative_context["input_ids"])
+    encoded = negative_context if isinstance(negative_context, LatteFlowContext) else negative_context["input_ids"]
+    num_prompts = len(encoded)
     if num_prompts != 1:
         raise ValueError(f"negative_context must be one prompt, which serves all examples, got {num_prompts}.")
     return guidance_scale, negative_context

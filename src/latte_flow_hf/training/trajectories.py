@@ -51,10 +51,10 @@ def trajectory_sigmas(boundaries: list[float], steps_per_expert: list[int]) -> l
 
 def student_new_noise(settings: DistillationSettings, student: Any) -> list[float]:
     """The share of the noise that the student replaces after a step of each expert."""
-    if settings.new_noise is None:
-        return list(getattr(student.scheduler, "noise_shares", [0.0] * student.model.config.num_experts))
-    is_list = isinstance(settings.new_noise, list)
-    return list(settings.new_noise) if is_list else [settings.new_noise] * student.model.config.num_experts
+    shares = settings.new_noise
+    if shares is None:
+        shares = getattr(student.scheduler, "noise_shares", 0.0)
+    return list(shares) if isinstance(shares, list) else [shares] * student.model.config.num_experts
 
 
 def check_teacher(teacher: Any, student: Any, settings: DistillationSettings) -> None:
@@ -248,7 +248,8 @@ def generate_trajectories(
     steps.set_timesteps(steps_per_expert=settings.student_steps)
     evaluations = _evaluations_at_ends(settings)
     context = None if earlier is None else earlier.encode_prompt(prompts, do_classifier_free_guidance=False)[0]
-    starts, ends = [noise], []
+    starts: list[torch.Tensor] = [noise]
+    ends: list[torch.Tensor] = []
 
     def keep(pipe: Any, evaluation: int, timestep: torch.Tensor, tensors: dict) -> dict:
         if evaluation not in evaluations:
