@@ -227,7 +227,7 @@ def test_trajectories_between_other_boundaries_are_refused(distillation, own_pip
     own_pipe.scheduler = LatteFlowScheduler(expert_boundaries=[1.0, 0.6, 0.0])
     own_pipe.save_pretrained(tmp_path / "other")
     content = distillation(model={"pipeline": str(tmp_path / "other")})
-    with pytest.raises(ValueError, match="made with a different .*expert_boundaries"):
+    with pytest.raises(ValueError, match=r"made with a different .*expert_boundaries"):
         train(Recipe.from_dict(content), tmp_path / "two", tmp_path / "result")
 
 
