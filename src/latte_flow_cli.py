@@ -301,6 +301,17 @@ def generate(
         list[Path] | None,
         typer.Option(exists=True, dir_okay=False, help="Image shown before the prompt; may be repeated."),
     ] = None,
+    source: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Image to start from, instead of noise.")
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="With --source: mask of its size; only white is generated."),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="With --source: share of the steps to take, above 0, up to 1."),
+    ] = None,
     num_images: Annotated[
         int, typer.Option(min=1, max=1000, help="Images per prompt; their files are numbered if several.")
     ] = 1,
@@ -314,6 +325,10 @@ def generate(
         raise typer.BadParameter("give either a prompt or --prompts.")
     if prompts is not None and image:
         raise typer.BadParameter("--image goes with one prompt, not with --prompts.")
+    if prompts is not None and source is not None:
+        raise typer.BadParameter("--source goes with one prompt, not with --prompts.")
+    if source is None and (mask is not None or strength is not None):
+        raise typer.BadParameter("--mask and --strength go with --source.")
     lora = _fast_lora(model, lora) if fast else lora
     call: dict[str, Any] = {
         "negative_prompt": negative_prompt,
@@ -336,9 +351,11 @@ def generate(
     for path in paths:
         check_image_output(path)
     pipe = _load(model, device, dtype, lora)
+    call["image"] = [str(path) for path in image] if image else None
+    if source is not None:
+        pipe, call = _from_source(pipe, call, source, mask, strength)
     images = pipe(
         prompt,
-        image=[str(path) for path in image] if image else None,
         num_images_per_prompt=num_images,
         generator=torch.Generator().manual_seed(seed),
         **call,
@@ -346,6 +363,20 @@ def generate(
     for path, generated in zip(paths, images):
         save_image(generated, path)
         typer.echo(f"wrote {path} ({generated.width}x{generated.height})")
+
+
+def _from_source(
+    pipe: Any, call: dict[str, Any], source: Path, mask: Path | None, strength: float | None
+) -> tuple[Any, dict[str, Any]]:
+    """The pipeline that starts from an image, and its arguments."""
+    from latte_flow_hf import LatteFlowImg2ImgPipeline, LatteFlowInpaintPipeline
+
+    call = {**call, "context_image": call["image"], "image": str(source)}
+    if strength is not None:
+        call["strength"] = strength
+    if mask is None:
+        return LatteFlowImg2ImgPipeline.from_pipe(pipe), call
+    return LatteFlowInpaintPipeline.from_pipe(pipe), {**call, "mask_image": str(mask)}
 
 
 def _generate_many(
@@ -553,7 +584,30 @@ OutputFile = Annotated[
     Path,
     typer.Option("--output", "-o", callback=_check_safetensors, help="The .safetensors file to make; must not exist."),
 ]
-Experts = Annotated[int, typer.Option(min=1, help="K, the number of experts; must divide the backbone's layers.")]
+Experts = Annotated[
+    int,
+    typer.Option(min=1, help="K, the number of experts; must divide the tower's layers, or give --layers-per-expert."),
+]
+
+
+def _parse_numbers(text: str) -> Any:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise typer.BadParameter(f"must be whole numbers with commas between them, such as 8,7,7,6, got {text!r}.")
+    return [int(number) for number in text.split(",")]
+
+
+LayersPerExpert = Annotated[
+    Any,
+    typer.Option(parser=_parse_numbers, metavar="N,N,...", help="Number of layers of each expert; equal if left out."),
+]
+TowerLayers = Annotated[
+    Any,
+    typer.Option(
+        parser=_parse_numbers,
+        metavar="I,I,...",
+        help="Layers of the backbone that the tower has, by index from 0; all if left out.",
+    ),
+]
 Table = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="YAML file of key pairs; the package's own table if left out."),
@@ -578,6 +632,8 @@ def convert_init(
     autoencoder: Annotated[str, typer.Argument(help="Folder or hub id of the autoencoder.")],
     output: OutputFolder,
     experts: Experts = 4,
+    layers_per_expert: LayersPerExpert = None,
+    tower_layers: TowerLayers = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights that are new and random.")] = 0,
     max_shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,
@@ -585,7 +641,8 @@ def convert_init(
     """A new pipeline from a backbone and an autoencoder."""
     from latte_flow_hf.conversion import initialize
 
-    _execute(initialize(backbone, autoencoder, experts, seed), output, dry_run, max_shard_size)
+    layers = {"layers_per_expert": layers_per_expert, "tower_layers": tower_layers}
+    _execute(initialize(backbone, autoencoder, experts, seed, **layers), output, dry_run, max_shard_size)
 
 
 @_conversion
@@ -622,13 +679,14 @@ def convert_regroup(
     source: Pipeline,
     output: OutputFolder,
     experts: Experts,
+    layers_per_expert: LayersPerExpert = None,
     max_shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,
 ) -> None:
     """The same pipeline with another number of experts."""
     from latte_flow_hf.conversion import regroup
 
-    _execute(regroup(source, experts), output, dry_run, max_shard_size)
+    _execute(regroup(source, experts, layers_per_expert=layers_per_expert), output, dry_run, max_shard_size)
 
 
 @_conversion
