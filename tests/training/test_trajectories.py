@@ -236,6 +236,7 @@ def test_a_teacher_that_does_not_fit_is_refused(own_pipe, make_model, make_vae):
     teacher = copy.copy(student)
     wider = copy.deepcopy(student.model.config)
     wider.text_config.hidden_size = wider.vlm_config.vision_config.hidden_size = 64
+    wider.text_config.num_attention_heads = 8
     for model, name in (
         (make_model(num_experts=4), "num_experts 4"),
         (make_model(expert_boundaries=[1.0, 0.6, 0.0]), "expert_boundaries"),
