@@ -27,6 +27,8 @@ from latte_flow_hf import (
     LatteFlowScheduler,
     tiny_checkpoint,
 )
+from latte_flow_hf.checkpoints import few_step_checkpoint
+from latte_flow_hf.modeling.modeling_latte_flow import check_backbone
 
 
 Mark = Callable[[str], None]
@@ -153,6 +155,8 @@ class LatteFlow(Scenario):
             latent_channels=vae["latent_channels"],
             residual_attention=self.residual_attention,
         )
+        # Its result is kept. Inside `init_empty_weights` it could not run the small models that it compares.
+        check_backbone(config)
         with init_empty_weights():
             model = LatteFlowForConditionalGeneration(config)
             autoencoder = AutoencoderDC(**vae)
@@ -172,9 +176,10 @@ class LatteFlow(Scenario):
         if compiled:
             pipe.compile()
         pipe.set_progress_bar_config(disable=True)
-        encode_prompt = pipe.encode_prompt
 
         def generate(num_steps: int, mark: Mark) -> torch.Tensor:
+            # Looked up in each call: `parts.py` times the method of the class.
+            encode_prompt = functools.partial(LatteFlowPipeline.encode_prompt, pipe)
             pipe.encode_prompt = mark_after(encode_prompt, mark, "prefill")  # type: ignore[method-assign]
             images = pipe(
                 PROMPT,
@@ -235,15 +240,29 @@ class Matmul(LatteFlow):
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedCheckpoint(LatteFlow):
-    """The checkpoint that the package contains, with its trained weights."""
+    """The checkpoint that the package contains, with its trained weights.
+
+    Args:
+        few_steps (`str`, *optional*): `"adapter"` for its few-step adapter, run by PEFT, `"fused"` for the same as
+            part of the weights, as with `latte-flow generate --fast`; `num_steps` must be that of the adapter.
+
+    Raises:
+        `ValueError`: if `few_steps` is another value.
+    """
 
     kind = "embedded"
     published_sizes = {}
     note = "the embedded checkpoint, trained weights"
 
+    few_steps: str | None = None
     num_experts: int = field(default=4, init=False)
     residual_attention: str | None = field(default="scores", init=False)
     image_size: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.few_steps not in (None, "adapter", "fused"):
+            raise ValueError(f"few_steps must be 'adapter', 'fused' or left out, got {self.few_steps!r}.")
 
     @property
     def family(self) -> str:
@@ -251,6 +270,11 @@ class EmbeddedCheckpoint(LatteFlow):
 
     def build_networks(self) -> dict[str, nn.Module]:
         pipe = LatteFlowPipeline.from_pretrained(tiny_checkpoint())
+        if self.few_steps is not None:
+            pipe.load_lora_weights(few_step_checkpoint())
+        if self.few_steps == "fused":
+            pipe.fuse_lora()
+            pipe.unload_lora_weights()
         return {"model": pipe.model, "vae": pipe.vae}
 
 

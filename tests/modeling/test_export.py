@@ -108,3 +108,8 @@ def test_onnx(four, encode, tmp_path):
 
     for found, expected in pairs(four, 1, encode, run):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_tower_of_some_layers_and_unequal_experts(make_model, encode):
+    check(make_model(num_experts=2, sample_size=4, tower_layers=[0, 2, 3], layers_per_expert=[1, 2]), 1, encode)

@@ -32,6 +32,8 @@ class ExpertVelocity(nn.Module):
         # Of a model with this expert alone.
         tower.config = copy.copy(model.tower.config)
         tower.config.num_experts = 1
+        tower.config.layers_per_expert = [len(self.layers)]
+        tower.config.tower_layers = [model.config.tower_layers[index] for index in self.layers]
         self.tower = tower
 
     def inputs(self, latents: torch.Tensor, timestep: float, context: LatteFlowContext) -> dict[str, Any]:
@@ -39,8 +41,8 @@ class ExpertVelocity(nn.Module):
         return {
             "latents": latents,
             "timestep": torch.full((len(latents),), float(timestep), device=latents.device),
-            "keys": tuple(context.keys[index] for index in self.layers),
-            "values": tuple(context.values[index] for index in self.layers),
+            "keys": tuple(context.keys[index] for index in self.tower.config.tower_layers),
+            "values": tuple(context.values[index] for index in self.tower.config.tower_layers),
             "attention_mask": context.attention_mask,
             "next_position": context.next_position,
         }
@@ -59,14 +61,18 @@ class ExpertVelocity(nn.Module):
         Args:
             latents (`torch.Tensor`): (B, C, height, width).
             timestep (`torch.Tensor`): (B,), from 0 to 1000.
-            keys, values (`tuple[torch.Tensor, ...]`): of the layers of the expert, (B, G, T, d) each.
+            keys, values (`tuple[torch.Tensor, ...]`): of the backbone's layers that those of the expert
+                mirror, (B, G, T, d) each.
             attention_mask (`torch.Tensor`): (B, T), bool, `False` at padding.
             next_position (`torch.Tensor`): (B,).
 
         Returns:
             `torch.Tensor`: (B, C, height, width).
         """
-        context = LatteFlowContext(keys, values, attention_mask, next_position, has_padding=True)
+        # In a whole context, layers are found by their index in the backbone.
+        context_keys = dict(zip(self.tower.config.tower_layers, keys, strict=True))
+        context_values = dict(zip(self.tower.config.tower_layers, values, strict=True))
+        context = LatteFlowContext(context_keys, context_values, attention_mask, next_position, has_padding=True)  # type: ignore[arg-type]
         return self.tower(latents, timestep, 0, context)
 
 
@@ -99,9 +105,10 @@ def export_expert(
     num_images, num_tokens = 3, 11
     weight, attention = module.tower.head.norm.weight, module.tower.layers[0].self_attn
     shape = (num_images, model.config.text_config.num_key_value_heads, num_tokens, attention.head_dim)
+    num_layers = model.config.text_config.num_hidden_layers
     context = LatteFlowContext(
-        tuple(weight.new_zeros(shape) for _ in model.tower.layers),
-        tuple(weight.new_zeros(shape) for _ in model.tower.layers),
+        tuple(weight.new_zeros(shape) for _ in range(num_layers)),
+        tuple(weight.new_zeros(shape) for _ in range(num_layers)),
         torch.ones(num_images, num_tokens, dtype=torch.bool, device=weight.device),
         torch.full((num_images,), num_tokens, device=weight.device),
         has_padding=True,
