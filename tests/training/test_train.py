@@ -1,6 +1,7 @@
 """Runs on a small random pipeline: what is trained, what they save, and resuming after a stop."""
 
 import copy
+import json
 import logging
 import shutil
 import signal
@@ -143,7 +144,7 @@ def test_adapters_and_single_experts_are_trained_and_resumed(recipe, run, pipeli
     assert hash_module(before.tower.head) == hash_module(after.tower.head)
 
 
-def test_an_adapter_is_trained_further(recipe, tmp_path):
+def test_an_adapter_is_trained_further(recipe, pipeline, tmp_path):
     """Without a learning rate the new adapter has the weights of the old one; anything else is refused at once."""
     first = train(Recipe.from_dict(recipe(lora={"experts": [1], "r": 2})), tmp_path / "one", tmp_path / "first")
 
@@ -155,6 +156,9 @@ def test_an_adapter_is_trained_further(recipe, tmp_path):
     second = further("two")
     weights, again = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
     assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
+    # Neither the configuration nor the model card tells where the base model was.
+    assert json.loads((first / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    assert not any(pipeline in path.read_text() for path in first.iterdir() if path.suffix != ".safetensors")
     assert weights.keys() == again.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
     for name, change in (("r", {"r": 4}), ("lora_alpha", {"lora_alpha": 4}), ("target_modules", {"experts": [0]})):
         with pytest.raises(ValueError, match=f"lora: weights: .* has {name}"):

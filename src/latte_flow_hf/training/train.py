@@ -528,8 +528,11 @@ def save_result(pipe: LatteFlowPipeline, peft_model: Any, output_dir: Path, orig
             if sharded:
                 trained = {name: weight for name, weight in peft_model.named_parameters() if weight.requires_grad}
                 weights = {name: full_tensor(weight) for name, weight in trained.items()}
+            # Don't store local paths: PEFT writes that of the base model into the configuration and the model card.
+            base = peft_model.get_base_model()
+            if Path(base.name_or_path).is_dir():
+                base.name_or_path = base.config.name_or_path = ""
             for config in peft_model.peft_config.values():
-                # Don't store local paths.
                 if Path(config.base_model_name_or_path or "").is_dir():
                     config.base_model_name_or_path = None
             if process.is_main_process:
