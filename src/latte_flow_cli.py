@@ -244,17 +244,20 @@ def demo(
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = "float32",
+    fast: Fast = False,
 ) -> None:
     """Generate images of a few prompts with the embedded checkpoint, and ask it about them."""
-    from latte_flow_hf.checkpoints import tiny_checkpoint, verify
+    from latte_flow_hf.checkpoints import few_step_checkpoint, tiny_checkpoint, verify
     from latte_flow_hf.evaluation.demo import DEMO_PROMPTS, contact_sheet, generate_and_ask, peak_memory_gb
     from latte_flow_hf.files import check_output, save_image
 
     check_output(output / "contact-sheet.png", replace=True)
     start = time.perf_counter()
-    verify(tiny_checkpoint())
-    pipe = _load(None, device, dtype)
-    typer.echo(f"verified and loaded the embedded checkpoint in {time.perf_counter() - start:.1f} s")
+    for folder in [tiny_checkpoint(), *([few_step_checkpoint()] if fast else [])]:
+        verify(folder)
+    pipe = _load(None, device, dtype, fast=fast)
+    loaded = f"the embedded checkpoint{' and its adapter' if fast else ''}"
+    typer.echo(f"verified and loaded {loaded} in {time.perf_counter() - start:.1f} s")
     items = []
     for number, prompt in enumerate(DEMO_PROMPTS):
         start = time.perf_counter()
@@ -524,6 +527,7 @@ def _train(recipe: Path, settings: Any, output: Path, work_dir: Path | None, all
     sources = {f"model: {name}": getattr(settings.model, name) for name in ("pipeline", "backbone", "autoencoder")}
     if settings.distillation is not None:
         sources["distillation: teacher"] = settings.distillation.teacher
+        sources["distillation: student"] = settings.distillation.student
     for name, source in sources.items():
         if source not in (None, "tinyworld"):
             _check_source(f"recipe {recipe}: {name}", source)
