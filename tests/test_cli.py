@@ -417,7 +417,7 @@ def test_a_conversation_in_a_terminal(folder, tmp_path, monkeypatch, capsys):
     os.close(keyboard)
     printed = capsys.readouterr()
     assert printed.out.count("/paint PROMPT") == 2 and printed.out.count("> ") == 4
-    assert [line for line in printed.err.splitlines() if "none.png" in line][0].startswith("Error: ")
+    assert next(line for line in printed.err.splitlines() if "none.png" in line).startswith("Error: ")
 
 
 def test_the_pixels_again(folder, adapter, tmp_path):
