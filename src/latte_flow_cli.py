@@ -213,9 +213,12 @@ def _load(
     device: str | None,
     dtype: str,
     lora: list[str] | None = None,
+    fast: bool = False,
     adapter_names: dict[str, str] | None = None,
 ) -> Any:
     """The pipeline on its device, with its adapters active; what to call these is added to `adapter_names`."""
+    if fast and model is not None:
+        raise ValueError(f"--fast is for the embedded checkpoint, got --model {model}; give an adapter by --lora.")
     if model is not None:
         _check_source("model", model)
     import diffusers
@@ -223,16 +226,23 @@ def _load(
     import transformers
 
     from latte_flow_hf import LatteFlowPipeline, tiny_checkpoint
+    from latte_flow_hf.checkpoints import few_step_checkpoint
     from latte_flow_hf.pipelines.lora import load_loras
 
     device = _check_device(device)
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
+    loras = [few_step_checkpoint()] if fast else []
+    loras += lora or []
     pipe = LatteFlowPipeline.from_pretrained(model or tiny_checkpoint(), dtype=getattr(torch, dtype))
-    if lora:
-        paths = load_loras(pipe, lora)
+    if loras:
+        paths = load_loras(pipe, loras)
         if adapter_names is not None:
             adapter_names.update({name: Path(path).name for name, path in paths.items()})
+    if fast and not lora:
+        # As part of the weights it costs no time, while PEFT would compute it beside every linear layer.
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
     return pipe.to(device)
 
 
@@ -257,14 +267,6 @@ def _lines() -> Iterator[str]:
         except (EOFError, KeyboardInterrupt):
             typer.echo()
             return
-
-
-def _fast_lora(model: str | None, lora: list[str] | None) -> list[str]:
-    from latte_flow_hf.checkpoints import few_step_checkpoint
-
-    if model is not None:
-        raise ValueError(f"--fast is for the embedded checkpoint, got --model {model}; give an adapter by --lora.")
-    return [few_step_checkpoint(), *(lora or [])]
 
 
 @_verb
@@ -402,7 +404,6 @@ def generate(
         raise typer.BadParameter("--mask and --strength go with --source.")
     if like is None and allow_changes:
         raise typer.BadParameter("--allow-changes goes with --like.")
-    lora = _fast_lora(model, lora) if fast else lora
     if prompts is not None:
         call = {
             "negative_prompt": negative_prompt,
@@ -411,12 +412,13 @@ def generate(
             "num_inference_steps": steps,
             "guidance_scale": guidance,
         }
-        folder, first = output or Path("out"), seed or 0
+        folder, first, weights = output or Path("out"), seed or 0, dtype or "float32"
         _generate_many(
-            prompts, folder, model, device, dtype or "float32", lora, first, num_images, batch_size, call, is_json
+            prompts, folder, model, device, weights, lora, fast, first, num_images, batch_size, call, is_json
         )
         return
-    from latte_flow_hf.cli.generation import Request, check_same, loras_of, repeat, use_weights
+    from latte_flow_hf.checkpoints import few_step_checkpoint
+    from latte_flow_hf.cli.generation import Request, check_adapters_given, check_same, repeat, use_weights
     from latte_flow_hf.files import check_image_output
     from latte_flow_hf.pipelines.image_metadata import read_metadata, record_pipeline
 
@@ -446,15 +448,14 @@ def generate(
         request = Request(**{**given, "seed": seed or 0})
     else:
         request = repeat(original, **given)
-        lora = loras_of(original, model, lora or [])
+        fast = check_adapters_given(original, model, lora, fast)
         dtype = dtype or original.pipeline.dtype  # type: ignore[assignment]
     adapter_names: dict[str, str] = {}
-    pipe = _load(model, device, dtype or "float32", lora, adapter_names)
+    pipe = _load(model, device, dtype or "float32", lora, fast, adapter_names)
+    if original is not None and lora:
+        use_weights(pipe, original, [*([few_step_checkpoint()] if fast else []), *lora])
     record = record_pipeline(pipe, adapter_names)
     if original is not None:
-        if lora:
-            use_weights(pipe, original, lora, record)
-            record = record_pipeline(pipe, adapter_names)
         if not allow_changes:
             check_same(original, record, request)
         if original.batch_size > 1:
@@ -495,6 +496,7 @@ def _generate_many(
     device: str | None,
     dtype: str,
     lora: list[str] | None,
+    fast: bool,
     seed: int,
     num_images: int,
     batch_size: int,
@@ -509,7 +511,7 @@ def _generate_many(
     texts = read_prompts(prompts)
     names: dict[str, str] = {}
     # Each process has its own accelerator, unless a device is given.
-    pipe = _load(model, "cpu" if device is None else device, dtype, lora, names)
+    pipe = _load(model, "cpu" if device is None else device, dtype, lora, fast, names)
     pipe.set_progress_bar_config(disable=True)
     num_new, num_existing = generate_images(pipe, texts, folder, seed, num_images, batch_size, device, names, **call)
     if PartialState().is_main_process:
@@ -537,7 +539,7 @@ def chat(
 ) -> None:
     """Ask about images; answers are streamed. In a conversation, `/paint PROMPT` generates an image; see `/help`."""
     names: dict[str, str] = {}
-    pipe = _load(model, device, dtype, lora, names)
+    pipe = _load(model, device, dtype, lora, adapter_names=names)
     from latte_flow_hf.cli.conversation import HELP, Conversation
 
     tell = functools.partial(_tell, is_json)
@@ -671,7 +673,7 @@ def evaluate(
 
     if output is not None:
         check_output(output, replace=True)
-    pipe = _load(model, device, dtype, _fast_lora(model, lora) if fast else lora)
+    pipe = _load(model, device, dtype, lora, fast)
     pipe.set_progress_bar_config(disable=True)
     call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
     generation = tinyworld.evaluate_generation(pipe, tinyworld.generation_prompts(seed), seed, **call)

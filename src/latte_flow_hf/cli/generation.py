@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from ..checkpoints import few_step_checkpoint
+from ..pipelines.fingerprint import hash_adapter
 from ..pipelines.image_metadata import (
     ImageMetadata,
     InputRecord,
@@ -138,28 +139,30 @@ def repeat(original: ImageMetadata, **given: Any) -> Request:
     return replace(own, **values)
 
 
-def loras_of(original: ImageMetadata, model: str | None, loras: Sequence[str]) -> list[str]:
-    """The adapters to load for an image: those that are given, or else the embedded one if it was used.
+def check_adapters_given(original: ImageMetadata, model: str | None, loras: Sequence[str] | None, fast: bool) -> bool:
+    """Whether to load the embedded adapter for an image: if it is asked for, or was used.
 
     Raises:
-        `ValueError`: if an adapter is missing.
+        `ValueError`: if another adapter was used, and none is given.
     """
-    adapters = original.pipeline.adapters
-    if loras or not adapters:
-        return list(loras)
-    embedded = few_step_checkpoint()
-    if model is None and [adapter.name for adapter in adapters] == [Path(embedded).name]:
-        return [embedded]
-    raise ValueError(f"the image was made with {_describe_adapters(original)}; give each by --lora PATH.")
+    before = original.pipeline
+    embedded = (Path(few_step_checkpoint()).name,)
+    if fast or (model is None and not loras and before.fused == embedded):
+        return True
+    if before.adapters and not loras:
+        used = " and ".join(f"adapter {it.name!r} (weight {format_weights(it.weights)})" for it in before.adapters)
+        raise ValueError(f"the image was made with {used}; give each by --lora PATH.")
+    return False
 
 
-def use_weights(pipe: Any, original: ImageMetadata, loras: Sequence[str], loaded: PipelineRecord) -> None:
-    """Activate adapters with the weights that the image was made with, unless a weight was given with the path."""
-    weights: dict[str, list[float]] = {}
-    of_hash = {adapter.sha256: list(adapter.weights) for adapter in original.pipeline.adapters}
-    for name, lora, adapter in zip(pipe._adapters(), loras, loaded.adapters):
-        own = of_hash.get(adapter.sha256)
-        weights[name] = own if own is not None and parse_lora(lora)[1] is None else list(adapter.weights)
+def use_weights(pipe: Any, original: ImageMetadata, loras: Sequence[str]) -> None:
+    """Activate the loaded adapters with the weights that the image was made with, unless a weight was given with the
+    path."""
+    own_weights = {adapter.sha256: list(adapter.weights) for adapter in original.pipeline.adapters}
+    weights: dict[str, Any] = {}
+    for name, lora in zip(pipe._adapters(), loras):
+        given = parse_lora(lora)[1]
+        weights[name] = own_weights.get(hash_adapter(pipe.model, name), 1.0) if given is None else given
     pipe.set_adapters([*weights], [*weights.values()])
 
 
@@ -198,8 +201,3 @@ def check_same(original: ImageMetadata, record: PipelineRecord, request: Request
             f"the image would be another: {'; '.join(problems)}. Give the same by --model, --lora, --image, --source, "
             "--mask, --device and --dtype, or add --allow-changes for what this makes of its settings."
         )
-
-
-def _describe_adapters(original: ImageMetadata) -> str:
-    adapters = original.pipeline.adapters
-    return " and ".join(f"adapter {item.name!r} (weight {format_weights(item.weights)})" for item in adapters)

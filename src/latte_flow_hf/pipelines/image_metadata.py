@@ -77,6 +77,7 @@ class PipelineRecord(_Record):
         scheduler (`str`): the class of the scheduler.
         solver (`str`): what the scheduler calls its solver, or its class again.
         adapters (`tuple[AdapterRecord, ...]`): the active adapters.
+        fused (`tuple[str, ...]`): adapters that are part of the weights, and of their hash.
         dtype (`str`): of the weights, such as `"float32"`.
         device (`str`): the kind of device, such as `"cpu"`.
         versions (`dict[str, str]`): of this package, torch, transformers and diffusers.
@@ -86,7 +87,8 @@ class PipelineRecord(_Record):
     hashes: dict[str, Sha256]
     scheduler: str
     solver: str
-    adapters: tuple[AdapterRecord, ...]
+    adapters: tuple[AdapterRecord, ...] = ()
+    fused: tuple[str, ...] = ()
     dtype: str
     device: str
     versions: dict[str, str]
@@ -151,10 +153,9 @@ class ImageMetadata(_Record):
         }
         if self.strength is not None:
             settings["Denoising strength"] = f"{self.strength:g}"
-        if pipeline.adapters:
-            settings["Adapters"] = " ".join(
-                f"{adapter.name}:{format_weights(adapter.weights)}" for adapter in pipeline.adapters
-            )
+        adapters = [f"{adapter.name}:{format_weights(adapter.weights)}" for adapter in pipeline.adapters]
+        if adapters or pipeline.fused:
+            settings["Adapters"] = " ".join([*pipeline.fused, *adapters])
         settings["Version"] = f"latte_flow_hf {pipeline.versions['latte_flow_hf']}"
         lines = [self.prompt]
         if self.negative_prompt:
@@ -195,7 +196,9 @@ def record_pipeline(
     wrapped = [module for _, module in adapter_modules(model)]
     if not hashes or wrapped:
         hashes = pipeline_fingerprint(pipe, hash_model=hash_without_adapters)
+    names = adapter_names or {}
     is_disabled = any(module.disable_adapters for module in wrapped)
+    active = {} if is_disabled else model.adapter_weights
     return PipelineRecord(
         model=_name_of(pipe),
         hashes=hashes,
@@ -203,10 +206,14 @@ def record_pipeline(
         solver=str(pipe.scheduler.config.get("solver", type(pipe.scheduler).__name__)),
         adapters=tuple(
             AdapterRecord(
-                name=(adapter_names or {}).get(name, name), weights=tuple(weights), sha256=hash_adapter(model, name)
+                name=names.get(name, name),
+                weights=tuple(weights),
+                sha256=hash_adapter(model, name),
             )
-            for name, weights in ({} if is_disabled else model.adapter_weights).items()
+            for name, weights in active.items()
+            if name not in pipe.fused_loras
         ),
+        fused=tuple(sorted(names.get(name, name) for name in pipe.fused_loras)),
         dtype=str(model.dtype).removeprefix("torch."),
         device=pipe._execution_device.type,
         versions={name: version_of(name).partition("+")[0] for name in PACKAGES},
