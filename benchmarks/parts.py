@@ -20,7 +20,6 @@ from diffusers.image_processor import VaeImageProcessor
 from latte_flow_hf import (
     LatteFlowForConditionalGeneration,
     LatteFlowPipeline,
-    LatteFlowProcessor,
     LatteFlowScheduler,
 )
 from latte_flow_hf.modeling.modeling_latte_flow import (
@@ -29,6 +28,7 @@ from latte_flow_hf.modeling.modeling_latte_flow import (
     LatteFlowLayer,
     LatteFlowTower,
 )
+from latte_flow_hf.modeling.processing_latte_flow import LatteFlowProcessorMixin
 
 from .scenarios import EmbeddedCheckpoint, LatteFlow, materialize
 from .suite import Suite
@@ -36,7 +36,7 @@ from .suite import Suite
 
 # In the order of a call. What none of them covers is `REST`.
 PARTS: tuple[tuple[str, tuple[tuple[type, str], ...]], ...] = (
-    ("chat template, tokens", ((LatteFlowProcessor, "encode_conversations"),)),
+    ("chat template, tokens", ((LatteFlowProcessorMixin, "encode_conversations"),)),
     ("prefill", ((LatteFlowForConditionalGeneration, "encode_context"),)),
     ("contexts of the prompts", ((LatteFlowPipeline, "encode_prompt"),)),
     ("positions and masks", ((LatteFlowForConditionalGeneration, "latent_layout"),)),

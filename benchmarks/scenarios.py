@@ -28,7 +28,6 @@ from latte_flow_hf import (
     tiny_checkpoint,
 )
 from latte_flow_hf.checkpoints import few_step_checkpoint
-from latte_flow_hf.modeling.modeling_latte_flow import check_backbone
 
 
 Mark = Callable[[str], None]
@@ -123,6 +122,11 @@ class Scenario:
         raise NotImplementedError
 
 
+def small_processor() -> Any:
+    """The processor of the embedded checkpoint, for models of all sizes."""
+    return LatteFlowProcessor.from_pretrained(Path(tiny_checkpoint()) / "processor")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatteFlow(Scenario):
     """LaTtE-Flow at the size of the paper: Qwen2-VL-2B and DC-AE f32c32, random weights.
@@ -148,15 +152,15 @@ class LatteFlow(Scenario):
 
     def build_networks(self) -> dict[str, nn.Module]:
         text, vae = self.size_of("backbone"), self.size_of("vae")
+        processor = small_processor()
         vision = {"depth": 1, "embed_dim": 64, "num_heads": 4, "hidden_size": text["hidden_size"]}
+        vision["patch_size"] = processor.image_processor.patch_size
         config = LatteFlowConfig(
-            vlm_config=Qwen2VLConfig(text_config=text, vision_config=vision),
+            vlm_config=Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=processor.image_token_id),
             num_experts=self.num_experts,
             latent_channels=vae["latent_channels"],
             residual_attention=self.residual_attention,
         )
-        # Its result is kept. Inside `init_empty_weights` it could not run the small models that it compares.
-        check_backbone(config)
         with init_empty_weights():
             model = LatteFlowForConditionalGeneration(config)
             autoencoder = AutoencoderDC(**vae)
@@ -170,7 +174,7 @@ class LatteFlow(Scenario):
         return [*shared, *(model.tower.layers[index] for index in model.expert_layers(0))]
 
     def prepare(self, networks: dict[str, nn.Module], compiled: bool = False) -> Generate:
-        processor = LatteFlowProcessor.from_pretrained(Path(tiny_checkpoint()) / "processor")
+        processor = small_processor()
         scheduler = LatteFlowScheduler(expert_boundaries=networks["model"].config.expert_boundaries)
         pipe = LatteFlowPipeline(processor=processor, scheduler=scheduler, **networks)
         if compiled:

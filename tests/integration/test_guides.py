@@ -7,6 +7,7 @@ what they name must exist. `text` blocks do not run: they need several GPUs or m
 are not code.
 """
 
+import ast
 import configparser
 import json
 import re
@@ -44,6 +45,9 @@ PAGES: dict[str, dict[str, str]] = {
     "README.md": {"--output my-checkpoint": "--output my-checkpoint --work-dir runs/readme"},
     "docs/index.md": {},
     "docs/start.md": {"latent_channels=32": "latent_channels=4", "recipe.yaml": "recipes/text_to_image_folder.yaml"},
+    "docs/settings.md": {},
+    "docs/troubleshooting.md": {},
+    "docs/contributing.md": {},
     "docs/tinyworld.md": {},
     "docs/benchmarks.md": {},
     "docs/departures.md": {},
@@ -269,6 +273,30 @@ def test_the_small_server_answers(workplace):
     with pytest.raises(HTTPError, match="400"):
         urlopen(address)
     names["server"].shutdown()
+
+
+def messages_of_the_source() -> list[str]:
+    """All strings of the package, without what is filled in."""
+    found = []
+    for path in [*(ROOT / "src").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
+                found.append("".join(map(str, parts)))
+    return found
+
+
+def test_messages_of_the_troubleshooting_page_exist():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    shown = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
+    assert len(shown) > 25 and len(shown) == len(set(shown))
+    messages = messages_of_the_source()
+    for message in shown:
+        parts = [part.strip() for part in message.replace("``", "`").split("...")]
+        pattern = re.compile(".*".join(map(re.escape, parts)), re.DOTALL)
+        assert any(pattern.search(text) for text in messages), message
 
 
 def test_all_extras_are_documented():
