@@ -188,9 +188,12 @@ def plot_distilled(rows: list[dict], path: Path) -> None:
             own = [row for row in rows if row["model"] == name]
             axis.plot([row[quantity] for row in own], [100 * row["all"] for row in own], "o-", label=name)
         axis.set_xscale("log")
+        axis.set_xticks(values := sorted({row[quantity] for row in rows}), [f"{value:.2g}" for value in values])
+        axis.minorticks_off()
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("correct images, %")
+    axes[0].set_ylim(min(90, min(100 * row["all"] for row in rows) - 1), 100)
     axes[0].legend()
     figure.savefig(path, dpi=150)
 
