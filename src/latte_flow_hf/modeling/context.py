@@ -62,6 +62,20 @@ class LatteFlowContext:
             self.has_padding,
         )
 
+    def of_layers(self, layers: range) -> "LatteFlowContext":
+        """What an expert with these decoder layers reads. The keys and values of all other layers keep their place
+        in the tuples and have no elements: (P, G, T, 0)."""
+
+        def keep(states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return tuple(
+                layer if index in layers else layer.new_empty((*layer.shape[:3], 0))
+                for index, layer in enumerate(states)
+            )
+
+        return LatteFlowContext(
+            keep(self.keys), keep(self.values), self.attention_mask, self.next_position, self.has_padding
+        )
+
     def split(self) -> list["LatteFlowContext"]:
         """Each prompt as a context of its own, without its left padding. The inverse of `cat`."""
         contexts = []

@@ -22,8 +22,15 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
 from ..modeling.context import LatteFlowContext, warn_of_unknown_words
+from ..modeling.flow_matching import guided_velocity
 from ..modeling.images import load_rgb_images
-from ..modeling.sampling import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_STEPS, check_distilled_steps, guides_any
+from ..modeling.sampling import (
+    DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_NUM_STEPS,
+    check_distilled_steps,
+    guidance_of_steps,
+    guides_any,
+)
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
 from ..schedulers.steps import (
     distilled_scheduler,
@@ -476,14 +483,8 @@ class LatteFlowPipeline(
         scheduler_timesteps, model_times = self.scheduler.timesteps, model_timesteps(self.scheduler)
         self._num_timesteps = len(model_times)
         experts = experts_of_steps(self.scheduler, self.model.config.expert_boundaries)
-        scales = self._guidance_scale
-        if not isinstance(scales, list):
-            scales = [scales] * self.model.config.num_experts
-        low, high = (0.0, 1.0) if guidance_interval is None else guidance_interval
-        is_guided = [
-            scales[expert] > 1 and low <= timestep / 1000.0 <= high
-            for expert, timestep in zip(experts, model_times.tolist())
-        ]
+        scales = guidance_of_steps(self._guidance_scale, guidance_interval, experts, model_times.tolist())
+        is_guided = [scale > 1 for scale in scales]
 
         # 3. Prepare latents
         batch_size = _num_prompts(prompt, messages, context) * num_images_per_prompt
@@ -530,7 +531,7 @@ class LatteFlowPipeline(
                         torch.cat([latents, latents]), t, guided_context, layout=guided_layout, **shared
                     )
                     uncond_velocity, cond_velocity = velocity.chunk(2)
-                    velocity = uncond_velocity + self.guidance_scale * (cond_velocity - uncond_velocity)
+                    velocity = guided_velocity(uncond_velocity, cond_velocity, self.guidance_scale)
                 else:
                     velocity = self.model.predict_velocity(latents, t, context, layout=layout, **shared)
 

@@ -1,0 +1,221 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""One image between two steps: everything that a call of the pipeline keeps in local variables, as an object.
+
+With that, images of different requests, at different timesteps and with different numbers of steps, can take their
+next step together, and an image can continue in another process.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..modeling.context import LatteFlowContext
+from ..modeling.flow_matching import data_from_velocity, guided_velocity
+from ..modeling.sampling import check_distilled_steps, guidance_of_steps
+from ..pipelines.offloading import check_hooks
+from ..schedulers.steps import (
+    distilled_scheduler,
+    experts_of_steps,
+    finish_step,
+    generator_kwargs,
+    model_timesteps,
+    set_timesteps,
+)
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """What is asked for: arguments of [`LatteFlowPipeline`], with the same meaning and the same defaults.
+
+    Image number i is the one that `pipe(..., generator=torch.Generator().manual_seed(seed + i))` gives alone.
+
+    Args:
+        prompt (`str`, *optional*): the prompt, or `messages` instead.
+        messages (`list[dict]`, *optional*): a conversation in the chat-template form.
+        image (*optional*): images that are shown to the model before the prompt.
+        negative_prompt (`str`, *optional*): what to guide away from.
+        height, width (`int`, *optional*): in pixels.
+        num_inference_steps (`int`, *optional*): the number of steps.
+        steps_per_expert (`list[int]`, *optional*): the number of steps of each expert, instead.
+        guidance_scale (`float` or `list[float]`, *optional*): one, or one for each expert.
+        guidance_interval (`tuple[float, float]`, *optional*): (low, high) sigmas between which guidance is used.
+        seed (`int`, defaults to 0): the seed of the first image; the next one has the next seed.
+        num_images (`int`, defaults to 1): the number of images.
+        adapter (`str`, *optional*): the name of an adapter.
+        num_previews (`int`, defaults to 0): how often an image is shown before it is finished.
+        output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+    """
+
+    prompt: str | None = None
+    messages: list[dict] | None = None
+    image: Any = None
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = None
+    steps_per_expert: list[int] | None = None
+    guidance_scale: float | list[float] | None = None
+    guidance_interval: tuple[float, float] | None = None
+    seed: int = 0
+    num_images: int = 1
+    adapter: str | None = None
+    num_previews: int = 0
+    output_type: str = "pil"
+
+
+@dataclass(eq=False)
+class RunningImage:
+    """An image that is being generated.
+
+    Args:
+        latents (`torch.Tensor`): (1, C, height, width), at the next timestep.
+        scheduler: its own copy, with its steps and whatever the solver remembers.
+        generator (`torch.Generator`): the source of its noise.
+        timesteps (`tuple[float, ...]`): `1000 * sigma` of each evaluation of the model.
+        experts (`list[int]`): the expert of each evaluation.
+        scales (`list[float]`): the guidance scale of each evaluation; up to 1, there is none.
+        context, negative_context ([`LatteFlowContext`]): one prompt each, without padding; the negative one is `None`
+            if no evaluation is guided.
+        adapter (`str`, *optional*): the adapter that it is generated with.
+        index (`int`): the number of the next evaluation.
+        velocity (`torch.Tensor`, *optional*): of the last evaluation, with guidance, at `previous_latents`.
+    """
+
+    latents: torch.Tensor
+    scheduler: Any
+    generator: torch.Generator
+    timesteps: tuple[float, ...]
+    experts: list[int]
+    scales: list[float]
+    context: LatteFlowContext
+    negative_context: LatteFlowContext | None
+    adapter: str | None = None
+    index: int = 0
+    velocity: torch.Tensor | None = None
+    previous_latents: torch.Tensor | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.index == len(self.experts)
+
+    @property
+    def expert(self) -> int:
+        """The expert of the next evaluation."""
+        return self.experts[self.index]
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the next evaluation needs the negative prompt too."""
+        return self.scales[self.index] > 1
+
+    @property
+    def contexts(self) -> list[LatteFlowContext]:
+        """The prompts of the next evaluation, in the order of the rows of its velocity."""
+        return [self.negative_context, self.context] if self.is_guided else [self.context]  # type: ignore[list-item]
+
+    def expert_interval(self) -> tuple[int, int]:
+        """The first evaluation of the current expert, and the one after its last."""
+        first = self.experts.index(self.expert)
+        return first, first + self.experts.count(self.expert)
+
+    def advance(self, velocities: torch.Tensor) -> None:
+        """Take one step of the solver.
+
+        Args:
+            velocities (`torch.Tensor`): (1 or 2, C, height, width), one for each of `contexts`.
+        """
+        velocity = velocities[-1:]
+        if self.is_guided:
+            velocity = guided_velocity(velocities[:1], velocity, self.scales[self.index])
+        timestep = self.scheduler.timesteps[self.index]
+        kwargs = generator_kwargs(self.scheduler, self.generator)
+        latents = self.scheduler.step(velocity, timestep, self.latents, **kwargs, return_dict=False)[0]
+        latents = finish_step(self.scheduler, self.index, velocity, latents)
+        self.previous_latents, self.velocity = self.latents, velocity
+        self.latents = latents
+        self.index += 1
+
+    def prediction(self) -> torch.Tensor:
+        """The clean latents at which the last velocity points, (1, C, height, width)."""
+        assert self.previous_latents is not None and self.velocity is not None
+        sigma = self.timesteps[self.index - 1] / 1000.0
+        return data_from_velocity(self.previous_latents, self.velocity, sigma)
+
+
+@torch.no_grad()
+def start_images(pipe: Any, request: ImageRequest) -> list[RunningImage]:
+    """What [`LatteFlowPipeline`] does before its first step: checks, steps, prompts, noise. The request's adapter must
+    be the active one.
+
+    Raises:
+        `ValueError`: if an argument is invalid, before any heavy work.
+    """
+    # 1. Check inputs
+    sampling, config = pipe.model.sampling, pipe.model.config
+    height = pipe.default_size if request.height is None else request.height
+    width = pipe.default_size if request.width is None else request.width
+    num_inference_steps, steps_per_expert, guidance_scale = pipe._sampling_arguments(
+        sampling, request.num_inference_steps, request.steps_per_expert, request.guidance_scale, has_sigmas=False
+    )
+    pipe.check_inputs(
+        request.prompt,
+        request.image,
+        request.messages,
+        request.negative_prompt,
+        height,
+        width,
+        num_inference_steps,
+        guidance_scale,
+        request.guidance_interval,
+        request.num_images,
+        None,
+        request.output_type,
+        [],
+    )
+    check_hooks(pipe.model)
+
+    # 2. Prepare timesteps, the expert of each, and its guidance
+    device = pipe._execution_device
+    scheduler = copy.deepcopy(pipe.scheduler)
+    if sampling != (config.sampling or {}):
+        scheduler = distilled_scheduler(scheduler, sampling, config)
+    set_timesteps(scheduler, num_inference_steps, device, steps_per_expert=steps_per_expert)
+    check_distilled_steps(scheduler.sigmas.tolist(), sampling, config.expert_boundaries)
+    timesteps = tuple(model_timesteps(scheduler).tolist())
+    experts = experts_of_steps(scheduler, config.expert_boundaries)
+    scales = guidance_of_steps(guidance_scale, request.guidance_interval, experts, timesteps)
+
+    # 3. Encode prompts
+    context, negative_context = pipe.encode_prompt(
+        request.prompt,
+        request.image,
+        request.messages,
+        request.negative_prompt,
+        do_classifier_free_guidance=any(scale > 1 for scale in scales),
+        device=device,
+    )
+    (context,) = context.split()
+    if negative_context is not None:
+        (negative_context,) = negative_context.split()
+
+    # 4. Prepare latents
+    images = []
+    for number in range(request.num_images):
+        # On the CPU, so that the noise is the same for every device.
+        generator = torch.Generator().manual_seed(request.seed + number)
+        images.append(
+            RunningImage(
+                pipe.prepare_latents(1, height, width, pipe.model.dtype, device, generator),
+                copy.deepcopy(scheduler),
+                generator,
+                timesteps,
+                experts,
+                scales,
+                context,
+                negative_context,
+                request.adapter,
+            )
+        )
+    return images
