@@ -22,7 +22,11 @@ from latte_flow_hf.serving.engine import FairLock
 from latte_flow_hf.training import expert_lora_config
 
 
-CLOSE = {"rtol": 0.0, "atol": 1e-5}
+def assert_same(found, expected) -> None:
+    """Within 1e-5 of the largest value: latents of random models with strong guidance are far larger than 1."""
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected):
+        assert one.shape == other.shape and (one - other).abs().max() <= 1e-5 * other.abs().max().clamp(min=1.0)
 
 
 def alone(pipe, request: ImageRequest) -> list[torch.Tensor]:
@@ -57,9 +61,7 @@ def run(engine: Engine, requests: list[ImageRequest], order: random.Random | Non
 def assert_equals_alone(pipe, engine, requests, order=None):
     expected = [alone(pipe, request) for request in requests]
     for found, images in zip(run(engine, requests, order), expected, strict=True):
-        assert len(found) == len(images)
-        for one, other in zip(found, images):
-            torch.testing.assert_close(one, other, **CLOSE)
+        assert_same(found, images)
 
 
 MIXED = [
@@ -122,7 +124,7 @@ def test_images_are_of_the_type_that_is_asked_for(pipe):
     expected = pipe(
         "a red circle", num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(1)
     ).images[0]
-    torch.testing.assert_close(pixels, expected, **CLOSE)
+    assert_same([pixels], [expected])
     assert image.size == (pixels.shape[2], pixels.shape[1]) and image.mode == "RGB"
 
 
@@ -131,7 +133,7 @@ def test_experts_may_be_off_loaded(own_pipe):
     own_pipe.enable_expert_offload("cpu")
     found = run(Engine(own_pipe), MIXED[:4])
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(torch.stack(one), torch.stack(other), **CLOSE)
+        assert_same(one, other)
 
 
 def test_other_off_loading_is_refused(own_pipe):
@@ -214,7 +216,7 @@ def test_cancelled_requests_are_dropped_at_the_next_tick(pipe):
     assert engine.num_running == 2
     while engine.tick():
         pass
-    torch.testing.assert_close(kept.result(), alone(pipe, latents_of(prompt="a cross", num_images=2)), **CLOSE)
+    assert_same(kept.result(), alone(pipe, latents_of(prompt="a cross", num_images=2)))
     with pytest.raises(CancelledError):
         gone.result()
     assert not engine.batches.images and not engine._job_of
@@ -240,12 +242,12 @@ def test_invalid_requests_do_not_disturb_others(pipe):
     for future, message in bad:
         with pytest.raises(ValueError, match=message):
             future.result(timeout=0)
-    torch.testing.assert_close(good.result(), alone(pipe, MIXED[0]), **CLOSE)
+    assert_same(good.result(), alone(pipe, MIXED[0]))
 
 
 def test_a_failed_image_does_not_take_the_others_along(pipe):
     """Guidance this strong leaves the range of float32; the others share every batch with it, and the decoding."""
-    broken = ImageRequest(prompt="a cross", seed=1, num_inference_steps=4, guidance_scale=1e38, num_images=2)
+    broken = ImageRequest(prompt="a cross", seed=1, num_inference_steps=4, guidance_scale=3e38, num_images=2)
     others = [dataclasses.replace(MIXED[0], output_type="pt"), dataclasses.replace(broken, guidance_scale=4.0)]
     engine = Engine(pipe)
     futures = [engine.submit(request) for request in (broken, *others)]
@@ -269,7 +271,7 @@ def test_a_batch_that_fails_is_tried_image_by_image(own_pipe):
     own_pipe.model.tower.layers[0].register_forward_pre_hook(limited)
     found = run(Engine(own_pipe), requests)
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, **CLOSE)
+        assert_same(one, other)
 
 
 def test_previews_approach_the_image(pipe):
@@ -297,7 +299,7 @@ def test_the_thread_serves_many_and_finishes_before_it_closes(pipe):
     futures = [engine.submit(request) for request in MIXED]
     engine.close()
     for future, images in zip(futures, expected, strict=True):
-        torch.testing.assert_close(future.result(timeout=0), images, **CLOSE)
+        assert_same(future.result(timeout=0), images)
     with pytest.raises(EngineClosedError):
         engine.submit(MIXED[0])
 
@@ -341,7 +343,7 @@ def test_chats_and_images_take_turns(pipe, picture):
     for chat in chats:
         answer = chat.result(timeout=0)
         assert answer.text == expected_text and 0 < answer.num_tokens <= 12 and answer.num_prompt_tokens > 16
-    torch.testing.assert_close(image.result(timeout=0), expected_image, **CLOSE)
+    assert_same(image.result(timeout=0), expected_image)
     engine.close()
     assert len(steps) == 7
 
@@ -397,7 +399,7 @@ def test_adapters_are_never_mixed_up(adapted, adapters):
     assert engine.adapters() == ["both", "early", "late"]
     found = run(engine, requests, random.Random(3))
     for request, images in zip(requests, found, strict=True):
-        torch.testing.assert_close(images, expected(request), **CLOSE)
+        assert_same(images, expected(request))
     assert not torch.allclose(found[0][0], expected(dataclasses.replace(requests[0], adapter="late"))[0], atol=1e-3)
 
 
@@ -411,7 +413,7 @@ def test_the_adapter_that_was_not_used_for_longest_is_dropped(adapted, adapters)
     requests = [latents_of(prompt="a cross", adapter=name, seed=1) for name in ("early", "both", "late")]
     found = run(engine, requests)
     for request, images in zip(requests, found, strict=True):
-        torch.testing.assert_close(images, expected(request), **CLOSE)
+        assert_same(images, expected(request))
     assert len(engine.shelf.loaded) == 2 and "late" in engine.shelf.loaded
 
 
@@ -426,7 +428,7 @@ def test_adapters_of_the_pipeline_stay_active_beside_others(adapted, adapters):
     pipe.delete_adapters("other")
     pipe.set_adapters("house")
     found = run(Engine(pipe, adapters=adapters), requests)
-    torch.testing.assert_close(found, [expected, both], **CLOSE)
+    assert_same([images[0] for images in found], [expected[0], both[0]])
 
 
 def test_names_of_adapters_are_no_paths(adapted, adapters):
