@@ -55,7 +55,7 @@ def run(engine: Engine, requests: list[ImageRequest], order: random.Random | Non
             number, request = waiting.pop(0)
             futures[number] = engine.submit(request)
         engine.tick()
-    return [futures[number].result() for number in range(len(requests))]
+    return [futures[number].result().images for number in range(len(requests))]
 
 
 def assert_equals_alone(pipe, engine, requests, order=None):
@@ -184,7 +184,7 @@ def test_memory_is_limited_by_the_number_of_images(pipe):
     most = 0
     while engine.tick():
         most = max(most, engine.num_running)
-    assert most == 2 and all(len(future.result()) == 2 for future in futures)
+    assert most == 2 and all(len(future.result().images) == 2 for future in futures)
     with pytest.raises(ValueError, match="num_images must be at most 3, got 4"):
         engine.submit(latents_of(prompt="a cross", num_images=4))
 
@@ -216,7 +216,7 @@ def test_cancelled_requests_are_dropped_at_the_next_tick(pipe):
     assert engine.num_running == 2
     while engine.tick():
         pass
-    assert_same(kept.result(), alone(pipe, latents_of(prompt="a cross", num_images=2)))
+    assert_same(kept.result().images, alone(pipe, latents_of(prompt="a cross", num_images=2)))
     with pytest.raises(CancelledError):
         gone.result()
     assert not engine.batches.images and not engine._job_of
@@ -242,7 +242,7 @@ def test_invalid_requests_do_not_disturb_others(pipe):
     for future, message in bad:
         with pytest.raises(ValueError, match=message):
             future.result(timeout=0)
-    assert_same(good.result(), alone(pipe, MIXED[0]))
+    assert_same(good.result().images, alone(pipe, MIXED[0]))
 
 
 def test_a_failed_image_does_not_take_the_others_along(pipe):
@@ -255,7 +255,7 @@ def test_a_failed_image_does_not_take_the_others_along(pipe):
         pass
     with pytest.raises(GenerationError, match="not finite"):
         futures[0].result()
-    assert torch.isfinite(futures[1].result()[0]).all() and len(futures[2].result()) == 2
+    assert torch.isfinite(futures[1].result().images[0]).all() and len(futures[2].result().images) == 2
     assert not engine._job_of
 
 
@@ -284,7 +284,7 @@ def test_previews_approach_the_image(pipe):
         (image, number) for number in range(3) for image in range(2)
     ]
     assert all(isinstance(event, Preview) for event in events[1:])
-    final = future.result()[0]
+    final = future.result().images[0]
     distances = [float((event.preview - final).norm()) for event in events[1:] if event.image == 0]
     assert distances == sorted(distances, reverse=True)
 
@@ -299,7 +299,7 @@ def test_the_thread_serves_many_and_finishes_before_it_closes(pipe):
     futures = [engine.submit(request) for request in MIXED]
     engine.close()
     for future, images in zip(futures, expected, strict=True):
-        assert_same(future.result(timeout=0), images)
+        assert_same(future.result(timeout=0).images, images)
     with pytest.raises(EngineClosedError):
         engine.submit(MIXED[0])
 
@@ -343,7 +343,7 @@ def test_chats_and_images_take_turns(pipe, picture):
     for chat in chats:
         answer = chat.result(timeout=0)
         assert answer.text == expected_text and 0 < answer.num_tokens <= 12 and answer.num_prompt_tokens > 16
-    assert_same(image.result(timeout=0), expected_image)
+    assert_same(image.result(timeout=0).images, expected_image)
     engine.close()
     assert len(steps) == 7
 

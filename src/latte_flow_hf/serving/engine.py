@@ -69,6 +69,21 @@ class FairLock:
 
 
 @dataclass(frozen=True)
+class GeneratedImages:
+    """The result of an [`ImageRequest`].
+
+    Args:
+        images (`list`): the images, of the request's `output_type`.
+        num_prompt_tokens (`int`): the length of the prompt, without the negative one.
+        num_image_tokens (`int`): the latent tokens of all images.
+    """
+
+    images: list[Any]
+    num_prompt_tokens: int
+    num_image_tokens: int
+
+
+@dataclass(frozen=True)
 class Preview:
     """What an image will look like.
 
@@ -144,6 +159,16 @@ class Engine:
     # For the server.
 
     @property
+    def default_size(self) -> int:
+        """The height and width of an image whose request gives none, in pixels."""
+        return self.pipe.default_size
+
+    @property
+    def size_multiple(self) -> int:
+        """What heights and widths must be multiples of, in pixels."""
+        return self.pipe._size_multiple
+
+    @property
     def num_running(self) -> int:
         """Images that are being generated."""
         return len(self.batches)
@@ -178,8 +203,8 @@ class Engine:
                 [`Preview`] of an image, or each piece of an answer.
 
         Returns:
-            `Future`: of a list of images, or of a [`ChatAnswer`]. It raises a `ValueError` if the request is invalid,
-            and a [`GenerationError`] if it fails otherwise.
+            `Future`: of [`GeneratedImages`], or of a [`ChatAnswer`]. It raises a `ValueError` if the request is
+            invalid, and a [`GenerationError`] if it fails otherwise.
 
         Raises:
             `ValueError`: if more images are asked for than fit.
@@ -325,7 +350,15 @@ class Engine:
                 continue  # Another image of the request has failed.
             job.results[job.images.index(image)] = outcome
             if len(job.results) == len(job.images):
-                self._end(job, [job.results[number] for number in range(len(job.images))])
+                self._end(job, self._result(job))
+
+    def _result(self, job: _Job) -> GeneratedImages:
+        num_latents = job.images[0].latents[0, 0].numel() * len(job.images)
+        return GeneratedImages(
+            [job.results[number] for number in range(len(job.images))],
+            job.images[0].context.attention_mask.shape[1],
+            num_latents // self.pipe.model.config.latent_patch_size**2,
+        )
 
     def _show_previews(self, images: Sequence[RunningImage]) -> None:
         shown = [image for image in images if image.index in self._preview_steps(image)]

@@ -1,0 +1,45 @@
+# Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
+"""A server in this process, on a free port, with the event loop in a thread."""
+
+import contextlib
+import threading
+import time
+
+import pytest
+import uvicorn
+
+from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler
+from latte_flow_hf.serving import Engine
+from latte_flow_hf.serving.server import bind, create_app
+
+
+@pytest.fixture(scope="module")
+def served_pipe(model, processor, vae) -> LatteFlowPipeline:
+    """A pipeline around the session's components, which must not be changed."""
+    scheduler = LatteFlowScheduler(expert_boundaries=model.config.expert_boundaries)
+    pipe = LatteFlowPipeline(model=model, processor=processor, vae=vae, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def run_server():
+    """`with run_server(engine, settings) as address`: the address of the server, which ends after the block."""
+
+    @contextlib.contextmanager
+    def run(engine: Engine, settings=None):
+        listening = bind("127.0.0.1", 0)
+        server = uvicorn.Server(uvicorn.Config(create_app(engine, settings), log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        deadline = time.monotonic() + 30
+        while not server.started and time.monotonic() < deadline:
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(timeout=60)
+            assert not thread.is_alive()
+
+    return run
