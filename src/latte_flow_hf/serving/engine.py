@@ -43,6 +43,10 @@ class GenerationError(Exception):
     """A request was valid and failed: out of memory, or values that are not finite."""
 
 
+class UnavailableError(GenerationError):
+    """A request was valid, and can be sent again: a process that worked on it has ended."""
+
+
 class FairLock:
     """A lock that is given in the order of asking; that of `threading` may be given to one thread for ever."""
 
@@ -119,7 +123,7 @@ class Engine:
         max_images (`int`, defaults to 32): how many images are generated at a time; it limits the memory.
         max_waiting (`int`, defaults to 128): how many requests may wait.
         max_chats (`int`, defaults to 4): how many answers are generated at a time.
-        patience (`int`, defaults to 8): see [`ExpertBatches`].
+        patience (`int`, defaults to 16): see [`ExpertBatches`].
         adapters (`Path`, *optional*): a folder of adapters, see [`AdapterShelf`].
         max_adapters (`int`, defaults to 8): how many adapters are loaded at a time.
 
@@ -133,7 +137,7 @@ class Engine:
         max_images: int = 32,
         max_waiting: int = 128,
         max_chats: int = 4,
-        patience: int = 8,
+        patience: int = 16,
         adapters: Path | None = None,
         max_adapters: int = 8,
     ):
@@ -289,12 +293,13 @@ class Engine:
 
     def _start_waiting(self) -> bool:
         """Start requests in the order of arrival, as long as there is room for the next one."""
-        has_started = False
+        starting: dict[str | None, list[_Job]] = {}
+        num_images = len(self.batches)
         while self._waiting:
             job = self._waiting[0]
             is_chat = isinstance(job.request, ChatRequest)
-            num_images = 0 if is_chat else job.request.num_images
-            if len(self.batches) + num_images > self.max_images or (is_chat and len(self._chats) >= self.max_chats):
+            needed = num_images + (0 if is_chat else job.request.num_images)
+            if needed > self.max_images or (is_chat and len(self._chats) >= self.max_chats):
                 break
             try:
                 if not self.shelf.acquire(job.request.adapter):
@@ -303,27 +308,32 @@ class Engine:
                 self._waiting.popleft()
                 _resolve(job.future, error=error)
                 continue
+            num_images = needed
             if is_chat:
                 self._chats.add(job)
                 self._chat_threads.submit(self._chat, job)
             else:
-                self._start_images(job)
-            # Only now, so that the engine is never without a request that it has not finished.
+                starting.setdefault(job.request.adapter, []).append(job)
             self._waiting.popleft()
-            has_started = True
-        return has_started
+        for adapter, jobs in starting.items():
+            self._start_images(adapter, jobs)
+        return bool(starting)
 
-    def _start_images(self, job: _Job) -> None:
+    def _start_images(self, adapter: str | None, jobs: Sequence[_Job]) -> None:
         try:
-            self.shelf.activate(job.request.adapter)
-            job.images = start_images(self.pipe, job.request)
+            self.shelf.activate(adapter)
+            outcomes = start_images(self.pipe, [job.request for job in jobs])
         except Exception as error:
-            self._end(job, error=error)
-            return
-        for image in job.images:
-            self._job_of[image] = job
-        self.batches.add(job.images)
-        _notify(job, None)
+            outcomes = [GenerationError(str(error) or type(error).__name__) for _ in jobs]
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                self._end(job, error=outcome)
+                continue
+            job.images = outcome
+            for image in job.images:
+                self._job_of[image] = job
+            self.batches.add(job.images)
+            _notify(job, None)
 
     def _step(self, batch: Sequence[RunningImage]) -> None:
         start, expert = time.perf_counter(), batch[0].expert
@@ -350,15 +360,8 @@ class Engine:
                 continue  # Another image of the request has failed.
             job.results[job.images.index(image)] = outcome
             if len(job.results) == len(job.images):
-                self._end(job, self._result(job))
-
-    def _result(self, job: _Job) -> GeneratedImages:
-        num_latents = job.images[0].latents[0, 0].numel() * len(job.images)
-        return GeneratedImages(
-            [job.results[number] for number in range(len(job.images))],
-            job.images[0].context.attention_mask.shape[1],
-            num_latents // self.pipe.model.config.latent_patch_size**2,
-        )
+                results = [job.results[number] for number in range(len(job.images))]
+                self._end(job, generated_images(results, job.images, self.pipe.model.config))
 
     def _show_previews(self, images: Sequence[RunningImage]) -> None:
         shown = [image for image in images if image.index in self._preview_steps(image)]
@@ -419,6 +422,14 @@ class Engine:
         with self._wake:
             self._chats.discard(job)
             self._wake.notify()
+
+
+def generated_images(results: list[Any], images: Sequence[RunningImage], config: Any) -> GeneratedImages:
+    """The result of a request whose images are decoded."""
+    context = images[0].context
+    assert context is not None
+    num_tokens = images[0].latents[0, 0].numel() // config.latent_patch_size**2
+    return GeneratedImages(results, context.attention_mask.shape[1], num_tokens * len(images))
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ next step together, and an image can continue in another process.
 """
 
 import copy
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +78,8 @@ class RunningImage:
         timesteps (`tuple[float, ...]`): `1000 * sigma` of each evaluation of the model.
         experts (`list[int]`): the expert of each evaluation.
         scales (`list[float]`): the guidance scale of each evaluation; up to 1, there is none.
-        context, negative_context ([`LatteFlowContext`]): one prompt each, without padding; the negative one is `None`
-            if no evaluation is guided.
+        context, negative_context ([`LatteFlowContext`], *optional*): one prompt each, without padding; the negative
+            one is `None` if no evaluation is guided.
         adapter (`str`, *optional*): the adapter that it is generated with.
         index (`int`): the number of the next evaluation.
         velocity (`torch.Tensor`, *optional*): of the last evaluation, with guidance, at `previous_latents`.
@@ -89,7 +91,7 @@ class RunningImage:
     timesteps: tuple[float, ...]
     experts: list[int]
     scales: list[float]
-    context: LatteFlowContext
+    context: LatteFlowContext | None
     negative_context: LatteFlowContext | None
     adapter: str | None = None
     index: int = 0
@@ -113,12 +115,27 @@ class RunningImage:
     @property
     def contexts(self) -> list[LatteFlowContext]:
         """The prompts of the next evaluation, in the order of the rows of its velocity."""
-        return [self.negative_context, self.context] if self.is_guided else [self.context]  # type: ignore[list-item]
+        contexts = [self.negative_context, self.context] if self.is_guided else [self.context]
+        return [context for context in contexts if context is not None]
 
     def expert_interval(self) -> tuple[int, int]:
         """The first evaluation of the current expert, and the one after its last."""
         first = self.experts.index(self.expert)
         return first, first + self.experts.count(self.expert)
+
+    def to(self, device: torch.device | str) -> "RunningImage":
+        """The same image on another device, with what its solver remembers."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.to(device)
+            return [move(item) for item in value] if isinstance(value, list) else value
+
+        scheduler = copy.copy(self.scheduler)
+        # Schedulers keep their sigmas on the CPU.
+        vars(scheduler).update({name: move(value) for name, value in vars(scheduler).items() if name != "sigmas"})
+        moved = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
+        return dataclasses.replace(self, scheduler=scheduler, **moved)
 
     def advance(self, velocities: torch.Tensor) -> None:
         """Take one step of the solver.
@@ -144,13 +161,57 @@ class RunningImage:
         return data_from_velocity(self.previous_latents, self.velocity, sigma)
 
 
-@torch.no_grad()
-def start_images(pipe: Any, request: ImageRequest) -> list[RunningImage]:
-    """What [`LatteFlowPipeline`] does before its first step: checks, steps, prompts, noise. The request's adapter must
-    be the active one.
+@dataclass(frozen=True)
+class _Plan:
+    """The size and the steps of a request's images."""
 
+    request: ImageRequest
+    height: int
+    width: int
+    scheduler: Any
+    timesteps: tuple[float, ...]
+    experts: list[int]
+    scales: list[float]
+
+    @property
+    def is_guided(self) -> bool:
+        return any(scale > 1 for scale in self.scales)
+
+
+@torch.no_grad()
+def start_images(pipe: Any, requests: Sequence[ImageRequest]) -> list[list[RunningImage] | Exception]:
+    """What [`LatteFlowPipeline`] does before its first step: checks, steps, prompts, noise.
+
+    Prompts are encoded together, as far as they share a negative prompt.
+
+    Args:
+        pipe ([`LatteFlowPipeline`]): the pipeline, with the adapter of the requests active.
+        requests (`list[ImageRequest]`): requests for one adapter.
+
+    Returns:
+        Of each request its images, or the error: a `ValueError` if an argument is invalid.
+    """
+    outcomes: list[Any] = []
+    groups: dict[Any, list[int]] = {}
+    for index, request in enumerate(requests):
+        try:
+            plan = _plan(pipe, request)
+        except Exception as error:
+            outcomes.append(error)
+            continue
+        outcomes.append(plan)
+        key = index if request.messages is not None else (plan.is_guided, request.negative_prompt)
+        groups.setdefault(key, []).append(index)
+    for indices in groups.values():
+        for index, images in zip(indices, _start(pipe, [outcomes[index] for index in indices]), strict=True):
+            outcomes[index] = images
+    return outcomes
+
+
+def _plan(pipe: Any, request: ImageRequest) -> _Plan:
+    """
     Raises:
-        `ValueError`: if an argument is invalid, before any heavy work.
+        `ValueError`: if an argument is invalid.
     """
     # 1. Check inputs
     sampling, config = pipe.model.sampling, pipe.model.config
@@ -174,48 +235,61 @@ def start_images(pipe: Any, request: ImageRequest) -> list[RunningImage]:
         request.output_type,
         [],
     )
+    if request.prompt is not None and not isinstance(request.prompt, str):
+        raise ValueError(f"prompt must be one string, got {request.prompt!r}; send a request for each prompt.")
     check_hooks(pipe.model)
 
     # 2. Prepare timesteps, the expert of each, and its guidance
-    device = pipe._execution_device
     scheduler = copy.deepcopy(pipe.scheduler)
     if sampling != (config.sampling or {}):
         scheduler = distilled_scheduler(scheduler, sampling, config)
-    set_timesteps(scheduler, num_inference_steps, device, steps_per_expert=steps_per_expert)
+    set_timesteps(scheduler, num_inference_steps, pipe._execution_device, steps_per_expert=steps_per_expert)
     check_distilled_steps(scheduler.sigmas.tolist(), sampling, config.expert_boundaries)
     timesteps = tuple(model_timesteps(scheduler).tolist())
     experts = experts_of_steps(scheduler, config.expert_boundaries)
     scales = guidance_of_steps(guidance_scale, request.guidance_interval, experts, timesteps)
+    return _Plan(request, height, width, scheduler, timesteps, experts, scales)
 
-    # 3. Encode prompts
-    context, negative_context = pipe.encode_prompt(
-        request.prompt,
-        request.image,
-        request.messages,
-        request.negative_prompt,
-        do_classifier_free_guidance=any(scale > 1 for scale in scales),
-        device=device,
-    )
-    (context,) = context.split()
-    if negative_context is not None:
-        (negative_context,) = negative_context.split()
+
+def _start(pipe: Any, plans: Sequence[_Plan]) -> list[list[RunningImage] | Exception]:
+    """The images of plans whose prompts can be encoded together; one by one, if that fails."""
+    requests, device = [plan.request for plan in plans], pipe._execution_device
+    try:
+        # 3. Encode prompts
+        context, negative_context = pipe.encode_prompt(
+            None if requests[0].messages is not None else [request.prompt for request in requests],
+            [request.image for request in requests]
+            if any(request.image is not None for request in requests)
+            else None,
+            requests[0].messages,
+            requests[0].negative_prompt,
+            do_classifier_free_guidance=plans[0].is_guided,
+            device=device,
+        )
+    except Exception as error:
+        return [error] if len(plans) == 1 else [_start(pipe, [plan])[0] for plan in plans]
+    contexts = context.split()
+    negative_contexts = [None] * len(plans) if negative_context is None else negative_context.split()
 
     # 4. Prepare latents
-    images = []
-    for number in range(request.num_images):
-        # On the CPU, so that the noise is the same for every device.
-        generator = torch.Generator().manual_seed(request.seed + number)
-        images.append(
-            RunningImage(
-                pipe.prepare_latents(1, height, width, pipe.model.dtype, device, generator),
-                copy.deepcopy(scheduler),
-                generator,
-                timesteps,
-                experts,
-                scales,
-                context,
-                negative_context,
-                request.adapter,
+    outcomes: list[list[RunningImage] | Exception] = []
+    for plan, context, negative_context in zip(plans, contexts, negative_contexts, strict=True):
+        images = []
+        for number in range(plan.request.num_images):
+            # On the CPU, so that the noise is the same for every device.
+            generator = torch.Generator().manual_seed(plan.request.seed + number)
+            images.append(
+                RunningImage(
+                    pipe.prepare_latents(1, plan.height, plan.width, pipe.model.dtype, device, generator),
+                    copy.deepcopy(plan.scheduler),
+                    generator,
+                    plan.timesteps,
+                    plan.experts,
+                    plan.scales,
+                    context,
+                    negative_context,
+                    plan.request.adapter,
+                )
             )
-        )
-    return images
+        outcomes.append(images)
+    return outcomes

@@ -29,7 +29,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers.utils import logging
 
 from .chat import ChatRequest
-from .engine import EngineClosedError, Preview, QueueFullError
+from .engine import EngineClosedError, Preview, QueueFullError, UnavailableError
 from .errors import ApiError
 from .pictures import MEDIA_TYPES, image_file, read_image
 from .running_image import ImageRequest
@@ -225,7 +225,9 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine.start()
+        started = engine.start()
+        if started is not None:
+            await started
         yield
         await asyncio.to_thread(engine.close)
 
@@ -440,6 +442,8 @@ def _image_request(
         raise ApiError(400, f"n must be 1 with stream, got {num_images}.", param="n")
     if body.stream and body.response_format == "url":
         raise ApiError(400, "response_format must be 'b64_json' with stream.", param="response_format")
+    if body.response_format == "url" and not settings.gives_urls:
+        raise ApiError(400, "response_format must be 'b64_json' on this server.", param="response_format")
     if body.partial_images and not body.stream:
         raise ApiError(400, "partial_images needs stream=true.", param="partial_images")
     if body.output_compression is not None and (body.output_format or "png") == "png":
@@ -544,6 +548,8 @@ async def _events(request: Request, submit: Callable[[Callable[[Any], None]], Fu
             result = future.result()
         except ValueError as error:
             raise ApiError(400, str(error)) from error
+        except UnavailableError as error:
+            raise ApiError(503, str(error), "unavailable", headers={"Retry-After": "5"}) from error
         except Exception as error:
             logger.error(f"A request failed: {error!r}")
             raise ApiError(500, str(error) or "The request failed.", "generation_failed") from error

@@ -21,6 +21,8 @@ class ServerSettings:
         max_input_pixels (`int`, defaults to 16 * 2**20): pixels of such an image, which is looked up before it is
             decoded.
         max_body_size (`int`, defaults to 32 * 2**20): bytes of a request.
+        gives_urls (`bool`, defaults to `True`): whether images may be asked for as URLs, which only the process that
+            generated them can answer.
         url_hosts (`tuple[str, ...]`): hosts from which images may be fetched. With none, images come as `data:` URLs
             only.
     """
@@ -36,6 +38,7 @@ class ServerSettings:
     max_input_images: int = 8
     max_input_pixels: int = 16 * 2**20
     max_body_size: int = 32 * 2**20
+    gives_urls: bool = True
     url_hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
