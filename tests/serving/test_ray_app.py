@@ -57,10 +57,8 @@ def check_configuration(content: dict, shape: str) -> None:
     assert arguments.shape == shape
     # Options are for deployments that there are.
     names = {deployment.name for deployment in application.deployments}
-    expected = (
-        {"Replica"} if shape == "replicas" else {"Front", "Backbone", "Decoder", *(f"Expert{k}" for k in range(4))}
-    )
-    assert names == expected
+    stages = {"Front", "Backbone", "Decoder", *(f"Expert{k}" for k in range(4))}
+    assert names == ({"Replica"} if shape == "replicas" else stages)
 
 
 def test_contradictory_arguments_are_refused(tmp_path):
@@ -106,11 +104,16 @@ def test_places_are_given_in_the_order_of_asking():
 @pytest.fixture(scope="module")
 def cluster():
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Processes of others are not Ray's to end.
-    os.environ["RAY_memory_monitor_refresh_ms"] = "0"
     with bind("127.0.0.1", 0) as unused:
         port = unused.getsockname()[1]
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        # Ray would end its own processes if others fill the memory.
+        _system_config={"memory_monitor_refresh_ms": 0},
+    )
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
@@ -172,6 +175,7 @@ def test_stages_give_the_images_of_one_process_and_survive_kills(cluster, pipeli
     with ThreadPoolExecutor(8) as threads:
         responses = [threads.submit(generate, cluster, seed, 200) for seed in range(8)]
         time.sleep(1)
+        assert not any(response.done() for response in responses)
         os.kill(process, signal.SIGKILL)
         responses = [response.result(timeout=300) for response in responses]
     assert [response.status_code for response in responses] == [200] * 8
