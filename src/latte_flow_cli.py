@@ -297,6 +297,17 @@ def generate(
         list[Path] | None,
         typer.Option(exists=True, dir_okay=False, help="Image shown before the prompt; may be repeated."),
     ] = None,
+    source: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Image to start from, instead of noise.")
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="With --source: mask of its size; only white is generated."),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="With --source: share of the steps to take, above 0, up to 1."),
+    ] = None,
     num_images: Annotated[
         int, typer.Option(min=1, max=1000, help="Images per prompt; their files are numbered if several.")
     ] = 1,
@@ -310,6 +321,10 @@ def generate(
         raise typer.BadParameter("give either a prompt or --prompts.")
     if prompts is not None and image:
         raise typer.BadParameter("--image goes with one prompt, not with --prompts.")
+    if prompts is not None and source is not None:
+        raise typer.BadParameter("--source goes with one prompt, not with --prompts.")
+    if source is None and (mask is not None or strength is not None):
+        raise typer.BadParameter("--mask and --strength go with --source.")
     lora = _fast_lora(model, lora) if fast else lora
     call: dict[str, Any] = {
         "negative_prompt": negative_prompt,
@@ -332,9 +347,11 @@ def generate(
     for path in paths:
         check_image_output(path)
     pipe = _load(model, device, dtype, lora)
+    call["image"] = [str(path) for path in image] if image else None
+    if source is not None:
+        pipe, call = _from_source(pipe, call, source, mask, strength)
     images = pipe(
         prompt,
-        image=[str(path) for path in image] if image else None,
         num_images_per_prompt=num_images,
         generator=torch.Generator().manual_seed(seed),
         **call,
@@ -342,6 +359,20 @@ def generate(
     for path, generated in zip(paths, images):
         save_image(generated, path)
         typer.echo(f"wrote {path} ({generated.width}x{generated.height})")
+
+
+def _from_source(
+    pipe: Any, call: dict[str, Any], source: Path, mask: Path | None, strength: float | None
+) -> tuple[Any, dict[str, Any]]:
+    """The pipeline that starts from an image, and its arguments."""
+    from latte_flow_hf import LatteFlowImg2ImgPipeline, LatteFlowInpaintPipeline
+
+    call = {**call, "context_image": call["image"], "image": str(source)}
+    if strength is not None:
+        call["strength"] = strength
+    if mask is None:
+        return LatteFlowImg2ImgPipeline.from_pipe(pipe), call
+    return LatteFlowInpaintPipeline.from_pipe(pipe), {**call, "mask_image": str(mask)}
 
 
 def _generate_many(

@@ -50,6 +50,30 @@ def test_generate_numbers_several_pictures_and_repeats_with_the_seed(folder, tmp
     assert (pictures["a-0.png"] != pictures["a-1.png"]).any()
 
 
+def test_generate_from_an_image_and_in_a_mask(folder, tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "source.png")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save(tmp_path / "mask.png")
+
+    def pixels(*arguments):
+        out = tmp_path / "out" / f"{len(list(tmp_path.glob('out/*')))}.png"
+        result = run("generate", "a cross", "-o", str(out), "-m", folder, "--steps", "4", *arguments)
+        assert result.exit_code == 0, result.output
+        return np.asarray(Image.open(out))
+
+    source = ("--source", str(tmp_path / "source.png"))
+    found = pixels(*source)
+    assert np.array_equal(found, pixels(*source, "--strength", "0.8"))
+    assert not np.array_equal(found, pixels(*source, "--strength", "0.5"))
+    assert not np.array_equal(found, pixels(*source, "--image", str(tmp_path / "mask.png")))
+    assert not np.array_equal(found, pixels(*source, "--mask", str(tmp_path / "mask.png")))
+    assert np.array_equal(pixels(), pixels(*source, "--strength", "1"))
+    bad = run("generate", "a", "-o", str(tmp_path / "o.png"), "-m", folder, *source, "--strength", "1.5")
+    assert bad.exit_code == 1 and "Error: strength must be a number above 0" in bad.stderr
+
+
 @pytest.fixture(scope="module")
 def adapter(model, tmp_path_factory):
     """An adapter of the tower and of the backbone, so that images and answers change."""
@@ -138,6 +162,8 @@ USAGE = [
     (("generate", "a", "--dtype", "half"), "'float32', 'bfloat16', 'float16'"),
     (("generate", "a", "--image", "none.png"), "file 'none.png' does not exist"),
     (("generate",), "either a prompt or --prompts"),
+    (("generate", "a", "--strength", "0.5"), "--mask and --strength go with --source"),
+    (("generate", "--prompts", "setup.cfg", "--source", "setup.cfg"), "--source goes with one prompt"),
     (("chat", "what?", "-i", "none.png"), "file 'none.png' does not exist"),
     (("train", "none.yaml", "-o", "out"), "file 'none.yaml' does not exist"),
     (("evaluate", "-o", "out.txt"), "must be a .json file"),

@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
 
-from latte_flow_hf import LatteFlowPipeline
+from latte_flow_hf import LatteFlowInpaintPipeline, LatteFlowPipeline
 from latte_flow_hf.files import check_hash, store_hash
 from latte_flow_hf.publishing import _with_hashes, code_files, join_modules, model_card, publish, save_with_code
 
@@ -113,6 +116,27 @@ def test_model_card(with_code, words, pipeline):
     assert pipeline not in card.text
 
 
+def test_image_to_image_pipelines_are_published_as_such(pipe, tmp_path):
+    folder = save_with_code(LatteFlowInpaintPipeline.from_pipe(pipe), tmp_path / "out")
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline", "LatteFlowInpaintPipeline"]
+    assert "class LatteFlowInpaintPipeline(LatteFlowPipeline)" in (folder / "pipeline.py").read_text()
+    mask = Image.new("L", (64, 64), 255)
+    mask.paste(0, (0, 0, 32, 64))
+    images = []
+    # The code in the folder runs; our own class runs instead.
+    for load, module in ((DiffusionPipeline, "diffusers_modules."), (LatteFlowInpaintPipeline, "latte_flow_hf.")):
+        loaded = load.from_pretrained(folder, trust_remote_code=True)
+        assert type(loaded).__name__ == "LatteFlowInpaintPipeline" and type(loaded).__module__.startswith(module)
+        call = {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+        images.append(loaded("a cross", Image.new("RGB", (64, 64)), mask, **call).images)
+    assert torch.equal(*images)
+    LatteFlowInpaintPipeline.from_pipe(pipe).save_pretrained(tmp_path / "plain")
+    card = model_card(tmp_path / "plain", "user/small", with_code=False).text
+    assert 'pipe = LatteFlowInpaintPipeline.from_pretrained("user/small")' in card
+    assert 'pipe("a red circle", image="image.png", mask_image="mask.png")' in card
+
+
 def other_class(folder):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
@@ -126,7 +150,7 @@ def truncate(folder):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (other_class, "holds a FluxPipeline, not a LatteFlowPipeline"),
+        (other_class, "holds a FluxPipeline, not one of \\['LatteFlowPipeline'"),
         (truncate, r"model\.safetensors is truncated or damaged"),
         (lambda folder: shutil.rmtree(folder / "vae"), "vae has no config.json"),
         (lambda folder: (folder / "model_index.json").write_text("{"), r"model_index\.json is truncated"),

@@ -1,8 +1,8 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Draws the figures of the concept pages: `python docs/figures/make_figures.py`.
+"""Draws the figures of the concept pages and of image-to-image: `python docs/figures/make_figures.py`.
 
 What they show is computed with the package: layers and intervals of the experts, the steps of a schedule, points on
-the path, and, by changing one token at a time, which token attends to which.
+the path, by changing one token at a time, which token attends to which, and images of the embedded checkpoint.
 """
 
 # ruff: noqa: RUF001 (Greek letters and symbols in the figures are intended)
@@ -18,9 +18,17 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from latte_flow_hf import LatteFlowConfig, LatteFlowForConditionalGeneration, LatteFlowScheduler
+from latte_flow_hf import (
+    LatteFlowConfig,
+    LatteFlowForConditionalGeneration,
+    LatteFlowImg2ImgPipeline,
+    LatteFlowInpaintPipeline,
+    LatteFlowScheduler,
+    tiny_checkpoint,
+)
 from latte_flow_hf.modeling.flow_matching import interpolate
 from latte_flow_hf.modeling.modeling_latte_flow import ZERO_INITIALIZED
 from latte_flow_hf.tinyworld.shapes import Scene, SceneObject, draw_scene
@@ -332,7 +340,50 @@ def draw_residual_attention() -> None:
     save(figure, "residual_attention.svg")
 
 
+def draw_image_to_image() -> None:
+    """An image, and a masked part of it, changed from sigmas between the data and the noise."""
+    img2img = LatteFlowImg2ImgPipeline.from_pretrained(tiny_checkpoint())
+    inpaint = LatteFlowInpaintPipeline.from_pipe(img2img)
+    one = draw_scene(Scene((SceneObject("red", "circle"),)), [(32, 32, 14)])
+    two = Scene((SceneObject("red", "circle"), SceneObject("blue", "square")), "left of")
+    two_image = draw_scene(two, [(17, 32, 10), (47, 32, 10)])
+    rows: list[tuple] = [
+        (img2img, "a blue square", one, None),
+        (inpaint, "a blue square", one, (8, 8, 56, 56)),
+        (inpaint, "a red circle left of a green cross", two_image, (32, 0, 64, 64)),
+    ]
+    strengths = (0.4, 0.6, 0.8, 0.9, 1.0)
+    figure, grid = plt.subplots(
+        len(rows), 1 + len(strengths), figsize=(8.0, 4.2), squeeze=False,
+        gridspec_kw={"wspace": 0.06, "hspace": 0.06, "left": 0.01, "right": 0.99, "top": 0.93, "bottom": 0.01},
+    )  # fmt: skip
+    for (pipe, prompt, source, box), line in zip(rows, grid):
+        pipe.set_progress_bar_config(disable=True)
+        masks = {}
+        if box is not None:
+            masks["mask_image"] = Image.new("L", source.size)
+            masks["mask_image"].paste(255, box)
+            left, top, right, bottom = box
+            line[0].add_patch(
+                Rectangle(
+                    (left - 0.5, top - 0.5), right - left, bottom - top, fc="none", ec=PAPER, lw=1.2, ls=(0, (3, 2))
+                )
+            )
+        line[0].imshow(source)
+        for strength, axes in zip(strengths, line[1:]):
+            generator = torch.Generator().manual_seed(0)
+            axes.imshow(pipe(prompt, source, strength=strength, generator=generator, **masks).images[0])
+    for title, axes in zip(("source", *(f"strength {strength:g}" for strength in strengths)), grid[0]):
+        axes.set_title(title, fontsize=9, color=INK)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.set_frame_on(False)
+    figure.savefig(FOLDER / "image-to-image.png", dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     draw_experts()
     draw_time_axis()
     draw_residual_attention()
+    draw_image_to_image()

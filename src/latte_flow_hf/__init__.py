@@ -36,7 +36,10 @@ from .checkpoints import tiny_checkpoint
 from .modeling.configuration_latte_flow import LatteFlowConfig
 from .modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from .modeling.processing_latte_flow import LatteFlowProcessor
+from .pipelines.auto_pipelines import register_auto_pipelines
 from .pipelines.pipeline_latte_flow import LatteFlowPipeline
+from .pipelines.pipeline_latte_flow_img2img import LatteFlowImg2ImgPipeline
+from .pipelines.pipeline_latte_flow_inpaint import LatteFlowInpaintPipeline
 from .pipelines.pipeline_output import LatteFlowPipelineOutput
 from .schedulers.scheduling_latte_flow import LatteFlowScheduler
 from .version import __version__
@@ -45,6 +48,8 @@ from .version import __version__
 __all__ = [
     "LatteFlowConfig",
     "LatteFlowForConditionalGeneration",
+    "LatteFlowImg2ImgPipeline",
+    "LatteFlowInpaintPipeline",
     "LatteFlowPipeline",
     "LatteFlowPipelineOutput",
     "LatteFlowProcessor",
@@ -64,6 +69,8 @@ for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_L
 PIPELINE_REGISTRY.supported_tasks["any-to-any"]["impl"] = "latte_flow_hf.pipelines.any_to_any.AnyToAnyPipeline"
 LatteFlowForConditionalGeneration.pipeline_class = LatteFlowPipeline
 # `DiffusionPipeline.from_pretrained` looks a pipeline's class up as an attribute of diffusers.
-diffusers.LatteFlowPipeline = LatteFlowPipeline
+for pipeline_class in (LatteFlowPipeline, LatteFlowImg2ImgPipeline, LatteFlowInpaintPipeline):
+    setattr(diffusers, pipeline_class.__name__, pipeline_class)
+register_auto_pipelines()
 # Components from the hub are rejected unless their library is known.
 LOADABLE_CLASSES.setdefault("latte_flow_hf", {})

@@ -26,11 +26,19 @@ from .modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from .modeling.processing_latte_flow import LatteFlowProcessor
 from .pipelines.loading import check_pipeline_files
 from .pipelines.pipeline_latte_flow import LatteFlowPipeline
+from .pipelines.pipeline_latte_flow_img2img import LatteFlowImg2ImgPipeline
+from .pipelines.pipeline_latte_flow_inpaint import LatteFlowInpaintPipeline
 from .schedulers.scheduling_latte_flow import LatteFlowScheduler
 
 
 # diffusers always downloads a file of this name.
 _PIPELINE_MODULE = "pipeline"
+_PIPELINES = {cls.__name__: cls for cls in (LatteFlowPipeline, LatteFlowImg2ImgPipeline, LatteFlowInpaintPipeline)}
+_CARD_ARGUMENTS = {
+    "LatteFlowPipeline": '"a red circle"',
+    "LatteFlowImg2ImgPipeline": '"a red circle", image="image.png"',
+    "LatteFlowInpaintPipeline": '"a red circle", image="image.png", mask_image="mask.png"',
+}
 _COMPONENTS = {
     "model": LatteFlowForConditionalGeneration,
     "processor": LatteFlowProcessor,
@@ -111,10 +119,11 @@ def code_files(folder: Path) -> dict[str, str]:
         `dict[str, str]`: contents of the files that are new or changed, by path in `folder`: the code, and the
         configurations that refer to it.
     """
-    files = {f"{_PIPELINE_MODULE}.py": join_modules(LatteFlowPipeline.__module__)}
     index = read_json(folder / "model_index.json")
     index.pop("_name_or_path", None)  # a local path
-    index["_class_name"] = [_PIPELINE_MODULE, LatteFlowPipeline.__name__]
+    pipeline_class = _PIPELINES[index["_class_name"]]
+    files = {f"{_PIPELINE_MODULE}.py": join_modules(pipeline_class.__module__)}
+    index["_class_name"] = [_PIPELINE_MODULE, pipeline_class.__name__]
     components = {name: cls for name, cls in _COMPONENTS.items() if index[name][1] == cls.__name__}
     for component, cls in components.items():
         module = cls.__module__.rpartition(".")[2]
@@ -182,8 +191,8 @@ def publish(folder: str | Path, repo_id: str, private: bool | None = None, with_
     folder = Path(folder)
     check_pipeline_files(folder)
     index = LatteFlowPipeline.load_config(folder)
-    if index["_class_name"] != LatteFlowPipeline.__name__:
-        raise ValueError(f"{folder} holds a {index['_class_name']}, not a {LatteFlowPipeline.__name__}.")
+    if index["_class_name"] not in _PIPELINES:
+        raise ValueError(f"{folder} holds a {index['_class_name']}, not one of {list(_PIPELINES)}.")
     missing = [name for name, entry in index.items() if entry == [None, None]]
     if missing:
         raise ValueError(f"{folder} has no {', no '.join(missing)}; save a pipeline with all of its components.")
@@ -232,23 +241,25 @@ def _upload(files: dict[str, Path | bytes], folder: Path, repo_id: str, private:
         for name in uploaded
         if name not in files and (name.partition("/")[0] in components or ("/" not in name and name.endswith(".py")))
     ]
-    return hub.create_commit(repo_id, operations, commit_message="Upload LatteFlowPipeline").commit_url
+    return hub.create_commit(repo_id, operations, commit_message="Upload a LaTtE-Flow pipeline").commit_url
 
 
 def model_card(folder: Path, repo_id: str, with_code: bool) -> ModelCard:
     """The model card of a published pipeline that has none: what it is and how to load it."""
     data = ModelCardData(library_name="diffusers", pipeline_tag="text-to-image", tags=["latte-flow", "any-to-any"])
+    name = read_json(folder / "model_index.json")["_class_name"]
     load = (
         f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{repo_id}", '
         "trust_remote_code=True)"
         if with_code
-        else f'from latte_flow_hf import LatteFlowPipeline\n\npipe = LatteFlowPipeline.from_pretrained("{repo_id}")'
+        else f'from latte_flow_hf import {name}\n\npipe = {name}.from_pretrained("{repo_id}")'
     )
     facts = "\n".join(describe(str(folder))[1:])  # the first line holds the local path
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {repo_id.rpartition('/')[2]}\n\n"
         "A [LaTtE-Flow](https://arxiv.org/abs/2506.06952) model: a frozen vision-language model that answers, with "
         "layerwise timestep experts that generate images.\n\n"
-        f'```python\n{load}\nimage = pipe("a red circle").images[0]\nanswer = pipe.chat("what is it?", images=image)\n'
+        f"```python\n{load}\nimage = pipe({_CARD_ARGUMENTS[name]}).images[0]\n"
+        'answer = pipe.chat("what is it?", images=image)\n'
         f"```\n\n```text\n{facts}\n```\n"
     )

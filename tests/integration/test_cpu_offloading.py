@@ -8,7 +8,9 @@ the meta device or to files, so that a module without its hook would compute wit
 import pytest
 import torch
 from accelerate import cpu_offload
+from PIL import Image
 
+from latte_flow_hf import LatteFlowInpaintPipeline
 from latte_flow_hf.pipelines.offloading import runs_only_in_forward
 
 
@@ -27,6 +29,15 @@ def generate(pipe):
     ).images.cpu()
 
 
+def generate_part(pipe, picture):
+    """Encodes an image first, and runs one expert only."""
+    mask = Image.new("L", picture.size)
+    mask.paste(255, (0, 0, 32, 64))
+    inpaint = LatteFlowInpaintPipeline.from_pipe(pipe)
+    call = {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(0), "output_type": "pt"}
+    return inpaint("a red circle", picture, mask, 0.5, **call).images.cpu()
+
+
 def answer(pipe, picture):
     return pipe.chat("what is this?", images=picture, max_new_tokens=4)
 
@@ -40,10 +51,11 @@ def assert_same(pipe, picture, monkeypatch):
             close = {"rtol": 0, "atol": 1e-5} if device == CPU else {"rtol": 1e-3, "atol": 1e-3}
             torch.testing.assert_close(generate(offloaded), expected, **close)
             assert answer(offloaded, picture) == answer(pipe, picture)
+            torch.testing.assert_close(generate_part(offloaded, picture), generate_part(pipe, picture), **close)
         if device == CPU:
             # The same bits, if both compute modulations step by step.
             only_in_forward = runs_only_in_forward(offloaded.model.tower)
-            name = "latte_flow_hf.pipelines.pipeline_latte_flow.runs_only_in_forward"
+            name = "latte_flow_hf.pipelines.denoising.runs_only_in_forward"
             monkeypatch.setattr(name, lambda tower: only_in_forward)
             assert torch.equal(generate(offloaded), generate(pipe))
 

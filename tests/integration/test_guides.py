@@ -68,6 +68,11 @@ PAGES: dict[str, dict[str, str]] = {
         "distill.yaml --output outputs/distilled": "distill.yaml --output outputs/made",
         "distill_lora.yaml --output outputs/distilled": "distill_lora.yaml --output outputs/made",
     },
+    "docs/guides/image_to_image.md": {
+        "(0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)": "(0.4, 0.6)",
+        "seeds=range(8)": "seeds=range(2)",
+        '["blue square", "green cross", "yellow triangle", "white circle"]': '["blue square"]',
+    },
     "docs/guides/images_in_prompts.md": {},
     "docs/guides/loading_and_publishing.md": {'"user/name"': '"with-code"', "my-latte-flow": "vanilla"},
     "docs/guides/reproducing_the_paper.md": {"--num-images 50": "--num-images 1"},
@@ -88,6 +93,7 @@ PAGES: dict[str, dict[str, str]] = {
 RESULTS = {
     "README.md": ["out.png", "measured.json", "my-checkpoint/model_index.json", "my-latte-flow/model_index.json"],
     "docs/guides/add_a_class.md": ["star.png"],
+    "docs/guides/image_to_image.md": ["circle.png", "square.png"],
     "docs/guides/train_from_a_vlm.md": ["red-circle.png", "runs/from_a_vlm/samples", "runs/from_a_vlm/log.json"],
     "docs/guides/train_your_own.md": ["my-model/model_index.json", "runs/own_images/samples"],
     "docs/guides/teach_an_expert_with_lora.md": ["outputs/orange.png"],

@@ -385,6 +385,16 @@ def test_components_serve_a_second_pipeline(pipe, load_with):
     assert torch.equal(generate(pipe, output_type="pt"), expected)
 
 
+def test_components_keep_their_dtype_in_another_pipeline(own_pipe):
+    """They are shared: a conversion, which diffusers makes, would change the first pipeline."""
+    own_pipe.model.to(torch.bfloat16)
+    LatteFlowPipeline.from_pipe(own_pipe)
+    assert own_pipe.model.dtype == torch.bfloat16 and own_pipe.vae.dtype == torch.float32
+    assert LatteFlowPipeline.from_pipe(own_pipe, dtype=torch.float16).model.dtype == torch.float16
+    other = LatteFlowPipeline.from_pipe(own_pipe, vae=None)
+    assert other.vae is None and other.model is own_pipe.model
+
+
 def test_exchanged_autoencoder_sets_the_size(pipe, picture):
     generate(pipe)
     torch.manual_seed(0)

@@ -137,7 +137,7 @@ def test_what_steps_have_in_common_is_computed_once(pipe, model, monkeypatch):
 
 def test_layers_compute_their_modulation_if_nothing_may_run_ahead(own_pipe, monkeypatch):
     expected = generate(own_pipe)
-    monkeypatch.setattr("latte_flow_hf.pipelines.pipeline_latte_flow.runs_only_in_forward", lambda tower: True)
+    monkeypatch.setattr("latte_flow_hf.pipelines.denoising.runs_only_in_forward", lambda tower: True)
     events = []
     for layer in own_pipe.model.tower.layers:
         layer.register_forward_pre_hook(lambda *_: events.append("layer"))

@@ -14,8 +14,15 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.hooks import apply_layerwise_casting
+from PIL import Image
 
-from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler
+from latte_flow_hf import (
+    LatteFlowImg2ImgPipeline,
+    LatteFlowInpaintPipeline,
+    LatteFlowPipeline,
+    LatteFlowScheduler,
+)
+from latte_flow_hf.training import expert_lora_config
 
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -80,6 +87,22 @@ def test_pipelines_that_share_components_may_overlap(pipe):
         each.set_progress_bar_config(disable=True)
     assert len({id(each.scheduler) for each in pipes}) == 1
     assert all(torch.equal(*pair) for pair in zip(overlapping(pipes, CALLS), expected, strict=True))
+
+
+def test_all_pipelines_together(pipe, picture):
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    pipes = [pipe, LatteFlowImg2ImgPipeline.from_pipe(pipe), LatteFlowInpaintPipeline.from_pipe(pipe)] * 2
+    sources = [{}, {"image": picture}, {"image": picture, "mask_image": mask}]
+    calls = [
+        {**source, "prompt": prompt, "num_inference_steps": steps}
+        for prompt, steps in (("a red circle", 8), ("a cross", 5))
+        for source in sources
+    ]
+    for each in pipes:
+        each.set_progress_bar_config(disable=True)
+    expected = [generate(p, **call) for p, call in zip(pipes, calls, strict=True)]
+    assert all(torch.equal(*pair) for pair in zip(overlapping(pipes, calls), expected, strict=True))
 
 
 def test_many_calls_from_a_pool(pipe):
@@ -237,6 +260,40 @@ def test_a_used_pipeline_can_be_copied(pipeline, clone):
 
 
 # What two threads cannot share.
+
+
+def test_a_call_that_scales_adapters_has_the_model_alone(own_pipe):
+    own_pipe.model.add_adapter(expert_lora_config(own_pipe.model, [0, 1], r=2, init_lora_weights=False), "style")
+    full = generate(own_pipe, **CALLS[0])
+    scaled = {**CALLS[0], "attention_kwargs": {"scale": 0.5}}
+    expected = generate(own_pipe, **scaled)
+    other = LatteFlowImg2ImgPipeline.from_pipe(own_pipe)
+    errors = []
+
+    def try_in_another_thread(call):
+        def callback(pipe, step, timestep, tensors):
+            if step == 1:
+                for each in (own_pipe, other):
+                    with pytest.raises(ValueError, match="attention_kwargs") as caught:
+                        together(lambda each=each: call(each))
+                    errors.append(str(caught.value))
+
+        return callback
+
+    sources = {"image": Image.new("RGB", (64, 64))}
+
+    def plain(pipe):
+        generate(pipe, **CALLS[0], **(sources if pipe is other else {}))
+
+    def with_scale(pipe):
+        generate(pipe, **scaled, **(sources if pipe is other else {}))
+
+    assert torch.equal(generate(own_pipe, **scaled, callback_on_step_end=try_in_another_thread(plain)), expected)
+    assert torch.equal(generate(own_pipe, **CALLS[0], callback_on_step_end=try_in_another_thread(with_scale)), full)
+    assert len(errors) == 4 and all("LatteFlowForConditionalGeneration is in use by another" in e for e in errors)
+    # One after the other, from any thread; nothing is left of the refused calls.
+    assert torch.equal(*together(lambda: generate(own_pipe, **scaled)), expected)
+    assert torch.equal(*together(lambda: generate(own_pipe, **CALLS[0])), full)
 
 
 def enable_layerwise_casting(pipe):

@@ -2,7 +2,13 @@
 
 import pytest
 
-from latte_flow_hf.modeling.sampling import check_distilled_steps, check_sampling, describe_sampling
+from latte_flow_hf.modeling.sampling import (
+    check_distilled_steps,
+    check_distilled_strength,
+    check_sampling,
+    default_strength,
+    describe_sampling,
+)
 
 
 BOUNDARIES = [1.0, 0.82, 0.7, 0.56, 0.0]
@@ -73,6 +79,22 @@ def test_experts_that_are_not_distilled_take_any_steps():
     sampling = {"steps_per_expert": [1, 9, 9, 9], "distilled_experts": [0]}
     check_distilled_steps([1.0, 0.82, 0.5, 0.0], sampling, BOUNDARIES)
     check_distilled_steps([1.0, 0.5, 0.0], {"num_inference_steps": 2}, BOUNDARIES)
+
+
+def test_distilled_experts_start_where_a_step_does():
+    for strength in (0.2, 0.4, 0.6, 0.8, 1, 0.4005):
+        check_distilled_strength(strength, 5, 1, DISTILLED)
+    for strength in (0.001, 0.1, 0.5, 0.99):
+        with pytest.raises(ValueError, match=r"strength must be one of 0\.2, 0\.4, 0\.6, 0\.8, 1: expert 1 was dis"):
+            check_distilled_strength(strength, 5, 1, DISTILLED)
+    check_distilled_strength(0.5, 5, 3, {**DISTILLED, "distilled_experts": [0]})
+    check_distilled_strength(0.5, 40, 3, {})
+
+
+def test_default_strengths():
+    assert default_strength(40, {}) == 0.8 and default_strength(4, {"steps_per_expert": [1, 1, 1, 1]}) == 0.8
+    expected = {1: 1.0, 2: 0.5, 4: 0.75, 5: 0.8, 8: 0.75}
+    assert {n: default_strength(n, DISTILLED) for n in expected} == expected
 
 
 def test_descriptions():

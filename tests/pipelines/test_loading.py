@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderDC
+from diffusers import AutoencoderDC, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from latte_flow_hf import LatteFlowPipeline
@@ -70,8 +70,12 @@ def test_an_autoencoder_that_lacks_a_tensor_is_refused(name, damaged):
     weights = load_file(path)
     del weights["decoder.conv_in.weight"]
     save_file(weights, damaged / "vae" / name)
-    with pytest.raises(OSError, match=rf"{name} lacks tensors of AutoencoderDC: decoder\.conv_in\.weight; save or"):
+    message = rf"{name} lacks tensors of AutoencoderDC: decoder\.conv_in\.weight; save or"
+    with pytest.raises(OSError, match=message):
         LatteFlowPipeline.from_pretrained(damaged)
+    # Where diffusers loads the components before our classes are asked.
+    with pytest.raises(OSError, match=message):
+        DiffusionPipeline.from_pretrained(damaged)
     vae = AutoencoderDC.from_config(AutoencoderDC.load_config(damaged / "vae"))
     assert LatteFlowPipeline.from_pretrained(damaged, vae=vae).vae is vae
 

@@ -49,7 +49,7 @@ def make_pipe(model, processor, vae):
     return pipe
 
 
-def generate(pipe) -> torch.Tensor:
+def generate(pipe, **arguments) -> torch.Tensor:
     """The latents after every step, (steps, C, height, width)."""
     steps = []
     pipe(
@@ -57,7 +57,10 @@ def generate(pipe) -> torch.Tensor:
         num_inference_steps=STEPS,
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
-        callback_on_step_end=lambda pipe, step, timestep, tensors: steps.append(tensors["latents"][0].clone()),
+        **{
+            "callback_on_step_end": lambda pipe, step, timestep, tensors: steps.append(tensors["latents"][0].clone()),
+            **arguments,
+        },
     )
     return torch.stack(steps)
 
@@ -109,6 +112,43 @@ def test_several_adapters_act_with_their_weights(base, adapters, pipe, processor
     torch.testing.assert_close(generate(pipe), generate(expected), atol=1e-4, rtol=1e-4)
     pipe.set_adapters("late", 0.0)
     torch.testing.assert_close(generate(pipe), generate(make_pipe(base, processor, vae)), atol=1e-4, rtol=1e-4)
+
+
+def test_attention_kwargs_scale_all_adapters_of_a_call(adapters, pipe):
+    plain = generate(pipe)
+    for name in ("late", "both"):
+        pipe.load_lora_weights(adapters[name], adapter_name=name)
+    weights = {"late": [0.5] * 4, "both": [1.0, 1.0, 0.0, 1.0]}
+    pipe.set_adapters(["late", "both"], list(weights.values()))
+    full = generate(pipe)
+    scaled = generate(pipe, attention_kwargs={"scale": 0.5})
+    assert pipe.model.adapter_weights == weights and torch.equal(generate(pipe), full)
+    assert torch.equal(generate(pipe, attention_kwargs={"scale": 0}), plain)
+
+    def fail(*_):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        generate(pipe, attention_kwargs={"scale": 0.5}, callback_on_step_end=fail)
+    assert pipe.model.adapter_weights == weights and torch.equal(generate(pipe), full)
+    pipe.set_adapters(["late", "both"], [0.25, [0.5, 0.5, 0.0, 0.5]])
+    assert torch.equal(generate(pipe), scaled)
+    pipe.disable_lora()
+    with pytest.raises(ValueError, match="but no adapter is active; load, activate or enable one"):
+        generate(pipe, attention_kwargs={"scale": 0.5})
+
+
+def test_a_callback_may_delete_an_adapter_of_a_scaled_call(adapters, pipe):
+    for name in ("late", "both"):
+        pipe.load_lora_weights(adapters[name], adapter_name=name)
+    pipe.set_adapters(["late", "both"], [0.5, 1.0])
+
+    def delete(pipe, step, timestep, tensors):
+        if step == 1:
+            pipe.delete_adapters("late")
+
+    pipe(PROMPT, num_inference_steps=STEPS, attention_kwargs={"scale": 0.5}, callback_on_step_end=delete)
+    assert pipe.model.adapter_weights == {"both": [1.0] * 4}
 
 
 def test_each_expert_may_have_an_adapter_of_its_own(base, adapters, pipe, processor, vae):

@@ -547,6 +547,8 @@ torch.set_num_threads(int(sys.argv[3]))
 import latte_flow_hf
 from diffusers import DiffusionPipeline
 assert latte_flow_hf.LatteFlowPipeline
+# The tables of the Auto pipelines take long to import and warn of other models.
+assert "diffusers.pipelines.auto_pipeline" not in sys.modules
 for number, load_with in enumerate((latte_flow_hf.LatteFlowPipeline, DiffusionPipeline)):
     pipe = load_with.from_pretrained(sys.argv[1])
     output = pipe("a red circle", num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="np")
@@ -683,6 +685,20 @@ BAD_CALLS = [
         "latents must be of shape (3, 4, 8, 8), got (1, 4, 8, 8).",
     ),
     ({"prompt": PROMPT, "guidance_scale": float("nan")}, "guidance_scale must be"),
+    ({"prompt_embeds": torch.zeros(1, 4, 8)}, "prompt_embeds is not supported; use context, from `encode_prompt`"),
+    ({"prompt": PROMPT, "negative_prompt_embeds": 1}, "negative_prompt_embeds is not supported; use negative_context"),
+    (
+        {"prompt": PROMPT, "joint_attention_kwargs": {}},
+        "joint_attention_kwargs is not supported; use attention_kwargs",
+    ),
+    ({"prompt": PROMPT, "attention_kwargs": {"scale": 0.5}}, "attention_kwargs['scale'] is 0.5, but no adapter"),
+    ({"prompt": PROMPT, "attention_kwargs": {"gligen": 1}}, "must be a dict with at most 'scale', got {'gligen': 1}."),
+    ({"prompt": PROMPT, "strength": 0.5}, "strength is not supported; use LatteFlowImg2ImgPipeline.from_pipe(pipe)"),
+    ({"prompt": PROMPT, "mask_image": 1}, "mask_image is not supported; use LatteFlowInpaintPipeline.from_pipe(pipe)"),
+    ({"prompt": PROMPT, "context_image": 1}, "context_image is not supported; use image, instead."),
+    ({"prompt": PROMPT, "attention_kwargs": 0.5}, "must be a dict with at most 'scale', got 0.5."),
+    ({"prompt": PROMPT, "attention_kwargs": {"scale": float("nan")}}, "must be a finite number, got nan."),
+    ({"prompt": PROMPT, "attention_kwargs": {"scale": True}}, "must be a finite number, got True."),
     ({"prompt": PROMPT, "guidance_scale": "high"}, "guidance_scale must be"),
     ({"prompt": PROMPT, "callback_on_step_end_tensor_inputs": ["noise"]}, "must be among ['latents'], got ['noise']."),
 ]
@@ -693,6 +709,12 @@ def test_bad_calls_are_named_before_any_heavy_work(pipe, prefills, arguments, me
     with pytest.raises(ValueError, match=re.escape(message)):
         pipe(**arguments)
     assert prefills == []
+
+
+def test_unknown_arguments_are_a_type_error_and_empty_foreign_ones_are_ignored(pipe):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'prompts'"):
+        pipe(prompts=PROMPT)
+    assert torch.equal(generate(pipe, prompt_embeds=None, attention_kwargs={"scale": 1.0}), generate(pipe))
 
 
 def test_file_that_is_no_image_is_named(pipe, prefills, text_file):

@@ -6,10 +6,16 @@ import threading
 import time
 
 import pytest
+import torch
 import uvicorn
 
-from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler
-from latte_flow_hf.serving import Engine
+from latte_flow_hf import (
+    LatteFlowImg2ImgPipeline,
+    LatteFlowInpaintPipeline,
+    LatteFlowPipeline,
+    LatteFlowScheduler,
+)
+from latte_flow_hf.serving import Engine, ImageRequest
 from latte_flow_hf.serving.server import bind, create_app
 
 
@@ -20,6 +26,29 @@ def served_pipe(model, processor, vae) -> LatteFlowPipeline:
     pipe = LatteFlowPipeline(model=model, processor=processor, vae=vae, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="session")
+def alone():
+    """`alone(pipe, request)`: each image of a request by a call of a pipeline with this image only."""
+
+    def alone(pipe: LatteFlowPipeline, request: ImageRequest) -> list:
+        names = ("prompt", "messages", "image", "negative_prompt", "height", "width", "num_inference_steps")
+        names += ("steps_per_expert", "guidance_scale", "guidance_interval", "output_type")
+        call = {name: getattr(request, name) for name in names}
+        if request.source_image is not None:
+            with_source = LatteFlowImg2ImgPipeline if request.mask_image is None else LatteFlowInpaintPipeline
+            pipe = with_source.from_pipe(pipe)
+            pipe.set_progress_bar_config(disable=True)
+            call |= {"context_image": call["image"], "image": request.source_image, "strength": request.strength}
+            if request.mask_image is not None:
+                call["mask_image"] = request.mask_image
+        return [
+            pipe(**call, generator=torch.Generator().manual_seed(request.seed + number)).images[0]
+            for number in range(request.num_images)
+        ]
+
+    return alone
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,12 @@ import random
 import threading
 from concurrent.futures import CancelledError, wait
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
 from peft import get_peft_model
+from PIL import Image
 
 from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler
 from latte_flow_hf.serving import Engine, EngineClosedError, GenerationError, ImageRequest, Preview, QueueFullError
@@ -27,20 +29,6 @@ def assert_same(found, expected) -> None:
     assert len(found) == len(expected)
     for one, other in zip(found, expected):
         assert one.shape == other.shape and (one - other).abs().max() <= 1e-5 * other.abs().max().clamp(min=1.0)
-
-
-def alone(pipe, request: ImageRequest) -> list[torch.Tensor]:
-    """The latents of each image of a request, by calls of the pipeline with one image."""
-    arguments = {
-        name: value
-        for name, value in dataclasses.asdict(request).items()
-        if name not in ("seed", "num_images", "adapter", "num_previews") and value is not None
-    }
-    arguments["output_type"] = "latent"
-    return [
-        pipe(**arguments, generator=torch.Generator().manual_seed(request.seed + number)).images[0]
-        for number in range(request.num_images)
-    ]
 
 
 def latents_of(**arguments) -> ImageRequest:
@@ -58,11 +46,14 @@ def run(engine: Engine, requests: list[ImageRequest], order: random.Random | Non
     return [futures[number].result().images for number in range(len(requests))]
 
 
-def assert_equals_alone(pipe, engine, requests, order=None):
+def assert_equals_alone(alone, pipe, engine, requests, order=None):
     expected = [alone(pipe, request) for request in requests]
     for found, images in zip(run(engine, requests, order), expected, strict=True):
         assert_same(found, images)
 
+
+SOURCE = Image.fromarray(np.random.default_rng(5).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+MASK = Image.fromarray(np.where(np.arange(64)[:, None] < [32] * 64, 255, 0).astype(np.uint8))
 
 MIXED = [
     latents_of(prompt="a red circle", seed=1),
@@ -74,6 +65,8 @@ MIXED = [
     latents_of(prompt="a white square", seed=7, num_inference_steps=None, steps_per_expert=[3, 1]),
     latents_of(prompt="a yellow cross", seed=8, num_inference_steps=9, guidance_interval=(0.3, 0.7)),
     latents_of(prompt="a yellow cross", seed=9, height=32, width=48, num_inference_steps=6),
+    latents_of(prompt="a cross", seed=11, source_image=SOURCE, num_inference_steps=8, strength=0.4),
+    latents_of(prompt="a cross", seed=12, source_image=SOURCE, mask_image=MASK, num_inference_steps=6, num_images=2),
 ]
 
 
@@ -81,10 +74,10 @@ MIXED = [
 
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
-def test_images_equal_those_of_the_pipeline_alone(pipe, picture, seed):
+def test_images_equal_those_of_the_pipeline_alone(pipe, picture, seed, alone):
     requests = [*MIXED, latents_of(prompt="this one in red", image=picture, seed=10)]
     order = None if seed is None else random.Random(seed)
-    assert_equals_alone(pipe, Engine(pipe, max_images=8), requests, order)
+    assert_equals_alone(alone, pipe, Engine(pipe, max_images=8), requests, order)
 
 
 def schedulers(boundaries) -> dict:
@@ -97,21 +90,21 @@ def schedulers(boundaries) -> dict:
 
 
 @pytest.mark.parametrize("name", ["heun", "new noise", "shift", "unipc"])
-def test_each_image_has_its_own_solver(pipe, name):
+def test_each_image_has_its_own_solver(pipe, name, alone):
     pipe.scheduler = schedulers(pipe.model.config.expert_boundaries)[name]
     requests = [request for request in MIXED if name != "unipc" or request.steps_per_expert is None]
-    assert_equals_alone(pipe, Engine(pipe), requests, random.Random(2))
+    assert_equals_alone(alone, pipe, Engine(pipe), requests, random.Random(2))
 
 
 @pytest.mark.parametrize("mode", ["probabilities", None])
-def test_each_kind_of_attention_hides_the_padding(make_model, processor, vae, mode):
+def test_each_kind_of_attention_hides_the_padding(make_model, processor, vae, mode, alone):
     model = make_model(residual_attention=mode)
     pipe = LatteFlowPipeline(model, processor, vae, LatteFlowScheduler(expert_boundaries=[1.0, 0.5, 0.0]))
     pipe.set_progress_bar_config(disable=True)
-    assert_equals_alone(pipe, Engine(pipe), MIXED[:4])
+    assert_equals_alone(alone, pipe, Engine(pipe), MIXED[:4])
 
 
-def test_an_image_without_company_is_equal_bit_for_bit(pipe):
+def test_an_image_without_company_is_equal_bit_for_bit(pipe, alone):
     for request in MIXED[:3]:
         ((found,),) = run(Engine(pipe), [request])
         assert torch.equal(found, alone(pipe, request)[0])
@@ -128,7 +121,7 @@ def test_images_are_of_the_type_that_is_asked_for(pipe):
     assert image.size == (pixels.shape[2], pixels.shape[1]) and image.mode == "RGB"
 
 
-def test_experts_may_be_off_loaded(own_pipe):
+def test_experts_may_be_off_loaded(own_pipe, alone):
     expected = [alone(own_pipe, request) for request in MIXED[:4]]
     own_pipe.enable_expert_offload("cpu")
     found = run(Engine(own_pipe), MIXED[:4])
@@ -202,7 +195,7 @@ def test_the_queue_has_an_end(pipe):
 # Leaving, and errors.
 
 
-def test_cancelled_requests_are_dropped_at_the_next_tick(pipe):
+def test_cancelled_requests_are_dropped_at_the_next_tick(pipe, alone):
     engine = Engine(pipe, max_images=3)
     kept, gone, waiting = (engine.submit(latents_of(prompt="a cross", seed=seed, num_images=2)) for seed in range(3))
     extra = engine.submit(latents_of(prompt="a cross", seed=9))
@@ -229,10 +222,14 @@ INVALID = [
     (latents_of(), "give either `prompt` or `messages`"),
     (latents_of(prompt="a cross", image="no such file"), "cannot be read"),
     (latents_of(prompt="a cross", adapter="style"), "adapter must be one of"),
+    (latents_of(prompt="a cross", strength=0.5), "need a source_image"),
+    (latents_of(prompt="a cross", source_image=SOURCE, strength=0.0), "strength must be"),
+    (latents_of(prompt="a cross", source_image=SOURCE, mask_image=SOURCE.resize((8, 8))), "mask_image must be"),
+    (latents_of(prompt=["a cross"]), "prompt must be one string"),
 ]
 
 
-def test_invalid_requests_do_not_disturb_others(pipe):
+def test_invalid_requests_do_not_disturb_others(pipe, alone):
     engine = Engine(pipe)
     good = engine.submit(MIXED[0])
     engine.tick()
@@ -259,7 +256,7 @@ def test_a_failed_image_does_not_take_the_others_along(pipe):
     assert not engine._job_of
 
 
-def test_a_batch_that_fails_is_tried_image_by_image(own_pipe):
+def test_a_batch_that_fails_is_tried_image_by_image(own_pipe, alone):
     """A hook stands for a device whose memory holds two images with guidance."""
 
     def limited(module, args):
@@ -292,7 +289,7 @@ def test_previews_approach_the_image(pipe):
 # Threads.
 
 
-def test_the_thread_serves_many_and_finishes_before_it_closes(pipe):
+def test_the_thread_serves_many_and_finishes_before_it_closes(pipe, alone):
     engine = Engine(pipe)
     engine.start()
     expected = [alone(pipe, request) for request in MIXED]
@@ -330,7 +327,7 @@ def test_a_fair_lock_is_given_in_the_order_of_asking():
     assert order == list(range(5))
 
 
-def test_chats_and_images_take_turns(pipe, picture):
+def test_chats_and_images_take_turns(pipe, picture, alone):
     conversation = pipe.processor.conversation("what is this?", picture)
     expected_text = pipe.chat(conversation, max_new_tokens=12)
     expected_image = alone(pipe, MIXED[1])
@@ -369,7 +366,7 @@ def adapters(base, tmp_path_factory):
 
 
 @pytest.fixture
-def adapted(base, adapters, processor, vae):
+def adapted(base, adapters, processor, vae, alone):
     """A pipeline of its own, and a function that gives the image of a request by a pipeline with its adapter."""
 
     def make() -> LatteFlowPipeline:
@@ -417,7 +414,7 @@ def test_the_adapter_that_was_not_used_for_longest_is_dropped(adapted, adapters)
     assert len(engine.shelf.loaded) == 2 and "late" in engine.shelf.loaded
 
 
-def test_adapters_of_the_pipeline_stay_active_beside_others(adapted, adapters):
+def test_adapters_of_the_pipeline_stay_active_beside_others(adapted, adapters, alone):
     pipe, _ = adapted
     pipe.load_lora_weights(adapters / "early", adapter_name="house")
     requests = [latents_of(prompt="a cross", adapter=name) for name in (None, "late")]

@@ -5,9 +5,11 @@ import copy
 import dataclasses
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
+from PIL import Image
 
 from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler
 from latte_flow_hf.serving import ImageRequest
@@ -17,11 +19,15 @@ from latte_flow_hf.serving.running_image import start_images
 from latte_flow_hf.serving.stages import ExpertStage, for_expert, keep_backbone, keep_decoder, keep_expert
 
 
+SOURCE = Image.fromarray(np.random.default_rng(5).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+MASK = Image.fromarray(np.where(np.arange(64)[:, None] < [32] * 64, 255, 0).astype(np.uint8))
 REQUESTS = [
     ImageRequest(prompt="a red circle", seed=1, num_inference_steps=5),
     ImageRequest(prompt="a blue square above a green cross", seed=2, num_inference_steps=8, guidance_scale=2.0),
     ImageRequest(prompt="a cross", seed=3, num_inference_steps=6, guidance_scale=1.0),
     ImageRequest(prompt="a cross", seed=4, num_inference_steps=6, negative_prompt="a circle", num_images=2),
+    ImageRequest(prompt="a cross", seed=5, num_inference_steps=8, source_image=SOURCE, strength=0.75),
+    ImageRequest(prompt="a cross", seed=6, num_inference_steps=8, source_image=SOURCE, mask_image=MASK, num_images=2),
 ]
 
 
@@ -51,7 +57,7 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_images_pass_from_part_to_part(pipe, make_part, name):
+def test_images_pass_from_part_to_part(pipe, make_part, name, alone):
     """Everything between two parts is pickled, as between processes."""
     pipe.scheduler = SCHEDULERS[name]()
     backbone, decoder = make_part(keep_backbone), make_part(keep_decoder)
@@ -69,18 +75,7 @@ def test_images_pass_from_part_to_part(pipe, make_part, name):
         stage.close()
     assert all(image.is_done for image in images)
     found = decode_each(decoder, [image.latents for image in images], ["pt"] * len(images))
-    expected = [
-        pipe(
-            request.prompt,
-            negative_prompt=request.negative_prompt,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            generator=torch.Generator().manual_seed(request.seed + number),
-            output_type="pt",
-        ).images[0]
-        for request in REQUESTS
-        for number in range(request.num_images)
-    ]
+    expected = [image for request in REQUESTS for image in alone(pipe, dataclasses.replace(request, output_type="pt"))]
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=0, atol=1e-5)
 
 
@@ -88,7 +83,8 @@ def test_each_part_holds_its_share_of_the_weights(pipe, make_part):
     model, vae = pipe.model, pipe.vae
     layers = [num_weights(layer) for layer in model.tower.layers]
     shared = num_weights(model.tower) - sum(layers)
-    assert num_weights(make_part(keep_backbone).model) == num_weights(model.vlm)
+    part = make_part(keep_backbone)
+    assert num_weights(part.model) == num_weights(model.vlm) and num_weights(part.vae) == num_weights(vae.encoder)
     for expert in range(2):
         own = sum(layers[index] for index in model.expert_layers(expert))
         part = make_part(keep_expert, expert)
@@ -106,6 +102,9 @@ def test_only_the_keys_and_values_of_an_expert_travel(pipe):
     whole = len(pickle.dumps(image.context)) + len(pickle.dumps(image.negative_context))
     part = len(pickle.dumps(sent.context)) + len(pickle.dumps(sent.negative_context))
     assert part < 0.75 * whole
+    # Also if the prompts were encoded together.
+    ((together,), *_) = start_images(pipe, [REQUESTS[0]] * 4)
+    assert len(pickle.dumps(for_expert(together, 2))) < 1.1 * len(pickle.dumps(for_expert(image, 2)))
 
 
 def test_a_stage_takes_images_of_its_expert_only(pipe):

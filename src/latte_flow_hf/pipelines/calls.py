@@ -11,6 +11,7 @@ import copy
 import functools
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,9 @@ from .offloading import uses_shared_state
 # Held for what several threads read and write: schedulers while they are copied, and the locks of components.
 _GUARD = threading.Lock()
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+# How often each thread uses a component, by its identifier, and the thread that uses it alone.
+_USERS: weakref.WeakKeyDictionary[nn.Module, Counter[int]] = weakref.WeakKeyDictionary()
+_ALONE: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -140,7 +144,10 @@ def one_thread_at_a_time(*components: nn.Module | None) -> Iterator[None]:
     """
     with contextlib.ExitStack() as held:
         for component in components:
-            if component is None or not uses_shared_state(component):
+            if component is None:
+                continue
+            held.enter_context(_counted(component))
+            if not uses_shared_state(component):
                 continue
             with _GUARD:
                 # Re-entrant, since a callback may decode its latents or call the pipeline again.
@@ -152,3 +159,52 @@ def one_thread_at_a_time(*components: nn.Module | None) -> Iterator[None]:
                 )
             held.callback(lock.release)
         yield
+
+
+@contextlib.contextmanager
+def _counted(component: nn.Module) -> Iterator[None]:
+    """Note that this thread uses a component.
+
+    Raises:
+        `ValueError`: if another thread uses it `alone`.
+    """
+    thread = threading.get_ident()
+    with _GUARD:
+        if _ALONE.get(component, thread) != thread:
+            raise ValueError(
+                f"{type(component).__name__} is in use by another thread, which scales its adapters by "
+                "attention_kwargs. Wait for the other call, or set the weights of adapters before by set_adapters."
+            )
+        users = _USERS.setdefault(component, Counter())
+        users[thread] += 1
+    try:
+        yield
+    finally:
+        with _GUARD:
+            users[thread] -= 1
+            if not users[thread]:
+                del users[thread]
+
+
+@contextlib.contextmanager
+def alone(component: nn.Module) -> Iterator[None]:
+    """Use a component in this thread only, because its weights are changed for a while.
+
+    Raises:
+        `ValueError`: if another thread uses it.
+    """
+    thread = threading.get_ident()
+    with _GUARD:
+        if _USERS.get(component, Counter()).keys() - {thread}:
+            raise ValueError(
+                f"{type(component).__name__} is in use by another thread, which attention_kwargs would change too. "
+                "Wait for the other call, or set the weights of adapters before by set_adapters."
+            )
+        outer = _ALONE.get(component)
+        _ALONE[component] = thread
+    try:
+        yield
+    finally:
+        with _GUARD:
+            if outer is None:
+                del _ALONE[component]

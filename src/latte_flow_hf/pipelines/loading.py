@@ -53,9 +53,21 @@ class LatteFlowLoadingMixin(ConfigMixin):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """Same as `DiffusionPipeline.from_pipe`, but an autoencoder of any class is kept: diffusers keeps a component
-        only if its class is the annotated one."""
-        return super().from_pipe(pipeline, **{"vae": getattr(pipeline, "vae", None), **kwargs})
+        """A pipeline of this class with the components of another one, which are shared, not copied. Same as
+        `DiffusionPipeline.from_pipe`, with two differences: an autoencoder of any class is kept, and the components
+        keep their dtype unless one is given. (diffusers would convert the shared components to float32.)
+
+        Args:
+            pipeline (`DiffusionPipeline`): the other pipeline.
+            kwargs: components that replace those of `pipeline`, or arguments of `DiffusionPipeline.from_pipe`.
+        """
+        components = {**pipeline.components, **kwargs}
+        is_ours = components.keys() == set(cls._get_signature_keys(cls)[0])  # type: ignore[attr-defined]
+        if not is_ours:
+            return super().from_pipe(pipeline, **{"vae": components.get("vae"), **kwargs})
+        pipe = cls(**components)
+        pipe.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        return pipe
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
@@ -121,6 +133,16 @@ def check_pipeline_files(folder: Path, given: Container[str] = ()) -> None:
                 read_json(path)
             if component == "vae":
                 check_autoencoder(folder / component)
+
+
+def check_autoencoder_of(vae: torch.nn.Module) -> None:
+    """Same as `check_autoencoder`, for an autoencoder that is loaded, if its folder is still there.
+
+    A pipeline checks its own: `DiffusionPipeline.from_pretrained` loads the components before our classes are asked.
+    """
+    folder = Path(str(getattr(vae, "config", {}).get("_name_or_path") or ""))
+    if (folder / "config.json").is_file():
+        check_autoencoder(folder)
 
 
 def check_autoencoder(folder: Path) -> None:

@@ -8,8 +8,9 @@ methods ([`LatteFlowAdapterMixin`]). Apart from loading, nothing here needs PEFT
 
 import contextlib
 import copy
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from safetensors.torch import save_file
 
 from ..files import atomic_write
-from ..modeling.adapters import require_peft
+from ..modeling.adapters import adapter_modules, require_peft
 from ..schedulers.steps import distilled_scheduler
+from .calls import alone
 
 
 class LatteFlowLoraMixin(LoraBaseMixin):
@@ -238,6 +240,38 @@ class LatteFlowLoraMixin(LoraBaseMixin):
                 "part of the model, or `save_lora_weights` to save them on their own."
             )
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _scaled_adapters(self, attention_kwargs: Mapping[str, Any] | None) -> Iterator[None]:
+        """Multiply the weights of the active adapters by `attention_kwargs["scale"]` for a while.
+
+        Raises:
+            `ValueError`: if there is anything else in it, the scale is no finite number, no adapter is active, or
+                another thread uses the model, which would use the scaled weights.
+        """
+        if attention_kwargs is not None and not (
+            isinstance(attention_kwargs, Mapping) and {*attention_kwargs} <= {"scale"}
+        ):
+            raise ValueError(f"attention_kwargs must be a dict with at most 'scale', got {attention_kwargs!r}.")
+        scale = (attention_kwargs or {}).get("scale", 1.0)
+        if not isinstance(scale, Real) or isinstance(scale, bool) or not math.isfinite(scale):
+            raise ValueError(f"attention_kwargs['scale'] must be a finite number, got {scale!r}.")
+        if scale == 1:
+            yield
+            return
+        weights = self.model.adapter_weights if self._adapters() else {}
+        if not weights or any(module.disable_adapters for _, module in adapter_modules(self.model)):
+            raise ValueError(
+                f"attention_kwargs['scale'] is {scale}, but no adapter is active; load, activate or enable one."
+            )
+        with alone(self.model):
+            self.model.set_adapter_weights({name: [scale * w for w in values] for name, values in weights.items()})
+            try:
+                yield
+            finally:
+                # A callback may have deleted an adapter.
+                loaded = self._adapters()
+                self.model.set_adapter_weights({name: w for name, w in weights.items() if name in loaded})
 
     def _adapters(self) -> list[str]:
         return list(getattr(self.model, "peft_config", None) or {})

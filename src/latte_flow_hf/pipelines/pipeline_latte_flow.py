@@ -6,10 +6,8 @@ prompts, their encoding is the backbone's key-value cache, and the same backbone
 """
 
 import functools
-import math
 import os
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -22,38 +20,41 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
 from ..modeling.context import LatteFlowContext, warn_of_unknown_words
-from ..modeling.flow_matching import guided_velocity
+from ..modeling.flow_matching import interpolate
 from ..modeling.images import load_rgb_images
-from ..modeling.sampling import (
-    DEFAULT_GUIDANCE_SCALE,
-    DEFAULT_NUM_STEPS,
-    check_distilled_steps,
-    guidance_of_steps,
-    guides_any,
-)
+from ..modeling.sampling import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_STEPS, guides_any
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
-from ..schedulers.steps import (
-    distilled_scheduler,
-    experts_of_steps,
-    finish_step,
-    generator_kwargs,
-    model_timesteps,
-    set_timesteps,
-)
+from ..schedulers.steps import MIN_FIRST_SIGMA
 from .calls import LatteFlowCallsMixin, one_thread_at_a_time, own_call
-from .loading import LatteFlowLoadingMixin
+from .check_inputs import (
+    OUTPUT_TYPES,
+    check_finite,
+    check_generator,
+    check_guidance,
+    check_prompt_arguments,
+    check_size,
+    count_prompts,
+    is_whole,
+    refuses_foreign_arguments,
+)
+from .denoising import DenoisingSteps, LatteFlowDenoisingMixin
+from .loading import LatteFlowLoadingMixin, check_autoencoder_of
 from .lora import LatteFlowLoraMixin
-from .offloading import LatteFlowOffloadingMixin, check_hooks, runs_only_in_forward
+from .offloading import LatteFlowOffloadingMixin, check_hooks
 from .pipeline_output import LatteFlowPipelineOutput
+from .source_images import KnownRegion, SourceImages, latent_mask, repeat_for_batch
 
 
 logger = logging.get_logger(__name__)
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
 
 class LatteFlowPipeline(
-    LatteFlowCallsMixin, LatteFlowLoadingMixin, LatteFlowOffloadingMixin, LatteFlowLoraMixin, DiffusionPipeline
+    LatteFlowCallsMixin,
+    LatteFlowLoadingMixin,
+    LatteFlowOffloadingMixin,
+    LatteFlowLoraMixin,
+    LatteFlowDenoisingMixin,
+    DiffusionPipeline,
 ):
     """Generates images from prompts or conversations, and chats, with one LaTtE-Flow model.
 
@@ -71,11 +72,14 @@ class LatteFlowPipeline(
 
     Raises:
         `ValueError`: if the latent channels of the autoencoder or the boundaries of the scheduler are not the model's.
+        `OSError`: if the autoencoder was loaded from a folder that lacks some of its tensors.
     """
 
     model_cpu_offload_seq = "model->vae"
     _callback_tensor_inputs = ["latents"]
     _optional_components = ["processor", "vae"]
+    # The argument for images that the model sees with the prompt; `image` is the source in image-to-image.
+    _context_image_argument = "image"
 
     # diffusers compares components with these annotations. They are base classes because a checkpoint that carries its
     # code defines each of our classes twice: in the pipeline's file and in the component's.
@@ -89,6 +93,8 @@ class LatteFlowPipeline(
         super().__init__()
         self.register_modules(model=model, processor=processor, vae=vae, scheduler=scheduler)
         self._check_components()
+        if vae is not None:
+            check_autoencoder_of(vae)
 
     def _check_components(self) -> None:
         if self.model is None:
@@ -131,29 +137,6 @@ class LatteFlowPipeline(
         """Pixels per token along a side."""
         return self.vae_scale_factor * self.model.config.latent_patch_size
 
-    @property
-    def guidance_scale(self) -> float:
-        """The guidance scale of the current expert."""
-        if isinstance(self._guidance_scale, list):
-            return self._guidance_scale[self._current_expert]
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether guidance is on. A callback may end it by `pipe._guidance_scale = 1.0`."""
-        return self.guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        """The number of evaluations of the model in the current call of this thread, or in its last one."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the call is interrupted. A callback may skip the remaining steps of its call by
-        `pipe._interrupt = True`; a thread without a running call interrupts all calls."""
-        return self._interrupt
-
     def check_inputs(
         self,
         prompt: str | list[str] | None,
@@ -171,17 +154,21 @@ class LatteFlowPipeline(
         callback_on_step_end_tensor_inputs: list[str],
         context: LatteFlowContext | None = None,
         negative_context: LatteFlowContext | None = None,
+        num_sources: int = 1,
     ) -> None:
-        """Check the arguments of the call before any heavy work.
+        """Check the arguments of the call before any heavy work. `image` are those that the model sees with the
+        prompt, `num_sources` is the number of source images of image-to-image.
 
         Raises:
             `ValueError`: with the name and the value of the first invalid argument.
         """
-        _check_prompts(prompt, image, messages, negative_prompt, context, negative_context)
-        _check_size(height, width, multiple=self._size_multiple)
+        check_prompt_arguments(
+            prompt, image, messages, negative_prompt, context, negative_context, self._context_image_argument
+        )
+        check_size(height, width, multiple=self._size_multiple)
         check_num_inference_steps(num_inference_steps)
-        _check_guidance(guidance_scale, guidance_interval, self.model.config.num_experts)
-        if not _is_whole(num_images_per_prompt) or num_images_per_prompt < 1:
+        check_guidance(guidance_scale, guidance_interval, self.model.config.num_experts)
+        if not is_whole(num_images_per_prompt) or num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be a positive integer, got {num_images_per_prompt!r}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {list(OUTPUT_TYPES)}, got {output_type!r}.")
@@ -199,12 +186,17 @@ class LatteFlowPipeline(
                 f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got "
                 f"{sorted(unknown)}."
             )
-        num_prompts = _num_prompts(prompt, messages, context)
-        _check_generator(generator, num_images=num_prompts * num_images_per_prompt)
+        num_prompts = count_prompts(prompt, messages, context)
+        if num_sources > 1 and num_prompts > 1 and num_sources != num_prompts:
+            raise ValueError(
+                f"image and mask_image must be one, or one for each of {num_prompts} prompts, got {num_sources}."
+            )
+        num_images = max(num_prompts, num_sources) * num_images_per_prompt
+        check_generator(generator, num_images)
         for name, negative in (("negative_prompt", negative_prompt), ("negative_context", negative_context)):
             if negative is not None and not isinstance(negative, str) and len(negative) not in (1, num_prompts):
                 raise ValueError(f"{name} must be one, or one for each of {num_prompts} prompts, got {len(negative)}.")
-        self._check_memory(height, width, num_prompts * num_images_per_prompt, is_guided)
+        self._check_memory(height, width, num_images, is_guided)
 
     def _check_memory(self, height: int, width: int, num_images: int, is_guided: bool) -> None:
         """Refuse a call whose pixels and attention maps alone cannot fit into the memory of the device."""
@@ -246,7 +238,7 @@ class LatteFlowPipeline(
         if guidance_scale is None:
             guidance_scale = sampling.get("guidance_scale", DEFAULT_GUIDANCE_SCALE)
         else:
-            _check_guidance(guidance_scale, None, self.model.config.num_experts)
+            check_guidance(guidance_scale, None, self.model.config.num_experts)
             if guides_any(guidance_scale, distilled_experts):
                 logger.warning(
                     f"guidance_scale {guidance_scale} guides experts {distilled_experts} a second time: their "
@@ -322,7 +314,8 @@ class LatteFlowPipeline(
         assert prompt is not None
         images = list(image) if isinstance(image, (list, tuple)) else [image] * len(prompt)
         if len(images) != len(prompt):
-            raise ValueError(f"image must be one, or one for each of {len(prompt)} prompts, got {len(images)}.")
+            name = self._context_image_argument
+            raise ValueError(f"{name} must be one, or one for each of {len(prompt)} prompts, got {len(images)}.")
         return [self.processor.conversation(text, image) for text, image in zip(prompt, images)]
 
     def prepare_latents(
@@ -349,6 +342,7 @@ class LatteFlowPipeline(
         return latents.to(device=device, dtype=dtype)
 
     @own_call
+    @refuses_foreign_arguments
     @torch.no_grad()
     def __call__(
         self,
@@ -373,6 +367,7 @@ class LatteFlowPipeline(
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         context: LatteFlowContext | None = None,
         negative_context: LatteFlowContext | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> LatteFlowPipelineOutput | tuple:
         """Generate images.
 
@@ -413,6 +408,9 @@ class LatteFlowPipeline(
             callback_on_step_end_tensor_inputs (`list[str]`): the tensors that it gets: `latents`.
             context, negative_context ([`LatteFlowContext`], *optional*):
                 Encoded prompts from `encode_prompt`. Instead of `prompt` and `negative_prompt`.
+            attention_kwargs (`dict`, *optional*):
+                `{"scale": s}` multiplies the weights of the active adapters during the call, which no other thread may
+                share the model with then. After the call, or its error, the weights are those of before.
 
         Returns:
             [`LatteFlowPipelineOutput`], or a tuple of the images.
@@ -420,6 +418,62 @@ class LatteFlowPipeline(
         Raises:
             `ValueError`: if an argument is invalid, before any heavy work.
         """
+        with self._scaled_adapters(attention_kwargs):
+            return self._generate(
+                prompt=prompt,
+                context_image=image,
+                messages=messages,
+                negative_prompt=negative_prompt,
+                height=height,
+                width=width,
+                num_inference_steps=num_inference_steps,
+                steps_per_expert=steps_per_expert,
+                sigmas=sigmas,
+                timesteps=timesteps,
+                guidance_scale=guidance_scale,
+                guidance_interval=guidance_interval,
+                num_images_per_prompt=num_images_per_prompt,
+                generator=generator,
+                latents=latents,
+                output_type=output_type,
+                return_dict=return_dict,
+                callback_on_step_end=callback_on_step_end,
+                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+                context=context,
+                negative_context=negative_context,
+            )
+
+    # The name that readers of the paper and of transformers look for.
+    generate = __call__
+
+    def _generate(
+        self,
+        *,
+        prompt: str | list[str] | None,
+        context_image: Any,
+        messages: list | None,
+        negative_prompt: str | list[str] | None,
+        height: int | None,
+        width: int | None,
+        num_inference_steps: int | None,
+        steps_per_expert: list[int] | None,
+        sigmas: list[float] | None,
+        timesteps: list[float] | None,
+        guidance_scale: float | list[float] | None,
+        guidance_interval: tuple[float, float] | None,
+        num_images_per_prompt: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        return_dict: bool,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        context: LatteFlowContext | None,
+        negative_context: LatteFlowContext | None,
+        source: SourceImages | None = None,
+    ) -> LatteFlowPipelineOutput | tuple:
+        """The call of all pipelines. `context_image` are the images that the model sees with the prompt; with a
+        `source`, the images start from there."""
         # 1. Check inputs
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -431,9 +485,10 @@ class LatteFlowPipeline(
         num_inference_steps, steps_per_expert, guidance_scale = self._sampling_arguments(
             sampling, num_inference_steps, steps_per_expert, guidance_scale, has_sigmas
         )
+        num_sources = 1 if source is None else len(source)
         self.check_inputs(
             prompt,
-            image,
+            context_image,
             messages,
             negative_prompt,
             height,
@@ -447,12 +502,14 @@ class LatteFlowPipeline(
             callback_on_step_end_tensor_inputs,
             context,
             negative_context,
+            num_sources,
         )
         self._check_components()
         check_hooks(self.model)
         # Numpy's numbers become Python's.
         height, width, num_images_per_prompt = int(height), int(width), int(num_images_per_prompt)
-        if self.model.trained_words is not None and (height, width) != (self.default_size, self.default_size):
+        default_size = (self.default_size, self.default_size)
+        if self.model.trained_words is not None and (height, width) != default_size:
             logger.warning_once(
                 f"The model only learned images of {self.default_size}x{self.default_size} pixels: expect a wrong one."
             )
@@ -466,106 +523,86 @@ class LatteFlowPipeline(
         device = self._execution_device
 
         # 2. Prepare timesteps, the expert of each, and whether it is guided
-        if sampling != (self.model.config.sampling or {}):
-            # The pipeline's scheduler belongs to the model without the adapter that is active.
-            assert self._running_call is not None
-            self._running_call.scheduler = distilled_scheduler(self.scheduler, sampling, self.model.config)
-        set_timesteps(
-            self.scheduler,
-            num_inference_steps,
-            device,
-            sigmas,
-            timesteps,
-            steps_per_expert,
-            starts_from_noise=latents is None,
+        steps = self._prepare_steps(
+            sampling,
+            guidance_interval,
+            source,
+            starts_from_noise=latents is None and source is None,
+            num_inference_steps=num_inference_steps,
+            device=device,
+            sigmas=sigmas,
+            timesteps=timesteps,
+            steps_per_expert=steps_per_expert,
         )
-        check_distilled_steps(self.scheduler.sigmas.tolist(), sampling, self.model.config.expert_boundaries)
-        scheduler_timesteps, model_times = self.scheduler.timesteps, model_timesteps(self.scheduler)
-        self._num_timesteps = len(model_times)
-        experts = experts_of_steps(self.scheduler, self.model.config.expert_boundaries)
-        scales = guidance_of_steps(self._guidance_scale, guidance_interval, experts, model_times.tolist())
-        is_guided = [scale > 1 for scale in scales]
 
         # 3. Prepare latents
-        batch_size = _num_prompts(prompt, messages, context) * num_images_per_prompt
+        num_items = max(count_prompts(prompt, messages, context), num_sources)
+        batch_size = num_items * num_images_per_prompt
         generator = list(generator) if isinstance(generator, tuple) else generator
         latents = self.prepare_latents(batch_size, height, width, self.model.dtype, device, generator, latents)
+        known = None
+        if source is not None:
+            latents, known = self._prepare_source(
+                source, latents, steps, height, width, num_items, num_images_per_prompt
+            )
 
         # 4. Encode prompts
         context, negative_context = self.encode_prompt(
-            prompt, image, messages, negative_prompt, any(is_guided), context, negative_context, device
+            prompt,
+            context_image,
+            messages,
+            negative_prompt,
+            any(steps.is_guided),
+            context,
+            negative_context,
+            device,
         )
-        guided_context = None if negative_context is None else LatteFlowContext.cat([negative_context, context])
 
         # 5. Denoise
-        layout = guided_layout = modulation = uncond_velocity = cond_velocity = None
-        precompute = not runs_only_in_forward(self.model.tower)
-        if precompute:
-            layout = self.model.latent_layout(latents, context)
-            if guided_context is not None:
-                guided_layout = self.model.latent_layout(torch.cat([latents, latents]), guided_context)
-        extra_step_kwargs = generator_kwargs(self.scheduler, generator)
-        adapters = self._adapters()
-
-        with self.progress_bar(total=len(model_times)) as progress_bar:
-            for i, (t, scheduler_t, expert) in enumerate(zip(model_times, scheduler_timesteps, experts)):
-                if self.interrupt:
-                    continue
-                progress_bar.set_description(f"expert {expert} of {self.model.config.num_experts}")
-                self._current_expert = expert
-                if i == 0 or expert != experts[i - 1]:
-                    first_step, last_step = i, i + experts.count(expert) - 1
-                    if self.expert_offload is not None:
-                        self.expert_offload.enter(expert)
-                # A callback may have changed, loaded or unloaded adapters since the step before.
-                is_adapted = adapters != [] or self._adapters() != []
-                if precompute and (i == first_step or (callback_on_step_end is not None and is_adapted)):
-                    adapters = self._adapters()
-                    modulation = self.model.modulate(model_times[first_step : last_step + 1], expert)
-                if self.expert_offload is not None and i == last_step and i + 1 < len(experts):
-                    self.expert_offload.next_expert = experts[i + 1]
-
-                shared = {"expert": expert, "modulation": None if modulation is None else modulation[i - first_step]}
-                if is_guided[i] and self.do_classifier_free_guidance:
-                    velocity = self.model.predict_velocity(
-                        torch.cat([latents, latents]), t, guided_context, layout=guided_layout, **shared
-                    )
-                    uncond_velocity, cond_velocity = velocity.chunk(2)
-                    velocity = guided_velocity(uncond_velocity, cond_velocity, self.guidance_scale)
-                else:
-                    velocity = self.model.predict_velocity(latents, t, context, layout=layout, **shared)
-
-                latents = self.scheduler.step(velocity, scheduler_t, latents, **extra_step_kwargs, return_dict=False)[
-                    0
-                ]
-                latents = finish_step(self.scheduler, i, velocity, latents)
-
-                if callback_on_step_end is not None:
-                    callback_kwargs = {}
-                    for k in callback_on_step_end_tensor_inputs:
-                        callback_kwargs[k] = locals()[k]
-                    callback_outputs = callback_on_step_end(self, i, scheduler_t, callback_kwargs) or {}
-                    latents = callback_outputs.pop("latents", latents)
-                progress_bar.update()
-
-        if self.expert_offload is not None:
-            self.expert_offload.release_all()
-        if cond_velocity is not None and torch.equal(uncond_velocity, cond_velocity):
-            logger.warning(
-                "Prompt and negative prompt give the same velocity: they are equal, or the tower is untrained."
-            )
+        latents = self._denoise(
+            latents,
+            steps,
+            context,
+            negative_context,
+            generator,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            known,
+        )
 
         # 6. Decode
         if output_type == "latent":
-            _check_finite(latents, self.model)
+            check_finite(latents, self.model)
             images = latents
         else:
             images = self.decode_latents(latents, output_type)
         self.maybe_free_model_hooks()
         return LatteFlowPipelineOutput(images=images) if return_dict else (images,)
 
-    # The name that readers of the paper and of transformers look for.
-    generate = __call__
+    def _prepare_source(
+        self,
+        source: SourceImages,
+        noise: torch.Tensor,
+        steps: DenoisingSteps,
+        height: int,
+        width: int,
+        num_items: int,
+        num_images_per_prompt: int,
+    ) -> tuple[torch.Tensor, KnownRegion | None]:
+        """The source images as latents with the noise of the first step, (batch, channels, height / f, width / f), and
+        what is not generated if there are masks."""
+        mask = None
+        if source.masks is not None:
+            mask = latent_mask(source.masks, height, width, self.vae_scale_factor).to(noise.device)
+            mask = repeat_for_batch(mask, num_items, num_images_per_prompt)
+        clean = self.encode_images(source.images, height, width)
+        check_finite(clean, self.vae)
+        clean = repeat_for_batch(clean.to(noise), num_items, num_images_per_prompt)
+        sigma = steps.sigmas[0]
+        # All steps start from pure noise, as without a source, also those of schedulers that start a little below 1.
+        is_pure_noise = steps.first == 0 and sigma >= MIN_FIRST_SIGMA
+        latents = noise if is_pure_noise else interpolate(clean, noise, sigma)
+        return latents, None if mask is None else KnownRegion(clean, noise, mask)
 
     def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Scaled latents (batch, channels, height, width) -> images of `output_type`.
@@ -578,8 +615,8 @@ class LatteFlowPipeline(
         scaled = scaled + (getattr(self.vae.config, "shift_factor", None) or 0.0)
         pixels = self.vae.decode(scaled, return_dict=False)[0]
         if not torch.isfinite(pixels).all():
-            _check_finite(latents, self.model)
-            _check_finite(pixels, self.vae)
+            check_finite(latents, self.model)
+            check_finite(pixels, self.vae)
         if (pixels.amax((1, 2, 3)) - pixels.amin((1, 2, 3)) < 2 / 255).any():
             logger.warning("An image has a single colour. Check that the weights belong together.")
         return self.image_processor.postprocess(pixels, output_type=output_type)
@@ -615,7 +652,7 @@ class LatteFlowPipeline(
                 raise ValueError(
                     f"images must have {self._size_multiple} pixels a side or more, got {loaded[0].size}."
                 )
-        _check_size(height, width, multiple=self._size_multiple)
+        check_size(height, width, multiple=self._size_multiple)
         size = (int(width), int(height))
         fitted = [
             image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in loaded
@@ -683,91 +720,6 @@ def _with_dynamic_shapes(forward: Callable) -> Callable:
         return forward(hidden_states, timestep_embedding, previous_scores, modulation, **attention_inputs)
 
     return marked
-
-
-def _check_prompts(
-    prompt: str | list[str] | None,
-    image: Any,
-    messages: list | None,
-    negative_prompt: str | list[str] | None,
-    context: LatteFlowContext | None,
-    negative_context: LatteFlowContext | None,
-) -> None:
-    if sum(given is not None for given in (prompt, messages, context)) != 1:
-        raise ValueError("give either `prompt` or `messages`, or `context` instead of both.")
-    for name, texts in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-        if texts is None or isinstance(texts, str):
-            continue
-        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{name} must be a string or a non-empty list of strings, got {texts!r}.")
-    if negative_prompt is not None and negative_context is not None:
-        raise ValueError("give either `negative_prompt` or `negative_context`.")
-    for name, encoded in (("context", context), ("negative_context", negative_context)):
-        if encoded is not None and (not isinstance(encoded, LatteFlowContext) or not len(encoded)):
-            raise ValueError(f"{name} must be a LatteFlowContext of one prompt or more, got {type(encoded).__name__}.")
-    if context is not None and image is not None:
-        raise ValueError("`image` goes with `prompt`; a context already contains its images.")
-    if messages is not None and image is not None:
-        raise ValueError("`image` goes with `prompt`; in a conversation, put it into the messages' content.")
-    if messages is not None and (not isinstance(messages, (list, tuple)) or not messages):
-        raise ValueError(f"messages must be a non-empty list of messages or of conversations, got {messages!r}.")
-
-
-def _is_whole(value: Any) -> bool:
-    """Whether `value` is an integer, of numpy too."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _check_size(height: int, width: int, multiple: int) -> None:
-    for name, size in (("height", height), ("width", width)):
-        if not _is_whole(size) or size < multiple or size % multiple:
-            raise ValueError(f"{name} must be a positive multiple of {multiple}, got {size!r}.")
-
-
-def _check_guidance(
-    guidance_scale: float | list[float], guidance_interval: tuple[float, float] | None, num_experts: int
-) -> None:
-    scales = list(guidance_scale) if isinstance(guidance_scale, (list, tuple)) else [guidance_scale] * num_experts
-    are_finite = all(isinstance(scale, Real) and math.isfinite(scale) for scale in scales)
-    if not are_finite or len(scales) != num_experts:
-        raise ValueError(
-            f"guidance_scale must be a finite number, or one for each of {num_experts} experts, got "
-            f"{guidance_scale!r}."
-        )
-    if guidance_interval is not None and not (
-        isinstance(guidance_interval, (list, tuple))
-        and len(guidance_interval) == 2
-        and 0 <= guidance_interval[0] <= guidance_interval[1] <= 1
-    ):
-        raise ValueError(
-            f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {guidance_interval!r}."
-        )
-
-
-def _check_generator(generator: torch.Generator | list[torch.Generator] | None, num_images: int) -> None:
-    if generator is None or isinstance(generator, torch.Generator):
-        return
-    generators = list(generator) if isinstance(generator, (list, tuple)) else [generator]
-    invalid = [item for item in generators if not isinstance(item, torch.Generator)]
-    if invalid or len(generators) != num_images:
-        found = repr(invalid[0]) if invalid else len(generators)
-        raise ValueError(f"generator must be one, or one for each of {num_images} images, got {found}.")
-
-
-def _check_finite(tensor: torch.Tensor, module: torch.nn.Module) -> None:
-    if not torch.isfinite(tensor).all():
-        raise ValueError(
-            f"{type(module).__name__} returned values that are not finite in dtype {module.dtype}. Use "
-            "dtype=torch.float32 or torch.bfloat16; if that does not help, the weights are damaged."
-        )
-
-
-def _num_prompts(prompt: str | list[str] | None, messages: list | None, context: LatteFlowContext | None) -> int:
-    if context is not None:
-        return len(context)
-    if messages is not None:
-        return len(messages) if isinstance(messages[0], (list, tuple)) else 1
-    return 1 if isinstance(prompt, str) else len(prompt or [])
 
 
 def encode_pixels(vae: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ they would run without an error and lead to wrong images.
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from ..modeling.flow_matching import data_from_velocity, expert_of_sigma
+from ..modeling.sampling import STRENGTH_TOLERANCE
 from .scheduling_latte_flow import LatteFlowScheduler
 
 
@@ -108,6 +110,24 @@ def experts_of_steps(scheduler: Any, boundaries: Sequence[float]) -> list[int]:
         expert_of_sigma(sigma, boundaries, ends_step=is_heun and index % 2 == 1)
         for index, sigma in enumerate(scheduler.sigmas[:-1].tolist())
     ]
+
+
+def num_steps(scheduler: Any) -> int:
+    """The number of steps. Each is one evaluation of the model; with Heun's solver, all but the last one are two."""
+    return (len(scheduler.timesteps) + scheduler.order - 1) // scheduler.order
+
+
+def first_evaluation(scheduler: Any, strength: float) -> int:
+    """The index of the evaluation at which image-to-image starts: the last `strength * n` of n steps are taken,
+    rounded up to a whole number. Same as `get_timesteps` of diffusers' pipelines, apart from rounding errors.
+
+    Args:
+        scheduler: the scheduler, after `set_timesteps`.
+        strength (`float`): in (0, 1].
+    """
+    n = num_steps(scheduler)
+    num_taken = max(1, math.ceil(n * strength - STRENGTH_TOLERANCE))
+    return (n - num_taken) * scheduler.order
 
 
 def finish_step(scheduler: Any, index: int, velocity: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:

@@ -15,16 +15,10 @@ import torch
 
 from ..modeling.context import LatteFlowContext
 from ..modeling.flow_matching import data_from_velocity, guided_velocity
-from ..modeling.sampling import check_distilled_steps, guidance_of_steps
+from ..pipelines.denoising import DenoisingSteps, prepare_steps
 from ..pipelines.offloading import check_hooks
-from ..schedulers.steps import (
-    distilled_scheduler,
-    experts_of_steps,
-    finish_step,
-    generator_kwargs,
-    model_timesteps,
-    set_timesteps,
-)
+from ..pipelines.source_images import KnownRegion, SourceImages, load_masked_sources, load_sources
+from ..schedulers.steps import distilled_scheduler, finish_step, generator_kwargs
 
 
 @dataclass(frozen=True)
@@ -48,6 +42,9 @@ class ImageRequest:
         adapter (`str`, *optional*): the name of an adapter.
         num_previews (`int`, defaults to 0): how often an image is shown before it is finished.
         output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+        source_image (*optional*): an image to start from, as `image` of [`LatteFlowImg2ImgPipeline`].
+        mask_image (*optional*): what of it to generate, as in [`LatteFlowInpaintPipeline`].
+        strength (`float`, *optional*): the share of the steps to take, with `source_image`.
     """
 
     prompt: str | None = None
@@ -65,6 +62,9 @@ class ImageRequest:
     adapter: str | None = None
     num_previews: int = 0
     output_type: str = "pil"
+    source_image: Any = None
+    mask_image: Any = None
+    strength: float | None = None
 
 
 @dataclass(eq=False)
@@ -78,10 +78,13 @@ class RunningImage:
         timesteps (`tuple[float, ...]`): `1000 * sigma` of each evaluation of the model.
         experts (`list[int]`): the expert of each evaluation.
         scales (`list[float]`): the guidance scale of each evaluation; up to 1, there is none.
+        sigmas (`list[float]`): n + 1, where each evaluation starts and where the last one ends, 0.
+        first (`int`): the index of the first evaluation in the timesteps of the scheduler.
         context, negative_context ([`LatteFlowContext`], *optional*): one prompt each, without padding; the negative
             one is `None` if no evaluation is guided.
         adapter (`str`, *optional*): the adapter that it is generated with.
         index (`int`): the number of the next evaluation.
+        known ([`KnownRegion`], *optional*): what is not generated.
         velocity (`torch.Tensor`, *optional*): of the last evaluation, with guidance, at `previous_latents`.
     """
 
@@ -91,10 +94,13 @@ class RunningImage:
     timesteps: tuple[float, ...]
     experts: list[int]
     scales: list[float]
+    sigmas: list[float]
+    first: int
     context: LatteFlowContext | None
     negative_context: LatteFlowContext | None
     adapter: str | None = None
     index: int = 0
+    known: KnownRegion | None = None
     velocity: torch.Tensor | None = None
     previous_latents: torch.Tensor | None = None
 
@@ -135,6 +141,8 @@ class RunningImage:
         # Schedulers keep their sigmas on the CPU.
         vars(scheduler).update({name: move(value) for name, value in vars(scheduler).items() if name != "sigmas"})
         moved = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
+        if self.known is not None:
+            moved["known"] = KnownRegion(**{name: value.to(device) for name, value in vars(self.known).items()})
         return dataclasses.replace(self, scheduler=scheduler, **moved)
 
     def advance(self, velocities: torch.Tensor) -> None:
@@ -146,10 +154,12 @@ class RunningImage:
         velocity = velocities[-1:]
         if self.is_guided:
             velocity = guided_velocity(velocities[:1], velocity, self.scales[self.index])
-        timestep = self.scheduler.timesteps[self.index]
+        timestep = self.scheduler.timesteps[self.first + self.index]
         kwargs = generator_kwargs(self.scheduler, self.generator)
         latents = self.scheduler.step(velocity, timestep, self.latents, **kwargs, return_dict=False)[0]
-        latents = finish_step(self.scheduler, self.index, velocity, latents)
+        latents = finish_step(self.scheduler, self.first + self.index, velocity, latents)
+        if self.known is not None:
+            latents = self.known.restore(latents, self.sigmas[self.index + 1])
         self.previous_latents, self.velocity = self.latents, velocity
         self.latents = latents
         self.index += 1
@@ -157,25 +167,24 @@ class RunningImage:
     def prediction(self) -> torch.Tensor:
         """The clean latents at which the last velocity points, (1, C, height, width)."""
         assert self.previous_latents is not None and self.velocity is not None
-        sigma = self.timesteps[self.index - 1] / 1000.0
-        return data_from_velocity(self.previous_latents, self.velocity, sigma)
+        latents = data_from_velocity(self.previous_latents, self.velocity, self.sigmas[self.index - 1])
+        return latents if self.known is None else self.known.restore(latents, 0.0)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The size and the steps of a request's images."""
+    """The size, the start and the steps of a request's images."""
 
     request: ImageRequest
     height: int
     width: int
+    source: SourceImages | None
     scheduler: Any
-    timesteps: tuple[float, ...]
-    experts: list[int]
-    scales: list[float]
+    steps: DenoisingSteps
 
     @property
     def is_guided(self) -> bool:
-        return any(scale > 1 for scale in self.scales)
+        return any(self.steps.is_guided)
 
 
 @torch.no_grad()
@@ -239,16 +248,36 @@ def _plan(pipe: Any, request: ImageRequest) -> _Plan:
         raise ValueError(f"prompt must be one string, got {request.prompt!r}; send a request for each prompt.")
     check_hooks(pipe.model)
 
+    source = _source(pipe, request)
+
     # 2. Prepare timesteps, the expert of each, and its guidance
     scheduler = copy.deepcopy(pipe.scheduler)
     if sampling != (config.sampling or {}):
         scheduler = distilled_scheduler(scheduler, sampling, config)
-    set_timesteps(scheduler, num_inference_steps, pipe._execution_device, steps_per_expert=steps_per_expert)
-    check_distilled_steps(scheduler.sigmas.tolist(), sampling, config.expert_boundaries)
-    timesteps = tuple(model_timesteps(scheduler).tolist())
-    experts = experts_of_steps(scheduler, config.expert_boundaries)
-    scales = guidance_of_steps(guidance_scale, request.guidance_interval, experts, timesteps)
-    return _Plan(request, height, width, scheduler, timesteps, experts, scales)
+    steps = prepare_steps(
+        scheduler,
+        config,
+        sampling,
+        guidance_scale,
+        request.guidance_interval,
+        source,
+        starts_from_noise=source is None,
+        num_inference_steps=num_inference_steps,
+        device=pipe._execution_device,
+        steps_per_expert=steps_per_expert,
+    )
+    return _Plan(request, height, width, source, scheduler, steps)
+
+
+def _source(pipe: Any, request: ImageRequest) -> SourceImages | None:
+    if request.source_image is None:
+        if request.mask_image is not None or request.strength is not None:
+            raise ValueError("mask_image and strength need a source_image.")
+        return None
+    background = getattr(pipe.processor, "background", "white")
+    if request.mask_image is None:
+        return load_sources(request.source_image, request.strength, background)
+    return load_masked_sources(request.source_image, request.mask_image, request.strength, background)
 
 
 def _start(pipe: Any, plans: Sequence[_Plan]) -> list[list[RunningImage] | Exception]:
@@ -268,28 +297,51 @@ def _start(pipe: Any, plans: Sequence[_Plan]) -> list[list[RunningImage] | Excep
         )
     except Exception as error:
         return [error] if len(plans) == 1 else [_start(pipe, [plan])[0] for plan in plans]
-    contexts = context.split()
-    negative_contexts = [None] * len(plans) if negative_context is None else negative_context.split()
+    contexts = _each(context)
+    negative_contexts = [None] * len(plans) if negative_context is None else _each(negative_context)
 
-    # 4. Prepare latents
     outcomes: list[list[RunningImage] | Exception] = []
     for plan, context, negative_context in zip(plans, contexts, negative_contexts, strict=True):
-        images = []
-        for number in range(plan.request.num_images):
-            # On the CPU, so that the noise is the same for every device.
-            generator = torch.Generator().manual_seed(plan.request.seed + number)
-            images.append(
-                RunningImage(
-                    pipe.prepare_latents(1, plan.height, plan.width, pipe.model.dtype, device, generator),
-                    copy.deepcopy(plan.scheduler),
-                    generator,
-                    plan.timesteps,
-                    plan.experts,
-                    plan.scales,
-                    context,
-                    negative_context,
-                    plan.request.adapter,
-                )
-            )
-        outcomes.append(images)
+        try:
+            outcomes.append(_start_plan(pipe, plan, context, negative_context))
+        except Exception as error:
+            outcomes.append(error)
     return outcomes
+
+
+def _each(context: LatteFlowContext) -> list[LatteFlowContext]:
+    """Each prompt in memory of its own, which a view of the batch would keep, and take along to other processes."""
+    return [each.select(torch.zeros_like(each.next_position)) for each in context.split()]
+
+
+def _start_plan(
+    pipe: Any, plan: _Plan, context: LatteFlowContext, negative_context: LatteFlowContext | None
+) -> list[RunningImage]:
+    # 4. Prepare latents
+    request, steps, device = plan.request, plan.steps, pipe._execution_device
+    # On the CPU, so that the noise is the same for every device.
+    generators = [torch.Generator().manual_seed(request.seed + number) for number in range(request.num_images)]
+    size = (plan.height, plan.width)
+    noise = torch.cat([pipe.prepare_latents(1, *size, pipe.model.dtype, device, each) for each in generators])
+    latents, known = noise, None
+    if plan.source is not None:
+        latents, known = pipe._prepare_source(plan.source, noise, steps, *size, 1, request.num_images)
+    return [
+        RunningImage(
+            latents[row : row + 1].clone(),
+            copy.deepcopy(plan.scheduler),
+            generator,
+            tuple(steps.model_timesteps.tolist()),
+            steps.experts,
+            steps.scales,
+            steps.sigmas,
+            steps.first,
+            context,
+            negative_context,
+            request.adapter,
+            known=None
+            if known is None
+            else KnownRegion(*(part[row : row + 1].clone() for part in (known.latents, known.noise, known.mask))),
+        )
+        for row, generator in enumerate(generators)
+    ]

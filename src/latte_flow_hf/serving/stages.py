@@ -21,18 +21,18 @@ logger = logging.get_logger(__name__)
 
 
 def keep_backbone(pipe: Any, device: torch.device | str) -> None:
-    """Leave what encodes prompts and chats, and move it to a device. All else keeps its shape, without memory."""
+    """Leave what encodes prompts and images and chats, and move it to a device. All else keeps its shape, without
+    memory."""
     pipe.model.tower.to("meta")
-    if pipe.vae is not None:
-        pipe.vae.to("meta")
     pipe.model.vlm.to(device)
+    for name, part in pipe.vae.named_children():
+        part.to("meta" if name == "decoder" else device)
 
 
 def keep_expert(pipe: Any, expert: int, device: torch.device | str) -> None:
     """Leave one expert and what all experts share, enough for `predict_velocity`."""
     model = pipe.model
-    if pipe.vae is not None:
-        pipe.vae.to("meta")
+    pipe.vae.to("meta")
     model.vlm.to("meta")
     for name, part in model.tower.named_children():
         if name != "layers":
