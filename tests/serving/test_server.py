@@ -2,6 +2,7 @@
 """The server as its users see it: through OpenAI's client, unchanged, and with requests that no client would send."""
 
 import base64
+import dataclasses
 import io
 import json
 import socket
@@ -17,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latte_flow_hf.serving import Engine
+from latte_flow_hf.serving import Engine, ImageRequest
 from latte_flow_hf.serving.server import ImageStore, bind
 from latte_flow_hf.serving.settings import ServerSettings
 
@@ -129,6 +130,57 @@ def test_images_are_streamed(client, served_pipe):
     assert np.abs(images[2] - expected).max() <= 1
     assert np.abs(images[1] - images[2]).mean() < np.abs(images[0] - images[2]).mean()
     assert events[2].usage.total_tokens > 0 and events[2].size == "64x64"
+
+
+def png(image: Image.Image) -> tuple[str, bytes, str]:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "image.png", file.getvalue(), "image/png"
+
+
+def test_images_are_edited(client, served_pipe, picture, alone):
+    arguments = {
+        "prompt": "a red circle",
+        "image": png(picture),
+        "extra_body": {"seed": 3, "steps": 6, "strength": 0.5},
+    }
+    request = ImageRequest(prompt="a red circle", seed=3, num_inference_steps=6, strength=0.5, source_image=picture)
+    edited = decode(client.images.edit(**arguments).data[0].b64_json)
+    (expected,) = alone(served_pipe, request)
+    assert np.abs(np.asarray(edited).astype(int) - expected).max() <= 1
+    # Transparent pixels of the mask are generated: the upper half.
+    mask = picture.convert("RGBA")
+    mask.paste((0, 0, 0, 0), (0, 0, 64, 32))
+    upper = Image.new("L", (64, 64))
+    upper.paste(255, (0, 0, 64, 32))
+    arguments |= {"mask": png(mask), "n": 2, "size": "64x64"}
+    edited = [decode(item.b64_json) for item in client.images.edit(**arguments).data]
+    expected = alone(served_pipe, dataclasses.replace(request, mask_image=upper, num_images=2))
+    for one, other in zip(edited, expected, strict=True):
+        assert np.abs(np.asarray(one).astype(int) - other).max() <= 1
+    events = list(client.images.edit(**{**arguments, "n": 1}, stream=True, partial_images=1))
+    assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
+    assert np.array_equal(decode(events[1].b64_json), edited[0])
+
+
+def test_bad_edits_are_refused(client, http, picture):
+    opaque, small = png(picture), picture.convert("RGBA").resize((32, 32))
+    small.putalpha(0)
+    for arguments, param in (
+        ({"image": ("image.png", b"no image", "image/png")}, "image"),
+        ({"image": opaque, "mask": opaque}, "mask"),
+        ({"image": opaque, "mask": png(small)}, None),
+        ({"image": [opaque, opaque]}, "image"),
+        ({"image": opaque, "extra_body": {"strength": 0}}, "strength"),
+        ({"image": opaque, "size": "63x64"}, "size"),
+        ({"image": opaque, "n": 0}, "n"),
+        ({"image": png(Image.new("RGB", (300, 300)))}, "image"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.images.edit(prompt="a cross", **arguments)
+        assert caught.value.param == param
+    error = http.post("/v1/images/edits", data={"prompt": "a cross"}).json()["error"]
+    assert (error["param"], error["code"]) == ("image", "missing_required_parameter")
 
 
 def test_an_error_before_the_first_event_has_its_own_status(client):
@@ -316,7 +368,7 @@ def test_a_body_must_say_that_it_is_json(http):
 def test_paths_and_methods_that_do_not_exist(http):
     for method, path, status, code in (
         ("GET", "/", 404, "not_found"),
-        ("POST", "/v1/images/edits", 404, "not_found"),
+        ("POST", "/v1/images/variations", 404, "not_found"),
         ("GET", "/docs", 404, "not_found"),
         ("GET", IMAGE, 405, "method_not_allowed"),
     ):

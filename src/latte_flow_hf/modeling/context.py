@@ -5,6 +5,7 @@ Shapes: P prompts, G key-value heads, T prompt tokens, d head size.
 """
 
 import contextlib
+import functools
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -156,10 +157,16 @@ def warn_of_unknown_words(conversations: list[list[dict]], trained_words: Collec
     words = dict.fromkeys(word for text in texts for word in re.findall(r"\w+", text.lower()))
     unknown = [word for word in words if word not in trained_words]
     if unknown:
-        logger.warning_once(
+        _warn_once(
             f"The model never learned the words {unknown}: expect a wrong answer or image. It knows "
             f"{', '.join(sorted(trained_words))}."
         )
+
+
+@functools.lru_cache(256)
+def _warn_once(message: str) -> None:
+    """`logger.warning_once` keeps every message for ever, and these are made of the words of users."""
+    logger.warning(message)
 
 
 def prefill_context(

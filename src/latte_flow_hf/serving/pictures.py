@@ -11,7 +11,8 @@ import warnings
 from urllib.parse import urlsplit
 
 import httpx2
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
 from ..modeling.images import load_rgb_image
 from .errors import ApiError
@@ -39,6 +40,27 @@ def read_image(url: str, settings: ServerSettings, param: str) -> Image.Image:
 
 def open_image(data: bytes, settings: ServerSettings, param: str) -> Image.Image:
     """An image file as an RGB image. Its size is checked before its pixels are decoded."""
+    image = _open(data, settings, param)
+    try:
+        return load_rgb_image(image)
+    except ValueError as error:
+        raise ApiError(400, f"{param}: {error}", "invalid_image", param) from error
+
+
+def open_mask(data: bytes, settings: ServerSettings, param: str) -> Image.Image:
+    """A mask in the form of OpenAI, whose transparent pixels are generated, in that of the pipeline (white pixels)."""
+    image = _open(data, settings, param)
+    try:
+        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    except Exception as error:
+        raise ApiError(400, f"{param} cannot be read: {error}", "invalid_image", param) from error
+    if alpha is None or np.asarray(alpha).min() > 127:
+        raise ApiError(400, f"{param} must have transparent pixels: they are generated.", "invalid_mask", param)
+    return ImageOps.invert(alpha)
+
+
+def _open(data: bytes, settings: ServerSettings, param: str) -> Image.Image:
+    """An image that is not decoded yet, and not too large for it."""
     too_large = f"{param} has too many pixels; at most {settings.max_input_pixels} are accepted."
     try:
         with warnings.catch_warnings():
@@ -53,10 +75,7 @@ def open_image(data: bytes, settings: ServerSettings, param: str) -> Image.Image
         ) from error
     if image.width * image.height > settings.max_input_pixels:
         raise ApiError(400, too_large, "image_too_large", param)
-    try:
-        return load_rgb_image(image)
-    except ValueError as error:
-        raise ApiError(400, f"{param}: {error}", "invalid_image", param) from error
+    return image
 
 
 def _from_data_url(url: str, param: str) -> bytes:

@@ -8,6 +8,7 @@ checked in [`server`].
 
 from typing import Annotated, Any, Literal
 
+from fastapi import UploadFile
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -24,7 +25,9 @@ class Body(BaseModel):
     safety_identifier: str | None = None
 
 
-class ImageGenerationBody(Body):
+class ImageBody(Body):
+    """What generations and edits have in common."""
+
     prompt: str = Field(min_length=1)
     n: int | None = Field(1, ge=1, description="The number of images; image i has the seed `seed` + i.")
     size: str | None = Field("auto", pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$", description="`WIDTHxHEIGHT`.")
@@ -36,15 +39,33 @@ class ImageGenerationBody(Body):
     # Ours.
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="A random one if left out; the response has it.")
     steps: int | None = Field(None, ge=1)
-    guidance: Annotated[float, Field(ge=0, le=50)] | list[Annotated[float, Field(ge=0, le=50)]] | None = Field(
-        None, description="The guidance scale, or one for each expert; up to 1, there is none."
-    )
     negative_prompt: str | None = None
     # Without a meaning here.
     quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = None
-    style: Literal["vivid", "natural"] | None = None
     background: Literal["auto", "opaque"] | None = None
+
+
+class ImageGenerationBody(ImageBody):
+    guidance: Annotated[float, Field(ge=0, le=50)] | list[Annotated[float, Field(ge=0, le=50)]] | None = Field(
+        None, description="The guidance scale, or one for each expert; up to 1, there is none."
+    )
+    # Without a meaning here.
+    style: Literal["vivid", "natural"] | None = None
     moderation: Literal["auto", "low"] | None = None
+
+
+class ImageEditForm(ImageBody):
+    # All fields of a form are texts.
+    model_config = ConfigDict(strict=False)
+
+    image: UploadFile = Field(description="The image to start from.")
+    mask: UploadFile | None = Field(None, description="A PNG as large as the image; what is transparent is generated.")
+    strength: float | None = Field(
+        None, gt=0, le=1, description="The share of the steps to take; 1 keeps nothing of what is generated anew."
+    )
+    guidance: float | None = Field(None, ge=0, le=50, description="The guidance scale; up to 1, there is none.")
+    # Without a meaning here.
+    input_fidelity: Literal["high", "low"] | None = None
 
 
 class TextPart(BaseModel):

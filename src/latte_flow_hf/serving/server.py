@@ -7,6 +7,7 @@ in one event loop, the engine in threads of its own.
 
 import asyncio
 import base64
+import dataclasses
 import hmac
 import json
 import math
@@ -17,10 +18,10 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Form, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -31,9 +32,9 @@ from transformers.utils import logging
 from .chat import ChatRequest
 from .engine import EngineClosedError, Preview, QueueFullError, UnavailableError
 from .errors import ApiError
-from .pictures import MEDIA_TYPES, image_file, read_image
+from .pictures import MEDIA_TYPES, image_file, open_image, open_mask, read_image
 from .running_image import ImageRequest
-from .schemas import ChatBody, ImageGenerationBody, Message
+from .schemas import ChatBody, ImageBody, ImageEditForm, ImageGenerationBody, Message
 from .settings import ServerSettings
 
 
@@ -307,11 +308,8 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
             raise ApiError(404, "There is no such image, or it has expired.", "not_found")
         return Response(found[1], media_type=found[0], headers={"X-Content-Type-Options": "nosniff"})
 
-    @app.post("/v1/images/generations")
-    async def generate(body: ImageGenerationBody, request: Request) -> Response:
-        """Generate images."""
-        seed = secrets.randbelow(2**32) if body.seed is None else body.seed
-        asked = _image_request(body, seed, adapter_of(body.model), engine, settings)
+    async def respond(request: Request, body: ImageBody, asked: ImageRequest, kind: str) -> Response:
+        """The images of a request, in the form that it asks for; `kind` begins the types of streamed events."""
         output_format = body.output_format or "png"
         about = {
             "background": "opaque",
@@ -323,40 +321,25 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
         async def encoded(image: Any) -> bytes:
             return await asyncio.to_thread(image_file, image, output_format, body.output_compression)
 
+        events = _events(request, lambda on_event: submit(asked, on_event))
         if body.stream:
-            events = _events(request, lambda on_event: submit(asked, on_event))
             await anext(events)  # Its start; errors before have a status of their own.
 
             async def stream() -> AsyncIterator[bytes]:
                 async for event in events:
                     if isinstance(event, Preview):
-                        yield _sse(
-                            {
-                                "type": "image_generation.partial_image",
-                                "partial_image_index": event.number,
-                                "b64_json": base64.b64encode(await encoded(event.preview)).decode(),
-                                "created_at": int(time.time()),
-                                **about,
-                            },
-                            "image_generation.partial_image",
-                        )
+                        name, image = f"{kind}.partial_image", event.preview
+                        more: dict[str, Any] = {"partial_image_index": event.number}
                     else:
                         metrics.images.inc()
-                        yield _sse(
-                            {
-                                "type": "image_generation.completed",
-                                "b64_json": base64.b64encode(await encoded(event.images[0])).decode(),
-                                "created_at": int(time.time()),
-                                "seed": seed,
-                                "usage": _image_usage(event),
-                                **about,
-                            },
-                            "image_generation.completed",
-                        )
+                        name, image = f"{kind}.completed", event.images[0]
+                        more = {"seed": asked.seed, "usage": _image_usage(event)}
+                    b64_json = base64.b64encode(await encoded(image)).decode()
+                    created_at = int(time.time())
+                    yield _sse({"type": name, "b64_json": b64_json, "created_at": created_at, **more, **about}, name)
 
             return _stream(stream())
 
-        events = _events(request, lambda on_event: submit(asked, on_event))
         *_, result = [event async for event in events]
         metrics.images.inc(len(result.images))
         data: list[dict[str, Any]] = []
@@ -367,8 +350,25 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
                 content = {"url": f"{request.base_url}{path}"}
             else:
                 content = {"b64_json": base64.b64encode(file).decode()}
-            data.append({**content, "seed": seed + number})
+            data.append({**content, "seed": asked.seed + number})
         return JSONResponse({"created": int(time.time()), "data": data, "usage": _image_usage(result), **about})
+
+    @app.post("/v1/images/generations")
+    async def generate(body: ImageGenerationBody, request: Request) -> Response:
+        """Generate images."""
+        asked = _image_request(body, body.guidance, adapter_of(body.model), engine, settings)
+        return await respond(request, body, asked, "image_generation")
+
+    @app.post("/v1/images/edits")
+    async def edit(body: Annotated[ImageEditForm, Form()], request: Request) -> Response:
+        """Generate images from an image, or a part of it anew."""
+        asked = _image_request(body, body.guidance, adapter_of(body.model), engine, settings)
+        source = await asyncio.to_thread(open_image, await body.image.read(), settings, "image")
+        mask = None
+        if body.mask is not None:
+            mask = await asyncio.to_thread(open_mask, await body.mask.read(), settings, "mask")
+        asked = dataclasses.replace(asked, source_image=source, mask_image=mask, strength=body.strength)
+        return await respond(request, body, asked, "image_edit")
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
@@ -413,7 +413,7 @@ def create_app(engine: Any, settings: ServerSettings | None = None) -> FastAPI:
 
 
 def _image_request(
-    body: ImageGenerationBody, seed: int, adapter: str | None, engine: Any, settings: ServerSettings
+    body: ImageBody, guidance: Any, adapter: str | None, engine: Any, settings: ServerSettings
 ) -> ImageRequest:
     """What the engine is asked for.
 
@@ -454,8 +454,8 @@ def _image_request(
         height=height,
         width=width,
         num_inference_steps=body.steps,
-        guidance_scale=body.guidance,
-        seed=seed,
+        guidance_scale=guidance,
+        seed=secrets.randbelow(2**32) if body.seed is None else body.seed,
         num_images=num_images,
         adapter=adapter,
         num_previews=body.partial_images or 0,
