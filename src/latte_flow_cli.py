@@ -123,7 +123,11 @@ def _extra_of(module: str | None) -> str | None:
     for extra in package.get_all("Provides-Extra") or []:
         for requirement in map(Requirement, package.get_all("Requires-Dist") or []):
             marker = requirement.marker
-            if requirement.name == module and marker is not None and marker.evaluate({"extra": extra}):
+            if (
+                requirement.name.replace("-", "_") == module
+                and marker is not None
+                and marker.evaluate({"extra": extra})
+            ):
                 return extra
     return None
 
