@@ -27,6 +27,15 @@ def same_inputs(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("name", ["videos", "audio"])
+def test_what_is_neither_text_nor_images_is_refused(processor, picture, name):
+    prompt = f"{processor.image_token} {QUESTION}"
+    with pytest.raises(ValueError, match=f"{name} must not be given: LatteFlowProcessor takes text and images alone"):
+        processor(images=picture, text=prompt, **{name: np.zeros((2, 8, 8, 3))})
+    by_position = processor(picture, prompt, return_tensors="pt", **{name: None})
+    assert same_inputs(by_position, processor(images=picture, text=prompt, return_tensors="pt"))
+
+
 # Conversations.
 
 

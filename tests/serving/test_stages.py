@@ -66,7 +66,7 @@ def test_images_pass_from_part_to_part(pipe, make_part, name, alone):
     images = [image for images in start_images(backbone, REQUESTS) for image in images]
     contexts = [{"context": image.context, "negative_context": image.negative_context} for image in images]
     for stage in stages:
-        sent = [pickle.loads(pickle.dumps(for_expert(image, 2))) for image in images]
+        sent = [pickle.loads(pickle.dumps(for_expert(image, pipe.model.config))) for image in images]
         futures = [stage.submit(image.to("cpu")) for image in sent]
         images = [
             dataclasses.replace(pickle.loads(pickle.dumps(future.result(timeout=5))), **context)
@@ -95,7 +95,7 @@ def test_each_part_holds_its_share_of_the_weights(pipe, make_part):
 
 def test_only_the_keys_and_values_of_an_expert_travel(pipe):
     ((image,),) = start_images(pipe, REQUESTS[:1])
-    sent = for_expert(image, 2)
+    sent = for_expert(image, pipe.model.config)
     for context, whole in ((sent.context, image.context), (sent.negative_context, image.negative_context)):
         assert [keys.numel() > 0 for keys in context.keys] == [True, True, False, False]
         assert all(torch.equal(*pair) for pair in zip(context.keys[:2], whole.keys[:2]))
@@ -104,7 +104,9 @@ def test_only_the_keys_and_values_of_an_expert_travel(pipe):
     assert part < 0.75 * whole
     # Also if the prompts were encoded together.
     ((together,), *_) = start_images(pipe, [REQUESTS[0]] * 4)
-    assert len(pickle.dumps(for_expert(together, 2))) < 1.1 * len(pickle.dumps(for_expert(image, 2)))
+    assert len(pickle.dumps(for_expert(together, pipe.model.config))) < 1.1 * len(
+        pickle.dumps(for_expert(image, pipe.model.config))
+    )
 
 
 def test_a_stage_takes_images_of_its_expert_only(pipe):

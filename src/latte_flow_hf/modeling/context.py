@@ -6,6 +6,7 @@ Shapes: P prompts, G key-value heads, T prompt tokens, d head size.
 
 import contextlib
 import functools
+import inspect
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -63,9 +64,11 @@ class LatteFlowContext:
             self.has_padding,
         )
 
-    def of_layers(self, layers: range) -> "LatteFlowContext":
-        """What an expert with these decoder layers reads. The keys and values of all other layers keep their place
-        in the tuples and have no elements: (P, G, T, 0)."""
+    def of_layers(self, layers: Collection[int]) -> "LatteFlowContext":
+        """What an expert reads whose layers stand beside these decoder layers, `config.context_layers(expert)`.
+
+        The keys and values of all other layers keep their place in the tuples and have no elements: (P, G, T, 0).
+        """
 
         def keep(states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             return tuple(
@@ -190,7 +193,14 @@ def prefill_context(
     has_images = vision_inputs.get("image_grid_thw") is not None
     if has_images and mm_token_type_ids is None:
         raise ValueError("mm_token_type_ids must be given with images, as the processor returns it; got None.")
-    vision_inputs.pop("use_cache", None)  # A context is a cache, also where a training loop wants none.
+    # Of Gemma 3 and PaliGemma: which tokens attend to each other in both directions.
+    has_token_types = "token_type_ids" in inspect.signature(vlm.forward).parameters
+    given = [name for name in ("pixel_values", "token_type_ids") if vision_inputs.get(name) is not None]
+    if has_token_types and given == ["pixel_values"]:
+        raise ValueError("token_type_ids must be given with images, as the processor returns it; got None.")
+    # A context is a cache without logits, whatever a training loop asks of the same call.
+    for name in ("use_cache", "logits_to_keep"):
+        vision_inputs.pop(name, None)
     for name in ("inputs_embeds", "position_ids", "past_key_values"):
         if vision_inputs.pop(name, None) is not None:
             raise ValueError(f"{name} must not be given: a context is made from the tokens of the prompts alone.")

@@ -10,6 +10,7 @@ import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from transformers import GenerationConfig
 from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers.utils import can_return_tuple
 
 from ..files import component_subfolder
 from .configuration_latte_flow import LatteFlowConfig
@@ -50,6 +51,7 @@ class LatteFlowGenerationMixin:
         """The words that the model knows, if it is one of a small world. An adapter may have taught it others."""
         return None if self._hf_peft_config_loaded else self.config.trained_words
 
+    @can_return_tuple
     def get_image_features(self, *args: Any, **kwargs: Any):
         return self.vlm.get_image_features(*args, **kwargs)
 

@@ -73,6 +73,17 @@ class LatteFlowProcessor(ProcessorMixin):
             kwargs["subfolder"] = component_subfolder(pretrained_model_name_or_path, "processor", **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """Same as `ProcessorMixin.__call__`, for text and images alone.
+
+        Raises:
+            `ValueError`: if `videos` or `audio` are given.
+        """
+        for name in ("videos", "audio"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"{name} must not be given: {type(self).__name__} takes text and images alone.")
+        return super().__call__(images=images, text=text, **kwargs)
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholder tokens of one image, one for each merged patch."""
         num_patches = int(image_inputs["image_grid_thw"][image_idx].prod())

@@ -143,7 +143,7 @@ class ExpertBatches:
         key, members = _key(batch[0]), [(image, image.is_guided) for image in batch]
         if key in self._inputs and self._inputs[key][0] == members:
             return self._inputs[key][1:]
-        layers = self.model.expert_layers(batch[0].expert)
+        layers = self.model.config.context_layers(batch[0].expert)
         context = LatteFlowContext.cat([each.of_layers(layers) for image in batch for each in image.contexts])
         layout = None
         if not runs_only_in_forward(self.model.tower):

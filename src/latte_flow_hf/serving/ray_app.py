@@ -341,9 +341,7 @@ class StagedEngine:
         num_shown = 0
         while not image.is_done:
             # `image` stays as it is here, for another attempt.
-            moved = await self._again(
-                self._experts[image.expert].run, for_expert(image, self.config.layers_per_expert)
-            )
+            moved = await self._again(self._experts[image.expert].run, for_expert(image, self.config))
             image = dataclasses.replace(moved, **contexts)
             if not image.is_done and num_shown < request.num_previews:
                 on_event(Preview(number, num_shown, await self._decoded(image.prediction())))

@@ -47,9 +47,9 @@ def keep_decoder(pipe: Any, device: torch.device | str) -> None:
     pipe.vae.to(device)
 
 
-def for_expert(image: RunningImage, layers_per_expert: int) -> RunningImage:
+def for_expert(image: RunningImage, config: Any) -> RunningImage:
     """What of an image has to travel to its expert: its state, and the keys and values of the expert's layers."""
-    layers = range(image.expert * layers_per_expert, (image.expert + 1) * layers_per_expert)
+    layers = config.context_layers(image.expert)
     negative = image.negative_context
     assert image.context is not None
     return dataclasses.replace(
