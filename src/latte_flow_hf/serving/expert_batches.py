@@ -125,9 +125,10 @@ class ExpertBatches:
         modulation = None
         if not runs_only_in_forward(self.model.tower):
             # As in the pipeline: one row for all, if all images are at the same timestep of the same steps.
-            at_steps = [self._modulation(image) for image in rows]
+            at_steps = [self._modulation(image) for image in batch]
             is_shared = all(each is at_steps[0] for each in at_steps)
-            modulation = at_steps[0] if is_shared else LatteFlowModulation.cat(at_steps)
+            of_rows = [each for each, n in zip(at_steps, num_rows) for _ in range(n)]
+            modulation = at_steps[0] if is_shared else LatteFlowModulation.cat(of_rows)
         velocities = self.model.predict_velocity(
             torch.cat([image.latents for image in rows]),
             torch.tensor([image.timesteps[image.index] for image in rows], device=batch[0].latents.device),
