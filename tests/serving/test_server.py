@@ -359,6 +359,14 @@ def test_bad_json_is_refused(http, text):
     assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_pages_of_other_sites_are_refused(http, address):
+    """Forms need no permission of the browser's user, unlike JSON."""
+    for origin in ("https://evil.example", "null", "http://127.0.0.1:1"):
+        response = http.post("/v1/images/edits", data={"prompt": "a cross"}, headers={"Origin": origin})
+        assert (response.status_code, response.json()["error"]["code"]) == (403, "cross_origin")
+    assert http.get("/health", headers={"Origin": address}).status_code == 200
+
+
 def test_a_body_must_say_that_it_is_json(http):
     """A page of another site may send text to a local server without asking the browser's user, but not JSON."""
     response = http.post(IMAGE, content='{"prompt": "a cross"}', headers={"Content-Type": "text/plain"})

@@ -135,7 +135,7 @@ class Metrics:
 
 
 class Gate:
-    """What every request passes before anything is read of its body: the key, the size, and the counters."""
+    """What every request passes before anything is read of its body: its origin, its key, its size, the counters."""
 
     def __init__(self, app: Any, settings: ServerSettings, metrics: Metrics):
         self.app, self.settings, self.metrics = app, settings, metrics
@@ -169,6 +169,10 @@ class Gate:
 
     def _refusal(self, scope: Any) -> ApiError | None:
         headers = {name.lower(): value for name, value in scope["headers"]}
+        # A browser sends forms of any page to a local server without asking, and names the page.
+        origin = headers.get(b"origin")
+        if origin is not None and origin.rpartition(b"//")[2] != headers.get(b"host"):
+            return ApiError(403, "Pages of other sites cannot use this server.", "cross_origin")
         # Names of images cannot be guessed, and browsers that show them send no key.
         is_open = scope["path"] == "/health" or scope["path"].startswith("/v1/images/files/")
         if self.settings.api_keys and not is_open:
