@@ -25,7 +25,7 @@ from .flow_matching import (
 
 
 # The arguments of `encode_context` that have a row for each prompt.
-PER_PROMPT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
+PER_PROMPT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
 class LatteFlowLossMixin:

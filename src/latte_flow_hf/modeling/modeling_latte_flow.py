@@ -51,6 +51,7 @@ from .backbone import (
     sliding_window,
     small_models,
     tower_text_config,
+    with_weights,
 )
 from .configuration_latte_flow import LatteFlowConfig
 from .context import LatteFlowContext, prefill_context
@@ -525,7 +526,7 @@ def _check_mirrored(vlm_config: PreTrainedConfig, residual_attention: str | None
         with small_models():
             states = DecoderStates.of(type(decoder), small.text_config)
             (pairs,) = {rotates_pairs(states.decoder.rotary_emb, kind) for kind, *_ in kinds}
-            tower = LatteFlowTower(small, states.decoder, pairs)
+            tower = with_weights(LatteFlowTower(small, states.decoder, pairs))
             differences = _differences_of_layers(tower, states)
     except Exception as error:
         raise ValueError(
@@ -819,6 +820,10 @@ class LatteFlowForConditionalGeneration(
         pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.LongTensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        batch_num_images: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         latents: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
@@ -835,9 +840,10 @@ class LatteFlowForConditionalGeneration(
         """Without `latents` or `states` the backbone's own output, with them the training losses.
 
         Args:
-            input_ids, attention_mask, pixel_values, image_grid_thw, mm_token_type_ids, labels, position_ids,
-                past_key_values, inputs_embeds, logits_to_keep, and anything else: as for the backbone. (The `Trainer`
-                removes what the signature does not name.)
+            input_ids, attention_mask, pixel_values, image_grid_thw, mm_token_type_ids, token_type_ids,
+                pixel_attention_mask, image_sizes, batch_num_images, labels, position_ids, past_key_values,
+                inputs_embeds, logits_to_keep, and anything else: as for the backbone. (The `Trainer` removes what the
+                signature does not name: what processors return is named.)
             latents (`torch.Tensor`, *optional*): (B, C, height, width), clean latents of the images that the prompts
                 describe, scaled as by `pipe.encode_images`.
             noise (`torch.Tensor`, *optional*): same shape as `latents`; drawn if not given.
@@ -872,6 +878,10 @@ class LatteFlowForConditionalGeneration(
         # Left out rather than `None`: not every backbone has them.
         optional = {
             "mm_token_type_ids": mm_token_type_ids,
+            "token_type_ids": token_type_ids,
+            "pixel_attention_mask": pixel_attention_mask,
+            "image_sizes": image_sizes,
+            "batch_num_images": batch_num_images,
             "position_ids": position_ids,
             "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
@@ -915,7 +925,7 @@ class LatteFlowForConditionalGeneration(
             mm_token_type_ids (`torch.Tensor`, *optional*): (P, T), 1 at image tokens, as the processor returns it;
                 required with images.
             num_layers (`int`, *optional*): prefill the first layers of the decoder only, for experts that end there.
-            vision_inputs: `pixel_values` and `image_grid_thw`, as the processor returns them.
+            vision_inputs: what else the processor returns, such as `pixel_values` and `image_grid_thw`.
 
         Returns:
             [`LatteFlowContext`]: P prompts.

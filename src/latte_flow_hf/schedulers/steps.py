@@ -209,6 +209,6 @@ def generator_kwargs(scheduler: Any, generator: Any) -> dict[str, Any]:
 
 
 @functools.cache
-def _takes_generator(scheduler_class: type) -> bool:
+def _takes_generator(scheduler_class: Any) -> bool:
     # Kept, because reading a signature takes as long as a step of the solver for one image.
-    return "generator" in inspect.signature(scheduler_class.step).parameters  # type: ignore[attr-defined]
+    return "generator" in inspect.signature(scheduler_class.step).parameters
