@@ -205,7 +205,8 @@ def _end_of_straight_path(scheduler: Any) -> torch.Tensor:
 
 def generator_kwargs(scheduler: Any, generator: Any) -> dict[str, Any]:
     """The argument `generator` for `scheduler.step`, if it takes one: schedulers with new noise draw from it."""
-    return {"generator": generator} if _takes_generator(type(scheduler)) else {}
+    scheduler_class: Any = type(scheduler)
+    return {"generator": generator} if _takes_generator(scheduler_class) else {}
 
 
 @functools.cache
