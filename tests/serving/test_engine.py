@@ -155,19 +155,33 @@ def test_a_step_runs_one_expert_for_all_its_images_at_once(pipe, model, count_la
     assert sum(num_images for _, num_images in steps) == 16 and len(steps) < 12
 
 
+def test_the_batch_of_the_first_image_goes_first(pipe):
+    """Two experts: when the first image reaches the second one, those that came later wait, up to `patience` ticks."""
+    engine, steps = Engine(pipe, patience=4), []
+    engine.on_step = lambda expert, num_images, seconds: steps.append((expert, num_images))
+    first = engine.submit(latents_of(prompt="a cross", num_inference_steps=4))
+    engine.tick()
+    later = engine.submit(latents_of(prompt="a cross", num_inference_steps=4, num_images=2))
+    while not first.done():
+        engine.tick()
+    assert steps == [(0, 1), (0, 3), (1, 1), (1, 1)]
+    while not later.done():
+        engine.tick()
+    assert steps[4:] == [(0, 2), (1, 2), (1, 2)]
+
+
 def test_nobody_starves(pipe):
-    """Four images of one size arrive again and again; one of another size must not wait for ever."""
+    """An image of another size comes after one with many steps, which would keep its place for all of them."""
     engine = Engine(pipe, max_images=8, patience=3)
+    long = engine.submit(latents_of(prompt="a cross", num_inference_steps=200))
     other = engine.submit(latents_of(prompt="a cross", height=32, width=32))
     num_ticks = 0
     while not other.done():
-        if engine.num_running + engine.num_waiting < 5:
-            engine.submit(latents_of(prompt="a cross", num_images=4, num_inference_steps=20))
         engine.tick()
         num_ticks += 1
         assert num_ticks < 40
-    # Passed over at most `patience` + 3 batches times for each of its 4 steps.
-    assert 4 * 3 < num_ticks <= 4 * (3 + 3)
+    # Passed over for `patience` ticks and one before each of its 4 steps.
+    assert num_ticks == 4 * (3 + 2) and not long.done()
     engine.close(finish=False)
 
 

@@ -123,7 +123,7 @@ class Engine:
         max_images (`int`, defaults to 32): how many images are generated at a time; it limits the memory.
         max_waiting (`int`, defaults to 128): how many requests may wait.
         max_chats (`int`, defaults to 4): how many answers are generated at a time.
-        patience (`int`, defaults to 16): see [`ExpertBatches`].
+        patience (`int`, defaults to 32): see [`ExpertBatches`].
         adapters (`Path`, *optional*): a folder of adapters, see [`AdapterShelf`].
         max_adapters (`int`, defaults to 8): how many adapters are loaded at a time.
 
@@ -137,7 +137,7 @@ class Engine:
         max_images: int = 32,
         max_waiting: int = 128,
         max_chats: int = 4,
-        patience: int = 16,
+        patience: int = 32,
         adapters: Path | None = None,
         max_adapters: int = 8,
     ):

@@ -24,17 +24,19 @@ MAX_MODULATIONS = 64
 class ExpertBatches:
     """The images that wait for a step, and the choice of those that take it together.
 
-    A batch has one expert, one adapter and one size. The largest batch is taken (Chosen: it gives the most steps per
-    second), unless an image has waited for more than `patience` ticks: then the batch of the one that has waited
-    longest. So with G batches to choose from, no image waits for more than `patience` + G ticks.
+    A batch has one expert, one adapter and one size. Next is the batch of the image that came first: all others that
+    wait there move along with it (Chosen: with the largest batch first, images of one time are torn apart, batches are
+    smaller and the slowest images slower, as `benchmarks/serving.py` showed). But if an image was passed over for more
+    than `patience` ticks, its batch is next. So with G batches to choose from, no image waits for more than
+    `patience` + G ticks.
 
     Args:
         model ([`LatteFlowForConditionalGeneration`]): the model.
-        patience (`int`, defaults to 16): how many ticks an image may be passed over. (Chosen: with fewer, batches are
-            torn apart; more did not make them larger, in closed loops of 4, 16 and 64 clients.)
+        patience (`int`, defaults to 32): how many ticks an image may be passed over. (Chosen: 16 and fewer tear
+            batches apart; 64 are no faster.)
     """
 
-    def __init__(self, model: Any, patience: int = 16):
+    def __init__(self, model: Any, patience: int = 32):
         if patience < 0:
             raise ValueError(f"patience must not be negative, got {patience}.")
         self.model, self.patience = model, patience
@@ -80,7 +82,7 @@ class ExpertBatches:
         longest = min(batches.values(), key=last_tick)
         if self.num_ticks - last_tick(longest) > self.patience:
             return longest
-        return max(batches.values(), key=lambda batch: (len(batch), -last_tick(batch)))
+        return batches[_key(next(iter(self._last_ticks)))]
 
     @torch.no_grad()
     def step(self, batch: Sequence[RunningImage]) -> dict[RunningImage, Exception]:
