@@ -136,6 +136,8 @@ class ModelQueue:
                     update = job._updates.get(timeout=POLL_SECONDS)
                 except queue.Empty:
                     position = self.position(job)
+                    if job.stopped and position:
+                        return  # It will never start.
                     if position != shown:
                         shown = position
                         yield Waiting(position)

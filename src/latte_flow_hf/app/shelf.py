@@ -6,7 +6,6 @@ one can run code.
 """
 
 import re
-import secrets
 import shutil
 import tempfile
 from dataclasses import dataclass
