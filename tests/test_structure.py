@@ -18,7 +18,7 @@ LAYERS = (
     ("pipelines",),
     ("checkpoints", "cards"),
     ("training", "evaluation", "conversion"),
-    ("publishing",),
+    ("publishing", "app"),
     ("cli", "transformers_cli"),
 )
 

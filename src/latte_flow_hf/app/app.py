@@ -99,7 +99,7 @@ def launch(
         `OSError`, `ValueError`: for the reasons of `check_port`.
     """
     check_port(host, port)
-    from latte_flow_hf.app.page import CSS, THEME, build_page
+    from latte_flow_hf.app.page import CSS, HEAD, THEME, build_page
 
     page = build_page(studio)
     page.launch(
@@ -109,6 +109,7 @@ def launch(
         share=False,
         quiet=True,
         css=CSS,
+        head=HEAD,
         theme=THEME,
         footer_links=[],
         run_history=False,
@@ -117,12 +118,15 @@ def launch(
         mcp_server=False,
         pwa=False,
         allowed_paths=[],
-        blocked_paths=[str(Path.cwd()), str(Path.home())],
         max_file_size=max(studio.limits.adapter_bytes, studio.limits.upload_bytes),
         state_session_capacity=200,
         strict_cors=True,
-        prevent_thread_lock=not blocks_thread,
+        prevent_thread_lock=True,
     )
+    if blocks_thread:
+        shown = f"[{host}]" if ":" in host else host
+        print(f"studio: http://{shown}:{port} (end it with Ctrl+C)", flush=True)
+        page.block_thread()
     return page
 
 

@@ -39,6 +39,16 @@ def assistant_turn(text: str) -> dict:
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
 
+def last_question(messages: list[dict]) -> list[dict]:
+    """The last question alone, with its images, or else those that were shown last."""
+    words = [part for part in messages[-1]["content"] if part["type"] == "text"]
+    for message in reversed(messages):
+        images = [part for part in message["content"] if part["type"] == "image"]
+        if images:
+            return [{"role": "user", "content": [*images, *words]}]
+    return [messages[-1]]
+
+
 def check_turns(messages: list[dict], limits: Limits) -> None:
     """
     Raises:

@@ -72,7 +72,7 @@ def time_axis(
         f'aria-label="{html.escape(label, quote=True)}">'
         f'<div class="lf-ends"><span>noise</span><span>image</span></div>'
         f'<div class="lf-segments">{segments}</div><div class="lf-dots">{dots}{marker}</div></div>'
-        f'<div class="lf-caption" role="status">{html.escape(caption) or "&nbsp;"}</div>'
+        f'<div class="lf-caption" role="status">{html.escape(caption)}</div>'
     )
 
 
@@ -115,18 +115,13 @@ def estimates(
         colour = expert_colour(report.expert)
         changed = change_map(before, after, largest, colour)
         steps = len(report.sigmas)
-        what = (
-            "its first estimate to its last"
-            if report is reports[0]
-            else f"expert {reports[reports.index(report) - 1].expert} to it"
-        )
         tiles.append(
             f'<figure class="lf-tile" style="--c:{colour}">'
             f"{picture(after, f'Estimate of the clean image after expert {report.expert}')}"
             f"{picture(changed, f'Where expert {report.expert} changed the estimate')}"
             f"<figcaption><strong>Expert {report.expert}</strong>"
             f"<span>{steps} step{'s' if steps > 1 else ''}, &sigma; {report.high:g} to {report.low:g}</span>"
-            f"<span>changed by {difference.mean():.1f} of 255, from {what}</span></figcaption></figure>"
+            f"<span>changed by {difference.mean():.1f} of 255</span></figcaption></figure>"
         )
     tiles.append(
         f'<figure class="lf-tile">{picture(result, "The finished image")}'
@@ -285,7 +280,8 @@ def adapter_cards(adapters: Sequence, chosen: dict[str, tuple[float, ...]], num_
         state = "in use" if weights is not None else ("uploaded by you" if adapter.owner else "")
         cards.append(
             f'<div class="lf-card{" lf-on" if weights is not None else ""}"><div><strong>{html.escape(adapter.name)}'
-            f'</strong> <span class="lf-tag">{state}</span><br><span class="lf-quiet">{html.escape(about)}</span></div>'
+            f'</strong> <span class="lf-tag">{state}</span><br>'
+            f'<span class="lf-quiet">{html.escape(about)}</span></div>'
             f'<div class="lf-cells" role="img" aria-label="Touches experts '
             f'{", ".join(map(str, adapter.experts)) or "none"}">{"".join(cells)}</div></div>'
         )

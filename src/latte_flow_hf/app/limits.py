@@ -1,6 +1,6 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""What the page accepts. Visitors are strangers: each value is checked before anything heavy, and the message says what
-to do instead."""
+"""What the page accepts. Visitors are strangers: each value is checked before anything heavy, and the message says
+what to do instead."""
 
 import math
 import os

@@ -29,6 +29,7 @@ THEME = gr.themes.Base(
     font=("ui-sans-serif", "system-ui", "sans-serif"),
     font_mono=("ui-monospace", "Consolas", "monospace"),
 ).set(
+    color_accent="#2459a6",
     button_primary_background_fill="#2459a6",
     button_primary_background_fill_hover="#1d4a8c",
     button_primary_background_fill_dark="#2459a6",
@@ -43,6 +44,17 @@ THEME = gr.themes.Base(
     input_placeholder_color="#64748b",
     input_placeholder_color_dark="#94a3b8",
 )
+# Gradio's button that enlarges an image in a conversation has no name, which a screen reader needs. On a phone the
+# preview is below the form.
+HEAD = """<script>
+new MutationObserver(() => document.querySelectorAll(".image-container button:not([aria-label])").forEach(
+  (button) => button.setAttribute("aria-label", "Enlarge the image")
+)).observe(document, {childList: true, subtree: true});
+document.addEventListener("click", (event) => {
+  if (event.target.closest("#lf-generate") && innerWidth < 720)
+    document.querySelector("#lf-preview")?.scrollIntoView({block: "start"});
+});
+</script>"""
 MAX_KEPT = 24  # images in the gallery of a visitor
 STEPS_HELP = "Refinements: one number, or one for each expert. Empty: the model's own."
 GUIDANCE_HELP = "How closely to follow the prompt: one number, or one for each expert."
@@ -55,7 +67,9 @@ INSIDE_INTRO = figures.note("Write a prompt and look inside, or choose “Look i
 def build_page(studio: Studio) -> gr.Blocks:
     """The page of a studio, to be launched with [`app.launch`]."""
     # Files are deleted an hour after their last use.
-    with gr.Blocks(title="LaTtE-Flow studio", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
+    with gr.Blocks(
+        title="LaTtE-Flow studio", fill_width=True, analytics_enabled=False, delete_cache=(600, 3600)
+    ) as blocks:
         page = _Page(studio)
         blocks.unload(page.leave)
     blocks.queue(default_concurrency_limit=None, api_open=False)
@@ -70,6 +84,8 @@ class _Page:
     def __init__(self, studio: Studio):
         self.studio = studio
         self.folder = Path(tempfile.mkdtemp(prefix="latte-flow-studio-"))
+        # A small world has single questions: a model that learned from it is confused by a conversation.
+        self.remembers_one = studio.pipe.model.config.trained_words is not None
         self.chosen = gr.State({})
         self.kept = gr.State([])
         self.selected = gr.State(None)
@@ -160,6 +176,7 @@ class _Page:
                 self.axis = gr.HTML(figures.time_axis(self.studio.boundaries, caption="Ready"), elem_id="lf-time")
                 self.gallery = gr.Gallery(
                     label="Your images",
+                    show_label=False,
                     columns=4,
                     height="auto",
                     object_fit="contain",
@@ -171,11 +188,11 @@ class _Page:
                 )
                 self.about = gr.HTML("", elem_id="lf-about")
                 with gr.Row():
-                    self.download = gr.DownloadButton("Download PNG", interactive=False, min_width=120, size="sm")
-                    self.again = gr.Button("Same again", interactive=False, min_width=110, size="sm")
-                    self.vary = gr.Button("Vary", interactive=False, min_width=90, size="sm")
-                    self.look = gr.Button("Look inside", interactive=False, min_width=110, size="sm")
-                    self.talk_about = gr.Button("Ask about it", interactive=False, min_width=110, size="sm")
+                    self.download = gr.DownloadButton("Download", interactive=False, min_width=88, size="sm")
+                    self.again = gr.Button("Same again", interactive=False, min_width=88, size="sm")
+                    self.vary = gr.Button("Vary", interactive=False, min_width=88, size="sm")
+                    self.look = gr.Button("Look inside", interactive=False, min_width=88, size="sm")
+                    self.talk_about = gr.Button("Ask about it", interactive=False, min_width=88, size="sm")
         self.actions = (self.download, self.again, self.vary, self.look, self.talk_about)
 
     def _own_steps(self) -> str:
@@ -206,8 +223,15 @@ class _Page:
         self.look.click(
             self.look_inside,
             own,
-            [self.tabs, self.inside_prompt, self.inside_seed, self.inside_steps, self.inside_guidance]
-            + [self.inside_axis, self.inside_view],
+            [
+                self.tabs,
+                self.inside_prompt,
+                self.inside_seed,
+                self.inside_steps,
+                self.inside_guidance,
+                self.inside_axis,
+                self.inside_view,
+            ],
             **quiet,
         )
         self.talk_about.click(self.ask_about, [*own, self.talk], [self.tabs, self.chatbot, self.talk], **quiet)
@@ -354,12 +378,17 @@ class _Page:
             label="Conversation",
             height=430,
             elem_id="lf-chatbot",
-            buttons=[],
+            buttons=["copy"],
             feedback_options=None,
             allow_tags=False,
             render_markdown=False,
             placeholder="Show an image and ask about it, or have one generated and ask about that.",
         )
+        if self.remembers_one:
+            gr.HTML(
+                '<p class="lf-quiet">This small model learned single questions: it sees the latest image and your '
+                "question, not the whole conversation.</p>"
+            )
         self.chat_status = gr.HTML("", elem_id="lf-chat-status")
         self.words = gr.MultimodalTextbox(
             label="Your message",
@@ -381,7 +410,13 @@ class _Page:
         self.words.submit(self.say, inputs, outputs, show_progress="hidden")
         self.paint_button.click(self.paint, inputs, outputs, show_progress="hidden")
         self.stop_chat.click(self.stop, queue=False, show_progress="hidden")
-        self.new_talk.click(self.start_again, None, outputs, show_progress="hidden")
+        gr.on(
+            [self.new_talk.click, self.chatbot.clear],
+            self.start_again,
+            None,
+            outputs[:-2] + outputs[-1:],
+            show_progress="hidden",
+        )
 
     def start_again(self, request: gr.Request) -> dict:
         self.studio.stop(_session(request))
@@ -411,6 +446,7 @@ class _Page:
             yield {self.chat_status: figures.alert(str(error)), self.words: {"text": words["text"], "files": []}}
             return
         messages = [*talk["messages"], conversation.user_turn(text, [*talk["unasked"], *images])]
+        seen = conversation.last_question(messages) if self.remembers_one else messages
         shown = [*talk["shown"], *({"role": "user", "content": {"path": file}} for file in files)]
         shown.append({"role": "user", "content": text})
         remark = self.studio.unknown_words(text)
@@ -418,7 +454,7 @@ class _Page:
         yield {self.chatbot: [*shown, _says("…")], self.chat_status: status, self.words: {"text": "", "files": []}}
         answer = ""
         try:
-            for update in self.studio.ask(_session(request), messages, chosen):
+            for update in self.studio.ask(_session(request), seen, chosen):
                 if isinstance(update, Waiting):
                     yield {self.chat_status: figures.note(f"Waiting: {update.position} before you")}
                     continue
@@ -574,12 +610,25 @@ class _Page:
         )
         self.compare_stop.click(self.stop, queue=False, show_progress="hidden")
 
-    def compare(self, prompt: Any, seed: Any, *values: Any, request: gr.Request) -> Iterator[str]:
-        *fields, chosen = values
-        sides = [
-            Side(model, steps, guidance, tuple(adapters or ()))
-            for model, steps, guidance, adapters in (fields[:4], fields[4:])
-        ]
+    def compare(
+        self,
+        prompt: Any,
+        seed: Any,
+        left_model: str,
+        left_steps: Any,
+        left_guidance: Any,
+        left_adapters: list[str],
+        right_model: str,
+        right_steps: Any,
+        right_guidance: Any,
+        right_adapters: list[str],
+        chosen: dict,
+        request: gr.Request,
+    ) -> Iterator[str]:
+        sides = (
+            Side(left_model, left_steps, left_guidance, tuple(left_adapters)),
+            Side(right_model, right_steps, right_guidance, tuple(right_adapters)),
+        )
         done: list[Generated] = []
         yield figures.note("Starting")
         try:
@@ -610,16 +659,16 @@ class _Page:
                 self.weight = gr.Textbox(
                     "1",
                     label="Weight",
-                    info=f"1 as it was trained, 0 leaves it out; or one for each of {self.studio.num_experts} experts.",
+                    info=f"1: as trained; 0: left out. Or one for each of {self.studio.num_experts} experts.",
                     max_lines=1,
                 )
                 with gr.Row():
                     self.use = gr.Button("Use it", variant="primary", min_width=100)
                     self.leave_out = gr.Button("Leave it out", min_width=110)
-                    self.forget = gr.Button("Remove my upload", min_width=150)
+                    self.forget = gr.Button("Remove upload", min_width=130)
             with gr.Column(min_width=280):
                 self.files = gr.File(
-                    label="Upload an adapter: a .safetensors file, and its adapter_config.json if there is one",
+                    label="Your adapter: .safetensors (and adapter_config.json)",
                     file_count="multiple",
                     file_types=[".safetensors", ".json"],
                     height=160,

@@ -1,6 +1,7 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """What the tabs do, as generators of what they tell; apart from how the page shows it."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -103,13 +104,18 @@ class Studio:
         """Run `work` in its turn, and yield what it sends. `stop(session)` ends it, and so does closing the iterator.
 
         Raises:
-            `ValueError`: if too many wait. And the error of the work.
+            `ValueError`: if too many wait, or the memory is exhausted. And the error of the work.
         """
         job = self.queue.submit(work)
         with self._guard:
             self._jobs.setdefault(session, set()).add(job)
         try:
             yield from self.queue.follow(job)
+        except (MemoryError, RuntimeError) as error:
+            # torch raises a plain RuntimeError where the memory of a CPU is exhausted.
+            if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+                raise ValueError("There is not enough memory for this. Use a smaller size or fewer steps.") from error
+            raise
         finally:
             with self._guard:
                 self._jobs[session].discard(job)
