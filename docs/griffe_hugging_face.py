@@ -12,7 +12,6 @@ import griffe
 
 
 MODULES = {
-    "LatteFlowAttention": "latte_flow_hf.modeling.modeling_latte_flow",
     "LatteFlowConfig": "latte_flow_hf.modeling.configuration_latte_flow",
     "LatteFlowContext": "latte_flow_hf.modeling.context",
     "LatteFlowForConditionalGeneration": "latte_flow_hf.modeling.modeling_latte_flow",

@@ -617,7 +617,30 @@ OutputFile = Annotated[
     Path,
     typer.Option("--output", "-o", callback=_check_safetensors, help="The .safetensors file to make; must not exist."),
 ]
-Experts = Annotated[int, typer.Option(min=1, help="K, the number of experts; must divide the backbone's layers.")]
+Experts = Annotated[
+    int,
+    typer.Option(min=1, help="K, the number of experts; must divide the tower's layers, or give --layers-per-expert."),
+]
+
+
+def _parse_numbers(text: str) -> Any:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise typer.BadParameter(f"must be whole numbers with commas between them, such as 8,7,7,6, got {text!r}.")
+    return [int(number) for number in text.split(",")]
+
+
+LayersPerExpert = Annotated[
+    Any,
+    typer.Option(parser=_parse_numbers, metavar="N,N,...", help="Number of layers of each expert; equal if left out."),
+]
+TowerLayers = Annotated[
+    Any,
+    typer.Option(
+        parser=_parse_numbers,
+        metavar="I,I,...",
+        help="Layers of the backbone that the tower has, by index from 0; all if left out.",
+    ),
+]
 Table = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="YAML file of key pairs; the package's own table if left out."),
@@ -642,6 +665,8 @@ def convert_init(
     autoencoder: Annotated[str, typer.Argument(help="Folder or hub id of the autoencoder.")],
     output: OutputFolder,
     experts: Experts = 4,
+    layers_per_expert: LayersPerExpert = None,
+    tower_layers: TowerLayers = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights that are new and random.")] = 0,
     max_shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,
@@ -649,7 +674,8 @@ def convert_init(
     """A new pipeline from a backbone and an autoencoder."""
     from latte_flow_hf.conversion import initialize
 
-    _execute(initialize(backbone, autoencoder, experts, seed), output, dry_run, max_shard_size)
+    layers = {"layers_per_expert": layers_per_expert, "tower_layers": tower_layers}
+    _execute(initialize(backbone, autoencoder, experts, seed, **layers), output, dry_run, max_shard_size)
 
 
 @_conversion
@@ -686,13 +712,14 @@ def convert_regroup(
     source: Pipeline,
     output: OutputFolder,
     experts: Experts,
+    layers_per_expert: LayersPerExpert = None,
     max_shard_size: ShardSize = "5GB",
     dry_run: DryRun = False,
 ) -> None:
     """The same pipeline with another number of experts."""
     from latte_flow_hf.conversion import regroup
 
-    _execute(regroup(source, experts), output, dry_run, max_shard_size)
+    _execute(regroup(source, experts, layers_per_expert=layers_per_expert), output, dry_run, max_shard_size)
 
 
 @_conversion

@@ -122,7 +122,7 @@ def draw_experts() -> None:
     left, pitch, gap, width = 11.5, 2.05, 2.6, 1.6
 
     def x_of(layer: int) -> float:
-        return left + pitch * layer + gap * (layer // config.layers_per_expert)
+        return left + pitch * layer + gap * config.expert_of_layer(layer)
 
     num_layers = config.text_config.num_hidden_layers
     right = x_of(num_layers - 1) + width
@@ -315,7 +315,7 @@ def draw_residual_attention() -> None:
     cell, top, pitch = 0.98, 22.5, 19.0
     context_width = 2.6
     for layer in range(last):
-        expert = layer // model.config.layers_per_expert
+        expert = model.config.expert_of_layer(layer)
         colour = EXPERT_COLOURS[3 * expert]
         x, height = 3.0 + pitch * layer + (2.0 if expert else 0.0), cell * num_latents
         axes.add_patch(Rectangle((x, top - height), context_width, height, fc="#a9c7dd", ec="none"))
@@ -327,7 +327,7 @@ def draw_residual_attention() -> None:
         axes.text(x + context_width / 2, top - height - 1.0, "prompt", ha="center", va="top", fontsize=7.8, color=SOFT)
         middle = block + height / 2
         axes.text(middle, top - height - 1.0, "latents", ha="center", va="top", fontsize=7.8, color=SOFT)
-        gated = model.tower.layers[layer].self_attn.has_residual
+        gated = model.tower.layers[layer].has_residual
         if gated:
             start = (x - pitch + context_width + 0.3 + height / 2, top - height - 3.4)
             arrow(axes, start, (middle, top - height - 3.4), colour, 1.6, bend=0.35)

@@ -16,6 +16,7 @@ import diffusers
 
 # The base classes stand here too: for a library it knows, diffusers looks for them beside the class that it loads.
 from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin  # noqa: F401
+from diffusers.modular_pipelines.modular_pipeline import MODULAR_PIPELINE_MAPPING
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from transformers import (
     AutoConfig,
@@ -37,6 +38,7 @@ from .modeling.configuration_latte_flow import LatteFlowConfig
 from .modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from .modeling.processing_latte_flow import LatteFlowProcessor
 from .pipelines.auto_pipelines import register_auto_pipelines
+from .pipelines.modular_latte_flow import MODEL_NAME, LatteFlowBlocks, LatteFlowModularPipeline
 from .pipelines.pipeline_latte_flow import LatteFlowPipeline
 from .pipelines.pipeline_latte_flow_img2img import LatteFlowImg2ImgPipeline
 from .pipelines.pipeline_latte_flow_inpaint import LatteFlowInpaintPipeline
@@ -50,6 +52,7 @@ __all__ = [
     "LatteFlowForConditionalGeneration",
     "LatteFlowImg2ImgPipeline",
     "LatteFlowInpaintPipeline",
+    "LatteFlowModularPipeline",
     "LatteFlowPipeline",
     "LatteFlowPipelineOutput",
     "LatteFlowProcessor",
@@ -72,5 +75,8 @@ LatteFlowForConditionalGeneration.pipeline_class = LatteFlowPipeline
 for pipeline_class in (LatteFlowPipeline, LatteFlowImg2ImgPipeline, LatteFlowInpaintPipeline):
     setattr(diffusers, pipeline_class.__name__, pipeline_class)
 register_auto_pipelines()
+# So are modular pipelines and their blocks, by the name that all pipelines of one model share.
+diffusers.LatteFlowModularPipeline, diffusers.LatteFlowBlocks = LatteFlowModularPipeline, LatteFlowBlocks
+MODULAR_PIPELINE_MAPPING[MODEL_NAME] = lambda config=None: LatteFlowModularPipeline.__name__
 # Components from the hub are rejected unless their library is known.
 LOADABLE_CLASSES.setdefault("latte_flow_hf", {})

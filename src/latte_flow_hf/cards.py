@@ -24,7 +24,7 @@ def pipeline_card(config: LatteFlowConfig, origin: str) -> bytes:
 
 {origin} Made by `latte_flow_hf` {__version__}, an open implementation of LaTtE-Flow (arXiv 2506.06952): a frozen
 vision-language model ({config.vlm_config.model_type}) that answers, and a tower that generates images with K =
-{config.num_experts} timestep experts of {config.layers_per_expert} layers each.
+{config.num_experts} timestep experts of {config.describe_layers()} each.
 
 ## Use
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from latte_flow_hf import LatteFlowPipeline
@@ -21,12 +22,14 @@ def run(*arguments):
 
 
 def test_every_verb_in_turn(backbone_folder, vae_folder, tmp_path):
-    out = {name: tmp_path / name for name in ("new", "one.safetensors", "again", "regrouped", "flat.safetensors")}
+    names = ("new", "one.safetensors", "again", "uneven", "regrouped", "flat.safetensors")
+    out = {name: tmp_path / name for name in names}
     for arguments in (
-        ("init", backbone_folder, vae_folder, "-o", out["new"], "--experts", 2),
+        ("init", backbone_folder, vae_folder, "-o", out["new"], "--experts", 3, "--tower-layers", "0,2,3"),
         ("to-single-file", out["new"], "-o", out["one.safetensors"]),
         ("from-single-file", out["one.safetensors"], "-o", out["again"]),
-        ("regroup", out["again"], "-o", out["regrouped"], "--experts", 1),
+        ("regroup", out["again"], "-o", out["uneven"], "--experts", 2, "--layers-per-expert", "2,1"),
+        ("regroup", out["uneven"], "-o", out["regrouped"], "--experts", 1),
         ("to-original", out["regrouped"], "-o", out["flat.safetensors"], "--tower-only"),
         ("from-original", out["flat.safetensors"], out["regrouped"], "-o", tmp_path / "last", "--tower-only"),
         ("extract-backbone", tmp_path / "last", "-o", tmp_path / "backbone"),
@@ -39,7 +42,9 @@ def test_every_verb_in_turn(backbone_folder, vae_folder, tmp_path):
         assert result.exit_code == 0, result.output
         assert "wrote " in result.stdout and "tensors read back and compared" in result.stdout
         assert "writing" in result.stderr
-    assert LatteFlowPipeline.from_pretrained(tmp_path / "last").model.config.num_experts == 1
+    config = LatteFlowPipeline.from_pretrained(tmp_path / "last").model.config
+    assert (config.num_experts, config.layers_per_expert, config.tower_layers) == (1, [3], [0, 2, 3])
+    assert AutoConfig.from_pretrained(out["uneven"] / "model").layers_per_expert == [2, 1]
 
 
 def test_bad_input_ends_in_one_line(backbone_folder, vae_folder, tmp_path):
@@ -47,6 +52,10 @@ def test_bad_input_ends_in_one_line(backbone_folder, vae_folder, tmp_path):
     for arguments, words in (
         (("init", backbone_folder, vae_folder, "-o", tmp_path / "x", "--experts", 3), "num_experts must divide"),
         (("init", backbone_folder, vae_folder, "-o", tmp_path / "out"), "exists"),
+        (
+            ("init", backbone_folder, vae_folder, "-o", tmp_path / "x", "--layers-per-expert", "3,1"),
+            "layers_per_expert must be num_experts = 4 positive numbers",
+        ),
         (("regroup", tmp_path / "none", "-o", tmp_path / "x", "--experts", 2), "there is no folder"),
     ):
         result = run(*arguments)

@@ -7,16 +7,17 @@ import shutil
 
 import pytest
 import torch
+from backbones import BACKBONES, tiny_backbone
 from diffusers import AutoencoderKL
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from latte_flow_hf import LatteFlowForConditionalGeneration, LatteFlowPipeline, LatteFlowScheduler
+from latte_flow_hf import LatteFlowConfig, LatteFlowForConditionalGeneration, LatteFlowPipeline, LatteFlowScheduler
 from latte_flow_hf.conversion import initialize
 from latte_flow_hf.conversion.folders import model_on_meta
-from latte_flow_hf.conversion.initialize import new_tensors
-from latte_flow_hf.modeling.modeling_latte_flow import LatteFlowLayer
+from latte_flow_hf.conversion.initialize import _model_tensors, new_tensors
+from latte_flow_hf.conversion.streaming import module_tensors, read_weights, stored_names
 
 
 SMALL = {"timestep_frequency_dim": 16}
@@ -60,6 +61,21 @@ def test_equals_from_vlm_saved(original_names, tied, backbone, processor, vae, v
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved", "source", "streamed"]
 
 
+@pytest.mark.parametrize("name", BACKBONES)
+def test_tensors_of_every_backbone(name, tmp_path):
+    """As `from_vlm` makes them: those of the tower are copies of the backbone's under their stored names, or new."""
+    vlm = tiny_backbone(name)
+    vlm.save_pretrained(tmp_path)
+    sizes = {"num_experts": 2, "tower_layers": [1, 2, 3], "layers_per_expert": [1, 2], "latent_channels": 4, **SMALL}
+    expected = LatteFlowForConditionalGeneration.from_vlm(vlm, **sizes).state_dict()
+    model = model_on_meta(LatteFlowConfig(vlm_config=vlm.config, **sizes))
+    backbone = module_tensors(read_weights(tmp_path, "model"), model.vlm, tmp_path)
+    found = _model_tensors(model, backbone, torch.float32, 0)
+    assert found.keys() == stored_names(model).keys()
+    for key, tensor in found.items():
+        assert is_random(key) or torch.equal(tensor.read(), expected[key]), key
+
+
 def test_the_seed_changes_what_is_random_and_nothing_else(backbone_folder, vae_folder, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         initialize(backbone_folder, vae_folder, 2, seed=seed, timestep_embed_dim=512).write(tmp_path / name)
@@ -76,7 +92,8 @@ def test_new_tensors_are_initialised_as_in_the_whole_model(residual_attention, m
     """Constants exactly, random weights in their statistics; copies of the backbone are tested above."""
     sizes = {"timestep_frequency_dim": 64, "timestep_embed_dim": 512, "latent_patch_size": 2, "latent_kernel_size": 6}
     model = make_model(filled=False, residual_attention=residual_attention, **sizes)
-    copied = re.compile(rf"tower\.layers\.\d+\.({'|'.join(LatteFlowLayer.copied_modules)})\.")
+    modules = "|".join(model.tower.layers[0].copied_modules)
+    copied = re.compile(rf"tower\.layers\.\d+\.(?!self_attn\.residual_gate)({modules})\.")
     expected = {
         name: tensor
         for name, tensor in model.state_dict().items()

@@ -56,22 +56,21 @@ def test_an_added_gate_changes_no_attention(pipeline_folder, model, tmp_path, en
     regroup(pipeline_folder, 1).write(tmp_path / "out")
     other = LatteFlowPipeline.from_pretrained(tmp_path / "out").model
     context = model.encode_context(**encode("a"))
-    attention, alone = other.tower.layers[2].self_attn, model.tower.layers[2].self_attn
+    layer, alone = other.tower.layers[2], model.tower.layers[2]
     hidden = torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(0))
     embedded = torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
+    layout = model.latent_layout(torch.zeros(1, 4, 8, 8), context)
     inputs = {
         "context_keys": context.keys[2],
         "context_values": context.values[2],
         "attention_mask": None,
-        "position_embeddings": model.latent_layout(torch.zeros(1, 4, 8, 8), context).position_embeddings,
+        "position_embeddings": layout.position_embeddings[layer.layer_type],
     }
     previous_scores = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        gate = attention.residual_gate(embedded).tanh()
-        output, expected = (
-            attention(hidden, gate, previous_scores, **inputs)[0],
-            alone(hidden, None, None, **inputs)[0],
-        )
+        output, _ = layer(hidden, embedded, previous_scores, **inputs)
+        expected, _ = alone(hidden, embedded, None, **inputs)
+        assert layer.modulate(embedded).gate is not None and (expected - hidden).abs().max() > 0.1
         assert torch.allclose(output, expected, atol=1e-6)
 
 
@@ -88,6 +87,19 @@ def test_shares_of_new_noise_by_expert_stay_with_their_experts(
     config.write_text(json.dumps({**json.loads(config.read_text()), key: shares}))
     regroup(source, num_experts).write(out)
     assert LatteFlowPipeline.from_pretrained(out).scheduler.config.new_noise == expected
+
+
+def test_unequal_experts(pipeline_folder, model, tmp_path):
+    regroup(pipeline_folder, 3, layers_per_expert=[1, 1, 2]).write(tmp_path / "out")
+    pipe = LatteFlowPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.model.config.layers_per_expert == [1, 1, 2]
+    assert [layer.has_residual for layer in pipe.model.tower.layers] == [False, False, False, True]
+    assert torch.equal(pipe.model.tower.layers[2].modulation.weight, model.tower.layers[2].modulation.weight)
+    assert "3 timestep experts of 1, 1, 2 layers each" in (tmp_path / "out" / "README.md").read_text().replace(
+        "\n", " "
+    )
+    regroup(tmp_path / "out", 2).write(tmp_path / "back")
+    assert LatteFlowPipeline.from_pretrained(tmp_path / "back").model.config.layers_per_expert == [2, 2]
 
 
 def test_other_boundaries(pipeline_folder, tmp_path):

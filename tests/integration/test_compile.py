@@ -5,12 +5,14 @@ images from layers that share their graphs, for calls of any shape.
 `backend="eager"` traces and guards as every backend does, but runs the graph as it is, without a compiler.
 """
 
+import peft
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from latte_flow_hf import LatteFlowPipeline
 from latte_flow_hf.modeling.context import LatteFlowContext
+from latte_flow_hf.training import expert_lora_config
 
 
 TIMESTEPS = (1000.0, 990.0, 730.0, 600.0, 499.0, 210.0, 20.0)
@@ -118,6 +120,79 @@ def test_after_the_last_graph_images_are_still_right(make_model, pipe, own_pipe,
     pipe.register_modules(model=make_model())
     pipe.compile(backend="eager", recompile_limit=2)
     assert_compiled_graphs(pipe, own_pipe, KINDS[:2], graphs=2)
+
+
+# Adapters, and `pipe.compile()` at each place between their changes.
+
+
+def sequence(folders):
+    return [
+        lambda pipe: None,
+        lambda pipe: pipe.load_lora_weights(folders["a"], adapter_name="a"),
+        lambda pipe: pipe.set_adapters("a", [0.5, 1.0]),
+        lambda pipe: pipe.load_lora_weights(folders["b"], adapter_name="b"),
+        lambda pipe: pipe.set_adapters(["a", "b"], [1.0, 0.5]),
+        lambda pipe: pipe.disable_lora(),
+        lambda pipe: pipe.enable_lora(),
+        lambda pipe: pipe.fuse_lora(),
+        lambda pipe: pipe.unfuse_lora(),
+        lambda pipe: pipe.load_lora_weights(folders["b"], adapter_name="a", hotswap=True),
+        lambda pipe: pipe.delete_adapters("b"),
+        lambda pipe: pipe.fuse_lora(),
+        lambda pipe: pipe.unload_lora_weights(),
+    ]
+
+
+@pytest.fixture(scope="module")
+def folders(make_model, tmp_path_factory):
+    folders = {name: tmp_path_factory.mktemp("adapters") / name for name in "ab"}
+    for folder, experts, rank in zip(folders.values(), ([0, 1], [1]), (2, 4)):
+        torch.manual_seed(rank)
+        model = make_model()
+        peft.get_peft_model(
+            model, expert_lora_config(model, experts, r=rank, init_lora_weights=False)
+        ).save_pretrained(folder)
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled_at", [0, 1, 5, 8, 13])
+def test_adapters_that_change_after_compilation(compiled_at, folders, make_model, pipe, own_pipe, dynamo):
+    pipe.register_modules(model=make_model())
+    found = []
+    for place, change in enumerate([*sequence(folders), lambda pipe: None]):
+        if place == compiled_at:
+            pipe.compile(backend="eager")
+        for either in (pipe, own_pipe):
+            change(either)
+        if place >= compiled_at:
+            call = {"prompt": "a", "num_inference_steps": 2, "output_type": "latent"}
+            expected, images = (
+                each(**call, generator=torch.Generator().manual_seed(0)).images for each in (own_pipe, pipe)
+            )
+            assert torch.equal(images, expected), place
+            found.append(images)
+    assert len({images.sum().item() for images in found[:5]}) >= min(4, len(found) - 1)
+    assert counters["stats"]["unique_graphs"] > 2 or compiled_at == 13
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("casts_first", [True, False])
+def test_layerwise_casting(casts_first, make_model, pipe, own_pipe, dynamo):
+    pipe.register_modules(model=make_model())
+    own_pipe.model.enable_layerwise_casting()
+    if casts_first:
+        pipe.model.enable_layerwise_casting()
+    pipe.compile(backend="eager")
+    if not casts_first:
+        pipe.model.enable_layerwise_casting()
+    for _ in range(2):
+        call = {"prompt": "a", "num_inference_steps": 2, "output_type": "latent"}
+        expected, images = (
+            each(**call, generator=torch.Generator().manual_seed(0)).images for each in (own_pipe, pipe)
+        )
+        assert torch.equal(images, expected)
+    assert pipe.model.tower.layers[0].mlp.up_proj.weight.dtype == torch.float8_e4m3fn
 
 
 @pytest.mark.slow

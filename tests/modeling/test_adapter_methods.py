@@ -152,6 +152,34 @@ def test_a_method_that_would_go_wrong_is_refused_by_name(method, four, velocitie
     assert same_bytes(model, four)
 
 
+@pytest.mark.parametrize("method", ["PiSSA", "OLoRA"])
+def test_initialisations_that_change_the_base_load_once_peft_has_converted_them(method, four, velocities, tmp_path):
+    """PEFT saves them as plain LoRA of twice the rank, relative to the model before."""
+    config = copy.deepcopy(REFUSED[method][0])
+    config.target_modules = expert_lora_config(four, [1, 3], parts=("attention", "mlp")).target_modules
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trained = get_peft_model(copy.deepcopy(four), config)
+        # What PEFT's documentation does: the adapter as it was at first.
+        trained.peft_config["default"].init_lora_weights = True
+        trained.save_pretrained(tmp_path / "initial")
+        trained.peft_config["default"].init_lora_weights = method.lower()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in trained.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        trained.save_pretrained(tmp_path / "final", path_initial_model_for_weight_conversion=tmp_path / "initial")
+    expected = velocities(trained.get_base_model().eval())
+    model = copy.deepcopy(four)
+    model.load_adapter(tmp_path / "final", "a")
+    assert model.peft_config["a"].r == 8
+    torch.testing.assert_close(velocities(model), expected, atol=2e-4, rtol=1e-3)
+    assert not torch.allclose(expected[1], velocities(four)[1], atol=1e-2)
+    model.unload_adapters()
+    assert same_bytes(model, four)
+
+
 def test_the_guide_lists_the_methods():
     guide = (Path(__file__).parents[2] / "docs" / "guides" / "teach_an_expert_with_lora.md").read_text()
     rows = dict(re.findall(r"^\| (\S+) \| (yes|1 or 0|refused)[^|]*\|", guide, flags=re.MULTILINE))

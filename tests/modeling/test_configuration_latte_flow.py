@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+import torch
 from transformers import AutoConfig, Qwen2VLConfig
 
 from latte_flow_hf import LatteFlowConfig
@@ -63,11 +64,51 @@ def test_text_config_is_the_backbone_s():
     assert config.get_text_config(decoder=True).num_hidden_layers == 12
 
 
+def test_vision_config_is_the_backbone_s():
+    config = LatteFlowConfig(vlm_config=vlm_config())
+    assert config.vision_config is config.vlm_config.vision_config
+    assert "vision_config" not in config.to_dict()
+
+
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 4, 6, 12])
 def test_experts_share_the_layers_evenly(num_experts):
     config = LatteFlowConfig(vlm_config=vlm_config(12), num_experts=num_experts)
-    assert config.layers_per_expert * num_experts == 12
+    assert config.layers_per_expert == [12 // num_experts] * num_experts
+    layers = torch.arange(12).view(num_experts, -1).tolist()
+    assert [list(config.expert_layers(k)) for k in range(num_experts)] == layers
     assert len(config.expert_boundaries) == num_experts + 1
+
+
+def test_experts_of_unequal_size():
+    config = LatteFlowConfig(vlm_config=vlm_config(12), num_experts=3, layers_per_expert=[6, 5, 1])
+    assert [list(config.expert_layers(k)) for k in range(3)] == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11]]
+    assert [config.expert_of_layer(index) for index in (0, 5, 6, 10, 11)] == [0, 0, 1, 1, 2]
+    assert config.describe_layers() == "6, 5, 1 layers"
+    assert LatteFlowConfig(vlm_config=vlm_config(12), num_experts=3).describe_layers() == "4 layers"
+
+
+def test_a_tower_of_some_of_the_backbone_s_layers():
+    config = LatteFlowConfig(vlm_config=vlm_config(12), num_experts=2, tower_layers=[0, 2, 4, 11])
+    assert config.layers_per_expert == [2, 2] and list(config.expert_layers(1)) == [2, 3]
+    assert LatteFlowConfig(vlm_config=vlm_config(12)).tower_layers == list(range(12))
+    with pytest.raises(ValueError, match=r"num_experts must divide the tower's 3 layers, got 2; use one of \[1, 3\]"):
+        LatteFlowConfig(vlm_config=vlm_config(12), num_experts=2, tower_layers=[0, 2, 4])
+
+
+@pytest.mark.parametrize("tower_layers", [[], [0, 12], [-1, 0], [2, 1], [1, 1]])
+def test_tower_layers_are_rising_indices(tower_layers):
+    with pytest.raises(
+        ValueError, match=r"tower_layers must be rising indices of the backbone's 12 layers, from 0 to 11"
+    ):
+        LatteFlowConfig(vlm_config=vlm_config(12), num_experts=1, tower_layers=tower_layers)
+
+
+@pytest.mark.parametrize("layers_per_expert", [[], [12], [6, 5], [12, 0], [13, -1], [4, 4, 4]])
+def test_layers_per_expert_are_all_layers(layers_per_expert):
+    expected = "layers_per_expert must be num_experts = 2 positive numbers with the sum 12"
+    with pytest.raises(ValueError, match=expected) as caught:
+        LatteFlowConfig(vlm_config=vlm_config(12), num_experts=2, layers_per_expert=layers_per_expert)
+    assert f"got {layers_per_expert}" in str(caught.value)
 
 
 @pytest.mark.parametrize("residual_attention", ["scores", "probabilities", None])
@@ -80,6 +121,8 @@ def test_round_trip_through_a_folder(tmp_path, residual_attention):
         latent_patch_size=2,
         sample_size=32,
         residual_attention=residual_attention,
+        tower_layers=[0, 1, 3, 5, 8, 9],
+        layers_per_expert=[3, 1, 2],
         timestep_frequency_dim=64,
         timestep_embed_dim=40,
     )
@@ -110,9 +153,7 @@ def test_size_is_of_whole_tokens():
 
 @pytest.mark.parametrize("num_experts", [5, 7, 24])
 def test_experts_must_divide_the_layers(num_experts):
-    expected = (
-        f"num_experts must divide the backbone's 12 layers, got {num_experts}; use one of [1, 2, 3, 4, 6, 12] instead."
-    )
+    expected = f"num_experts must divide the backbone's 12 layers, got {num_experts}; use one of [1, 2, 3, 4, 6, 12]"
     with pytest.raises(ValueError, match=re.escape(expected)):
         LatteFlowConfig(vlm_config=vlm_config(12), num_experts=num_experts)
 

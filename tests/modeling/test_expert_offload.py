@@ -85,6 +85,20 @@ def test_a_copy_has_hooks_of_its_own(layers, offload):
     assert other["offload"].loaded_layers == {2, 3} and not offload.loaded_layers
 
 
+@pytest.mark.parametrize("experts", [[range(0, 1), range(1, 4)], [range(0, 3), range(3, 4)]])
+def test_experts_of_unequal_size_are_exchanged_whole(experts):
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(4)).requires_grad_(False)
+    offload = ExpertOffload(layers, experts, torch.device("cpu"))
+    offload.enter(0)
+    offload.next_expert = 1
+    hidden_states = torch.ones(1, 3)
+    for index in experts[0]:
+        hidden_states = layers[index](hidden_states)
+        assert len(offload.loaded_layers) <= max(map(len, experts))
+    assert offload.loaded_layers == set(experts[1]) and offload.num_transfers == 4
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(layers):
     expected = [run(layers, expert) for expert in range(3)]

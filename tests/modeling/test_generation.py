@@ -216,6 +216,15 @@ def test_image_features_are_the_backbone_s(model, backbone, encode, picture):
     vision = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
     found, expected = (one.get_image_features(**vision).pooler_output for one in (model, backbone))
     assert len(found) == 1 and torch.equal(found[0], expected[0])
+    as_tuple = model.get_image_features(**vision, return_dict=False)
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[1][0], expected[0])
+
+
+def test_image_features_follow_the_configuration(make_model, encode, picture):
+    model = make_model()
+    model.config.return_dict = False
+    inputs = encode("what is this?", image=picture)
+    assert isinstance(model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]), tuple)
 
 
 def test_chat_refuses_nothing_to_say(model, processor):

@@ -2,6 +2,7 @@
 """The training losses: recomputed by definition, and which weights learn from them."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -60,6 +61,17 @@ def test_labels_add_the_backbone_s_own_loss(model, backbone, encode):
     assert torch.equal(output.loss, alone.flow_loss + stock.loss)
 
 
+def test_shifted_labels_replace_labels(model, backbone, encode):
+    # As parallelism over the sequence gives them, whose `labels` may all be out of this process's part.
+    inputs = encode("a red circle", "a cross")
+    shifted = torch.nn.functional.pad(inputs["input_ids"][:, 1:], (0, 1), value=-100)
+    labels = torch.full_like(shifted, -100)
+    with torch.no_grad():
+        output = model(**inputs, labels=labels, shift_labels=shifted, latents=noise(2, 4, 4, 4))
+        stock = backbone(**inputs, labels=labels, shift_labels=shifted)
+    assert stock.loss > 0 and torch.equal(output.lm_loss, stock.loss)
+
+
 @pytest.mark.parametrize(
     "prompts", [["a red circle", "a cross"], ["a cross", "a red circle above a blue square", "a"]]
 )
@@ -90,7 +102,7 @@ def test_loss_with_a_picture_in_the_prompt(model, encode, picture):
 def test_what_the_trainer_adds_is_taken(model, encode):
     # The stock Trainer hands this to every forward that takes keyword arguments.
     inputs, data = encode("a red circle", "a cross"), noise(2, 4, 4, 4)
-    output = model(**inputs, latents=data, num_items_in_batch=torch.tensor(2))
+    output = model(**inputs, latents=data, num_items_in_batch=torch.tensor(2), logits_to_keep=1, use_cache=False)
     assert torch.isfinite(output.loss)
 
 
@@ -141,6 +153,17 @@ def test_training_step_runs_each_layer_once_and_prefills_as_deep_as_it_reads(tra
     assert rows == dict.fromkeys(range(4), 0)
     for handle in handles:
         handle.remove()
+
+
+def test_a_tower_of_some_layers_prefills_as_deep_as_it_reads(make_model, encode):
+    model = make_model(num_experts=2, tower_layers=[0, 2, 3], layers_per_expert=[2, 1]).train()
+    rows = Counter()
+    for index, layer in enumerate(model.get_decoder().layers):
+        layer.register_forward_hook(lambda module, inputs, output, index=index: rows.update({index: len(inputs[0])}))
+    model(**encode("a red circle", "a cross", "a white square"), latents=noise(3, 4, 4, 4)).loss.backward()
+    # Two prompts for the first expert, whose last layer reads layer 2 of the backbone.
+    assert rows == {0: 3, 1: 3, 2: 3, 3: 1}
+    assert all(parameter.grad is not None for parameter in model.tower.parameters())
 
 
 def test_new_model_learns(make_model, encode):

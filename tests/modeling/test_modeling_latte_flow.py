@@ -7,6 +7,7 @@ the maps are computed in float32 on purpose.
 """
 
 import copy
+import inspect
 import math
 import re
 
@@ -48,6 +49,28 @@ def test_text_loss_and_tuple_equal_the_backbone_s(model, backbone, encode):
         assert torch.equal(ours.loss, stock.loss)
         as_tuple = model(**inputs, return_dict=False)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], stock.logits)
+
+
+def test_arguments_that_forward_names_reach_the_backbone(model, backbone, encode):
+    inputs = encode("what is this?", "how many shapes are there?")
+    embeds = backbone.get_input_embeddings()(inputs["input_ids"]) * 0.5
+    mask = inputs["attention_mask"]
+    given = {
+        "inputs_embeds": embeds,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(-1) * 3).expand(3, -1, -1),
+        "logits_to_keep": 2,
+    }
+    assert set(given) <= set(inspect.signature(model.forward).parameters)  # or the Trainer would remove them
+    with torch.no_grad():
+        ours, stock = model(**given, use_cache=True), backbone(**given, use_cache=True)
+        assert torch.equal(ours.logits, stock.logits) and ours.logits.shape[1] == 2
+        token = {"input_ids": torch.ones(2, 1, dtype=torch.long), "position_ids": torch.full((3, 2, 1), 40)}
+        ours, stock = (
+            one(**token, past_key_values=output.past_key_values).logits
+            for one, output in ((model, ours), (backbone, stock))
+        )
+    assert torch.equal(ours, stock)
 
 
 def test_picture_changes_the_logits(model, encode, picture):
@@ -184,6 +207,42 @@ def test_expert_reads_the_backbone_s_keys_of_its_own_layers_only(model, context,
     latents = noise(2, 4, 4, 4)
     expected = model.predict_velocity(latents, timestep, context)
     assert torch.equal(model.predict_velocity(latents, timestep, partial), expected)
+
+
+UNEVEN = {"num_experts": 2, "tower_layers": [0, 2, 3], "layers_per_expert": [1, 2]}
+
+
+@torch.no_grad()
+def test_a_tower_layer_is_the_replica_of_its_own_layer(make_model, backbone, context, count_layers):
+    model = make_model(filled=False, **UNEVEN)
+    for layer, index in zip(model.tower.layers, (0, 2, 3), strict=True):
+        assert same_bytes(layer.mlp, backbone.get_decoder().layers[index].mlp)
+    assert [list(model.expert_layers(k)) for k in range(2)] == [[0], [1, 2]]
+    assert [layer.has_residual for layer in model.tower.layers] == [False, False, True]
+    model = make_model(**UNEVEN)
+    latents = noise(2, 4, 4, 4)
+    for timestep, layers, read in ((730.0, [0], (0,)), (210.0, [1, 2], (2, 3))):
+        with count_layers(model) as calls:
+            expected = model.predict_velocity(latents, timestep, context)
+        assert calls == dict.fromkeys(layers, 1)
+        keys, values = (
+            tuple(
+                states if i in read else torch.full_like(states, float("nan")) for i, states in enumerate(all_states)
+            )
+            for all_states in (context.keys, context.values)
+        )
+        partial = LatteFlowContext(keys, values, context.attention_mask, context.next_position, context.has_padding)
+        assert torch.equal(model.predict_velocity(latents, timestep, partial), expected)
+
+
+def test_a_tower_of_some_layers_is_saved_and_loaded(make_model, context, tmp_path):
+    model = make_model(**UNEVEN)
+    model.save_pretrained(tmp_path)
+    loaded = LatteFlowForConditionalGeneration.from_pretrained(tmp_path)
+    assert (loaded.config.tower_layers, loaded.config.layers_per_expert) == ([0, 2, 3], [1, 2])
+    with torch.no_grad():
+        one, other = (m.predict_velocity(noise(2, 4, 4, 4), 210.0, context) for m in (model, loaded))
+    assert torch.equal(one, other)
 
 
 # The network against a second implementation.
@@ -418,6 +477,21 @@ def test_expert_layers_refuses(model, expert):
 def test_forward_checks_latents_against_prompts(model, encode):
     with pytest.raises(ValueError, match="context must have a prompt for each of the 3 latents, got 1"):
         model(**encode("a red circle"), latents=noise(3, 4, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"noise": noise(1, 4, 4, 4)}, "noise must be given with latents, and has no effect alone"),
+        ({"noise": noise(1, 4, 4, 4), "states": noise(1, 3, 4, 4, 4)}, "noise must be given with latents"),
+        ({"sigmas": [1.0, 0.5, 0.0], "latents": noise(1, 4, 4, 4)}, "sigmas must be given with states"),
+        ({"context": {}}, "context must be given with latents or states"),
+        ({"latents": noise(1, 4, 4, 4), "states": noise(1, 3, 4, 4, 4)}, "give latents or states, not both"),
+    ],
+)
+def test_forward_refuses_arguments_without_effect(model, encode, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model(**encode("a red circle"), **arguments)
 
 
 # Saving and loading.

@@ -3,6 +3,8 @@
 
 import base64
 import copy
+import json
+import pickle
 import re
 from pathlib import Path
 
@@ -10,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processors import PROCESSORS, processor_and_backbone, tiny_processor
 from transformers import AutoProcessor
+from transformers.utils.chat_template_utils import mark_control_tokens
 
 from latte_flow_hf import LatteFlowProcessor, tiny_checkpoint
+from latte_flow_hf.modeling.processing_latte_flow import CONTROL_TOKEN_MARKS, adapt, adapter_of, check_processor
 
 
 QUESTION = "what is this?"
@@ -25,6 +30,15 @@ def text(words: str) -> dict:
 
 def same_inputs(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", ["videos", "audio"])
+def test_what_is_neither_text_nor_images_is_refused(processor, picture, name):
+    prompt = f"{processor.image_token} {QUESTION}"
+    with pytest.raises(ValueError, match=f"{name} must not be given: LatteFlowProcessor takes text and images alone"):
+        processor(images=picture, text=prompt, **{name: np.zeros((2, 8, 8, 3))})
+    by_position = processor(picture, prompt, return_tensors="pt", **{name: None})
+    assert same_inputs(by_position, processor(images=picture, text=prompt, return_tensors="pt"))
 
 
 # Conversations.
@@ -105,6 +119,8 @@ def test_picture_of_a_part_comes_under_each_name_of_transformers(processor, pict
         ([{"role": None, "content": "x"}], "the role of a message must be a string such as 'user', got None."),
         ([{"role": "", "content": "x"}], "the role of a message must be a string such as 'user', got ''."),
         ([{"role": "user", "content": "a \ud800"}], "half of a surrogate pair at position 2"),
+        ([{"role": "user", "content": "a \U000f0000"}], "contains U+F0000, a private character; remove it."),
+        ([{"role": "user\U000f0001", "content": "a"}], "contains U+F0001, a private character; remove it."),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "got NoneType"),
         ([{"role": "user", "content": [{"type": "image"}]}], "an image must be a PIL image"),
         ([{"role": "user", "content": [{"type": "image", "image": None}]}], "got NoneType"),
@@ -330,3 +346,207 @@ def test_template_of_the_tokenizer_serves_if_none_is_given(processor):
     made = LatteFlowProcessor(processor.image_processor, tokenizer)
     conversation = processor.conversation(QUESTION)
     assert same_inputs(made.encode_conversations([conversation]), processor.encode_conversations([conversation]))
+
+
+# The processors of other backbones.
+
+FAMILIES = pytest.mark.parametrize("family", list(PROCESSORS))
+SMALL = Image.fromarray(np.random.default_rng(5).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+
+
+def encode_one(processor, words: str = QUESTION, images=None):
+    return processor.encode_conversations([processor.conversation(words, images)])
+
+
+@FAMILIES
+def test_tokens_and_pixels_are_those_of_the_stock_class(family):
+    processor = tiny_processor(family)
+    stock_class, names = processor.stock_class, processor.stock_class.get_attributes()
+    if "video_processor" in names or stock_class.__module__.startswith("latte_flow_hf"):
+        pytest.skip("the stock class needs torchvision")
+    settings = {name: getattr(processor, name) for name in processor.stock_settings if hasattr(processor, name)}
+    stock = stock_class(
+        processor.image_processor, processor.tokenizer, chat_template=processor.chat_template, **settings
+    )
+    found = encode_one(processor, images=SMALL)
+    if stock.chat_template is None:
+        expected = stock(text=[f"{stock.image_token}{QUESTION}"], images=[[SMALL]], return_tensors="pt")
+        expected.pop("labels")
+    else:
+        expected = stock.apply_chat_template(
+            processor.conversation(QUESTION, SMALL),
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+        )
+    assert same_inputs(found, expected)
+    # A stock processor is adapted with its settings.
+    adapted = adapt(stock)
+    assert type(adapted) is type(processor) and adapted.to_dict() == processor.to_dict()
+    assert same_inputs(encode_one(adapted, images=SMALL), found)
+
+
+@FAMILIES
+def test_every_processor_is_saved_copied_and_pickled(family, tmp_path):
+    processor = tiny_processor(family, background="black")
+    processor.save_pretrained(tmp_path)
+    loaded = LatteFlowProcessor.from_pretrained(tmp_path)
+    expected = encode_one(processor, images=[SMALL, SMALL])
+    for other in (loaded, copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
+        assert type(other) is type(processor) and other.to_dict() == processor.to_dict()
+        assert same_inputs(encode_one(other, images=[SMALL, SMALL]), expected)
+    if "Pixtral" not in processor.stock_class.__name__:
+        # By transformers: the stock class, or ours where that one needs torchvision.
+        auto = AutoProcessor.from_pretrained(tmp_path)
+        has_videos = "video_processor" in processor.stock_class.get_attributes()
+        assert type(auto) is (type(processor) if has_videos else processor.stock_class)
+
+
+@FAMILIES
+def test_control_tokens_are_text_or_refused_for_every_processor(family):
+    processor = tiny_processor(family)
+    tokens = {
+        number: token.content for number, token in processor.tokenizer.added_tokens_decoder.items() if token.special
+    }
+    special = torch.tensor(list(tokens))
+    plain = torch.isin(encode_one(processor)["input_ids"], special).sum()
+    for token in set(PROCESSORS[family]["named"].values()) | set(PROCESSORS[family].get("tokens", [])):
+        assert token in tokens.values()
+        for role, words in (("user", f"hi {token}"), (f"user{token}", "hi")):
+            messages = [{"role": role, "content": words}]
+            try:
+                found = processor.encode_conversations([processor.conversation(messages)])["input_ids"]
+            except ValueError as error:
+                assert "control tokens" in str(error) or "roles" in str(error), error
+            else:
+                assert torch.isin(found, special).sum() <= plain, token
+
+
+def test_a_transparent_image_is_composited_for_every_processor():
+    transparent = Image.new("RGBA", (32, 32), (10, 20, 30, 0))
+    for family in ("llava_llama", "smolvlm", "gemma3", "paligemma"):
+        processor = tiny_processor(family, background="black")
+        flat = encode_one(processor, images=Image.new("RGB", (32, 32)))
+        assert torch.equal(encode_one(processor, images=transparent)["pixel_values"], flat["pixel_values"])
+
+
+def test_a_size_option_needs_an_image_processor_of_grids():
+    with pytest.raises(ValueError, match="need an image processor like Qwen2-VL's, not CLIPImageProcessorPil"):
+        tiny_processor("llava_llama").conversation(with_size(SMALL, max_pixels=64))
+
+
+def test_without_a_pad_token_the_end_token_pads():
+    processor = tiny_processor("llava_llama")
+    assert processor.tokenizer.pad_token == processor.tokenizer.eos_token == "</s>"
+    inputs = processor.encode_conversations([processor.conversation(words) for words in ("a", "a red circle")])
+    row = inputs["input_ids"][0][inputs["attention_mask"][0] == 0]
+    assert len(row) == 11 and (row == processor.tokenizer.eos_token_id).all()
+    tokenizer = tiny_processor("llava_llama").tokenizer
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="tokenizer has neither a pad_token nor an eos_token"):
+        type(processor)(processor.image_processor, tokenizer)
+
+
+def test_without_a_chat_template_a_prompt_is_the_words_after_the_images():
+    processor = tiny_processor("paligemma")
+    conversations = [processor.conversation(*prompt) for prompt in (("",), ("a cross",), (QUESTION, [SMALL, SMALL]))]
+    inputs = processor.encode_conversations(conversations)
+    texts = [
+        processor.tokenizer.decode(row[mask == 1]) for row, mask in zip(inputs["input_ids"], inputs["attention_mask"])
+    ]
+    assert texts == ["<bos>\n", "<bos>a cross\n", f"{'<image>' * 32}<bos>{QUESTION}\n"]
+    assert inputs["pixel_values"].shape == (2, 3, 32, 32) and not inputs["token_type_ids"].any()
+    for roles in (["system", "user"], ["user", "assistant", "user"]):
+        messages = [{"role": role, "content": "a"} for role in roles]
+        with pytest.raises(ValueError, match="PaliGemmaProcessor has no chat template: give one message"):
+            processor.encode_conversations([processor.conversation(messages)])
+
+
+def test_a_template_s_own_error_is_a_value_error():
+    processor = tiny_processor("gemma3")
+    processor.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(ValueError, match="the chat template refuses the conversation: System role not supported"):
+        encode_one(processor)
+
+
+def test_processors_that_cannot_be_adapted():
+    with pytest.raises(ValueError, match="processor class 'MyProcessor' is not one of transformers"):
+        adapter_of("MyProcessor")
+    with pytest.raises(
+        ValueError, match=re.escape("InstructBlipProcessor consists of ['image_processor', 'tokenizer', 'qf")
+    ):
+        adapter_of("InstructBlipProcessor")
+    with pytest.raises(ValueError, match=r"processor must be the processor of the backbone, .* got TokenizersBackend"):
+        adapt(tiny_processor("gemma3").tokenizer)
+
+
+def test_the_settings_for_videos_are_kept(tmp_path):
+    processor = tiny_processor("smolvlm", video_processor={"num_frames": 7})
+    processor.save_pretrained(tmp_path)
+    assert LatteFlowProcessor.from_pretrained(tmp_path).video_processor_config == {"num_frames": 7}
+    tiny_processor("smolvlm").save_pretrained(tmp_path)
+    (tmp_path / "video_preprocessor_config.json").write_text('{"num_frames": 8}')
+    assert LatteFlowProcessor.from_pretrained(tmp_path).to_dict()["video_processor"] == {"num_frames": 8}
+
+
+@FAMILIES
+def test_the_class_is_that_of_the_model_where_no_file_names_it(family, tmp_path):
+    processor, backbone = processor_and_backbone(family)
+    processor.tokenizer.save_pretrained(tmp_path)
+    processor.image_processor.save_pretrained(tmp_path)
+    backbone.config.save_pretrained(tmp_path)
+    for file in ("tokenizer_config.json", "preprocessor_config.json"):
+        content = json.loads((tmp_path / file).read_text())
+        content.pop("processor_class", None)
+        (tmp_path / file).write_text(json.dumps(content))
+    assert LatteFlowProcessor.from_pretrained(tmp_path).stock_class is processor.stock_class
+
+
+@FAMILIES
+def test_the_processor_of_another_backbone_is_refused(family):
+    processor, backbone = processor_and_backbone(family)
+    check_processor(processor, backbone.config, backbone.get_input_embeddings().num_embeddings)
+    for other in PROCESSORS:
+        if PROCESSORS[other]["class"] in (PROCESSORS[family]["class"], "Qwen2_5_VLProcessor", "Qwen3VLProcessor"):
+            continue
+        with pytest.raises(ValueError, match="is not the processor of this"):
+            check_processor(tiny_processor(other), backbone.config, backbone.get_input_embeddings().num_embeddings)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        (
+            "qwen2_5_vl",
+            {"patch_size": 16},
+            "patch_size of Qwen2VLImageProcessorPil is 16, patch_size of the model",
+        ),
+        (
+            "qwen2_5_vl",
+            {"merge_size": 1},
+            "merge_size of Qwen2VLImageProcessorPil is 1, spatial_merge_size of",
+        ),
+        (
+            "gemma3",
+            {"size": {"height": 64, "width": 64}},
+            "images of the processor have 64 pixels a side, those of",
+        ),
+    ],
+)
+def test_other_sizes_are_named(family, change, message):
+    processor, backbone = copy.deepcopy(tiny_processor(family)), processor_and_backbone(family)[1]
+    for name, value in change.items():
+        setattr(processor.image_processor, name, value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_processor(processor, backbone.config, 10_000)
+
+
+def test_more_tokens_than_the_model_embeds_are_refused():
+    processor, backbone = processor_and_backbone("gemma3")
+    with pytest.raises(ValueError, match=f"the tokenizer has {len(processor.tokenizer)} tokens, the model embeds 100"):
+        check_processor(processor, backbone.config, 100)
+
+
+def test_the_marks_are_those_of_transformers():
+    assert mark_control_tokens("a<b>", re.compile("<b>")) == f"a{CONTROL_TOKEN_MARKS[0]}<b>{CONTROL_TOKEN_MARKS[1]}"

@@ -13,10 +13,18 @@ from diffusers import (
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
 )
-from diffusers.hooks import HookRegistry, apply_faster_cache, apply_layerwise_casting, apply_taylorseer_cache
+from diffusers.hooks import (
+    HookRegistry,
+    apply_faster_cache,
+    apply_first_block_cache,
+    apply_layerwise_casting,
+    apply_mag_cache,
+    apply_pyramid_attention_broadcast,
+    apply_taylorseer_cache,
+)
 from torch.distributed.tensor import DTensor, init_device_mesh
 
-from latte_flow_hf.pipelines.offloading import runs_only_in_forward
+from latte_flow_hf.pipelines.offloading import has_forward_hooks, runs_only_in_forward, uses_shared_state
 
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -171,6 +179,40 @@ def test_a_call_with_a_cache_is_refused(own_pipe, pipe, apply, hook):
         if hasattr(module, "_diffusers_hook"):
             HookRegistry.check_if_exists_or_initialize(module).remove_hook(hook, recurse=False)
     torch.testing.assert_close(generate(own_pipe), generate(pipe), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda model: apply_taylorseer_cache(model, TaylorSeerCacheConfig()),
+        lambda model: apply_pyramid_attention_broadcast(
+            model,
+            PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+            ),
+        ),
+        lambda model: apply_mag_cache(model, MagCacheConfig(mag_ratios=[1.0] * 4, num_inference_steps=4)),
+    ],
+    ids=["TaylorSeer", "PyramidAttentionBroadcast", "MagCache"],
+)
+def test_caches_that_find_no_layer_leave_no_trace(own_pipe, pipe, apply):
+    """They look for names and classes of diffusers' models, and say nothing: nothing is faster, and nothing wrong."""
+    apply(own_pipe.model)
+    assert not has_forward_hooks(own_pipe.model) and not uses_shared_state(own_pipe.model)
+    assert torch.equal(generate(own_pipe), generate(pipe))
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda tower: apply_first_block_cache(tower, FirstBlockCacheConfig()),
+        lambda tower: apply_mag_cache(tower, MagCacheConfig(mag_ratios=[1.0] * 4, num_inference_steps=4)),
+    ],
+    ids=["FirstBlockCache", "MagCache"],
+)
+def test_caches_that_find_the_layers_do_not_know_them(own_pipe, apply):
+    with pytest.raises(ValueError, match=r"LatteFlowLayer.* not registered"):
+        apply(own_pipe.model.tower)
 
 
 def test_hooks_that_keep_nothing_are_allowed(own_pipe, pipe):

@@ -262,7 +262,7 @@ def test_only_the_owner_s_layers_run_at_each_step(pipe, model, count_layers, num
 def test_layers_run_steps_times_layers_per_expert(pipe, model, count_layers, guidance_scale):
     with count_layers(model) as calls:
         generate(pipe, PROMPTS, num_inference_steps=7, num_images_per_prompt=2, guidance_scale=guidance_scale)
-    assert sum(calls.values()) == 7 * model.config.layers_per_expert
+    assert sum(calls.values()) == 7 * model.config.layers_per_expert[0]
 
 
 def test_steps_per_expert(pipe, model, count_layers):

@@ -236,6 +236,26 @@ def wide(four):
     )
 
 
+def test_an_adapter_knows_experts_of_unequal_size(make_model):
+    """Trained for one grouping of the layers, refused by another, and weighted by the experts of its own."""
+    sizes = {"num_experts": 2, "tower_layers": [0, 2, 3], "layers_per_expert": [1, 2]}
+    model = make_model(**sizes)
+    config = expert_lora_config(model, [1], r=2)
+    mark = read_adapter_mark(config.target_modules)
+    assert (mark["layers_per_expert"], mark["tower_layers"], mark["experts"]) == ("1-2", "0-2-3", "1")
+    model.add_adapter(config, "style")
+    assert {layer_of(name) for name in adapted_modules(model)} == {1, 2}
+    model.add_adapter(expert_lora_config(model, [0, 1], r=2), "both")
+    model.set_adapter_weights({"both": [1.0, 0.5]})
+    scales = {name: module.scaling["both"] for name, module in model.tower.named_modules() if name.endswith("up_proj")}
+    assert {int(name.split(".")[1]): scale for name, scale in scales.items()} == {0: 1.0, 1: 0.5, 2: 0.5}
+    for other in ({**sizes, "layers_per_expert": [2, 1]}, {**sizes, "tower_layers": [0, 1, 3]}, {"num_experts": 2}):
+        with pytest.raises(
+            ValueError, match=r"was trained for a model with .*layers_per_expert=1-2, tower_layers=0-2-3"
+        ):
+            make_model(**other).add_adapter(config, "style")
+
+
 LOADERS = {
     "transformers": lambda model, folder: model.load_adapter(str(folder)),
     "peft": lambda model, folder: PeftModel.from_pretrained(model, folder),

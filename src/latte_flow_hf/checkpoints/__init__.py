@@ -67,7 +67,7 @@ def describe(checkpoint: str) -> list[str]:
         f"checkpoint  {checkpoint}",
         f"backbone    {config.vlm_config.model_type}, {millions(model.vlm):.2f} M parameters, frozen",
         f"tower       {millions(tower):.2f} M parameters: {config.num_experts} experts of "
-        f"{config.layers_per_expert} layers, {shared:.2f} M shared; residual attention: {config.residual_attention}",
+        f"{config.describe_layers()}, {shared:.2f} M shared; residual attention: {config.residual_attention}",
         f"latents     {config.latent_channels} channels, {config.latent_patch_size**2} latent pixel(s) per token",
     ]
     solver = None

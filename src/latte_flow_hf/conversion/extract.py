@@ -10,7 +10,7 @@ from transformers.core_model_loading import PrefixChange, apply_renamings
 from transformers.modeling_utils import PreTrainedModel
 
 from ..cards import backbone_card
-from ..modeling.processing_latte_flow import LatteFlowProcessor
+from ..modeling.processing_latte_flow import STOCK_CLASS, LatteFlowProcessor
 from .folders import MODEL, files_saved_by, read_pipeline
 from .plan import Plan
 from .streaming import module_tensors
@@ -39,17 +39,18 @@ def extract_backbone(source: str | Path) -> Plan:
     vlm_config = pipeline.config.vlm_config
     vlm_config.architectures = [class_name]
     processor = LatteFlowProcessor.from_pretrained(pipeline.folder / "processor")
-    processor.tokenizer.chat_template = processor.chat_template
     small_files = {
         "README.md": backbone_card(pipeline.name, class_name),
         **files_saved_by(vlm_config.save_pretrained),
-        **files_saved_by(processor.tokenizer.save_pretrained),
+        **files_saved_by(processor.save_pretrained),
+        # Also where the stock class looks for the settings of its video processor.
         **files_saved_by(processor.image_processor.save_pretrained),
     }
-    # Without this entry transformers uses the backbone's own processor class.
-    tokenizer_config = json.loads(small_files["tokenizer_config.json"])
-    tokenizer_config.pop("processor_class", None)
-    small_files["tokenizer_config.json"] = json.dumps(tokenizer_config, indent=2).encode() + b"\n"
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        content = {**json.loads(small_files[name]), "processor_class": processor.stock_class.__name__}
+        for ours in (STOCK_CLASS, "background", "sanitize_control_tokens"):
+            content.pop(ours, None)
+        small_files[name] = json.dumps(content, indent=2).encode() + b"\n"
     if "model/generation_config.json" in pipeline.small_files:
         small_files["generation_config.json"] = pipeline.small_files["model/generation_config.json"]
 

@@ -186,10 +186,9 @@ def check_velocity(config: LatteFlowConfig, tensors: dict[str, StoredTensor]) ->
     model.load_state_dict(used, strict=False, assign=True)
     # Rotary frequencies are not stored, but computed when the module is made.
     model.tower.rotary_emb = type(model.tower.rotary_emb)(config=model.tower.rotary_emb.config)
-    attention = model.tower.layers[0].self_attn
     generator = torch.Generator().manual_seed(0)
-    shape = (1, attention.num_heads // attention.num_key_value_groups, 4, attention.head_dim)
-    states = torch.randn(shape, generator=generator).to(dtype)
+    num_groups, head_dim = model.tower.layers[0].context_head_shape
+    states = torch.randn(1, num_groups, 4, head_dim, generator=generator).to(dtype)
     layers = (states,) * config.text_config.num_hidden_layers
     context = LatteFlowContext(
         layers, layers, torch.ones(1, 4, dtype=torch.bool), torch.tensor([4]), has_padding=False

@@ -13,7 +13,7 @@ from transformers import AutoConfig, GenerationConfig
 from ..cards import pipeline_card
 from ..files import check_files
 from ..modeling.configuration_latte_flow import LatteFlowConfig
-from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration, LatteFlowLayer
+from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from ..modeling.processing_latte_flow import LatteFlowProcessor
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
@@ -97,10 +97,10 @@ def _model_tensors(
     decoder = model.get_decoder()
     layers = next(name for name, module in model.vlm.named_modules() if module is decoder) + ".layers"
     copies = {
-        f"tower.layers.{index}.{ours}.{leaf}": backbone[f"{layers}.{index}.{theirs}.{leaf}"]
-        for index, layer in enumerate(decoder.layers)
-        for ours, theirs in LatteFlowLayer.copied_modules.items()
-        for leaf in layer.get_submodule(theirs).state_dict()
+        f"tower.layers.{index}.{ours}.{leaf}": backbone[f"{layers}.{layer.source_index}.{theirs}.{leaf}"]
+        for index, layer in enumerate(model.tower.layers)
+        for ours, theirs in layer.copied_modules.items()
+        for leaf in decoder.layers[layer.source_index].get_submodule(theirs).state_dict()
     }
     known = {f"vlm.{name}": tensor for name, tensor in backbone.items()} | copies
     names = stored_names(model)

@@ -13,7 +13,12 @@ from .plan import Plan
 from .streaming import stored_names
 
 
-def regroup(source: str | Path, num_experts: int, expert_boundaries: list[float] | None = None) -> Plan:
+def regroup(
+    source: str | Path,
+    num_experts: int,
+    expert_boundaries: list[float] | None = None,
+    layers_per_expert: list[int] | None = None,
+) -> Plan:
     """Plan the same pipeline with its layers grouped into another number of experts.
 
     All weights are kept, except the gates of the residual attention: the first layer of an expert has none, because no
@@ -24,11 +29,12 @@ def regroup(source: str | Path, num_experts: int, expert_boundaries: list[float]
         source (`str` or `Path`): a pipeline's folder or hub id.
         num_experts (`int`): the new K.
         expert_boundaries (`list[float]`, *optional*): K + 1 decreasing sigmas from 1 to 0; uniform if not given.
+        layers_per_expert (`list[int]`, *optional*): the number of layers of each expert; equal numbers if not given.
 
     Raises:
         `OSError`: if a file is missing or truncated.
-        `ValueError`: if K does not divide the layers, the boundaries do not fit K, or the model was distilled to few
-            steps of its own experts.
+        `ValueError`: if the layers cannot be grouped in this way, the boundaries do not fit K, or the model was
+            distilled to few steps of its own experts.
     """
     pipeline = read_pipeline(source)
     sampling = pipeline.config.sampling or {}
@@ -40,6 +46,7 @@ def regroup(source: str | Path, num_experts: int, expert_boundaries: list[float]
     changes = {
         "num_experts": num_experts,
         "expert_boundaries": expert_boundaries,
+        "layers_per_expert": layers_per_expert,
         # Values by expert belong to the old experts.
         "sampling": {key: value for key, value in sampling.items() if not isinstance(value, list)} or None,
     }
@@ -54,7 +61,7 @@ def regroup(source: str | Path, num_experts: int, expert_boundaries: list[float]
     for key in ("new_noise", "stochastic_sampling"):  # the second one in configurations of earlier versions
         if isinstance(scheduler.get(key), list) and num_experts != pipeline.config.num_experts:
             scheduler_changes[key] = None
-    changes["expert_boundaries"] = config.expert_boundaries
+    changes |= {"expert_boundaries": config.expert_boundaries, "layers_per_expert": config.layers_per_expert}
     origin = f"`{pipeline.name}`, regrouped from {pipeline.config.num_experts} experts to {config.num_experts}."
     small_files = {
         **pipeline.small_files,

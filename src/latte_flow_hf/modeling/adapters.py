@@ -51,11 +51,17 @@ _INITS_OF_BASE_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def _architecture(config: LatteFlowConfig) -> dict[str, str]:
     """The values that an adapter and a model must have in common, by the names of the configuration."""
     text_config = config.text_config
-    return {
+    values = {
         "num_experts": str(config.num_experts),
         "num_hidden_layers": str(text_config.num_hidden_layers),
         "hidden_size": str(text_config.hidden_size),
     }
+    # Only what is not the default, since adapters of earlier versions do not have these.
+    if len(set(config.layers_per_expert)) > 1:
+        values["layers_per_expert"] = "-".join(map(str, config.layers_per_expert))
+    if len(config.tower_layers) < text_config.num_hidden_layers:
+        values["tower_layers"] = "-".join(map(str, config.tower_layers))
+    return values
 
 
 def adapter_mark(config: LatteFlowConfig, experts: Sequence[int]) -> str:
@@ -65,7 +71,8 @@ def adapter_mark(config: LatteFlowConfig, experts: Sequence[int]) -> str:
 
 
 def read_adapter_mark(target_modules: Any) -> dict[str, str]:
-    """The fields of the comment: `num_experts`, `num_hidden_layers`, `hidden_size`, `experts` (e.g. `"0,3"`).
+    """The fields of the comment: `num_experts`, `num_hidden_layers`, `hidden_size`, `experts` (e.g. `"0,3"`), and, if
+    the model has them, `layers_per_expert` (`"8-7-7-6"`) and `tower_layers` (`"0-2-4"`).
 
     `add_weighted_adapter` of PEFT joins the expressions of several adapters: their experts are then those of all of
     them. Empty if there is no comment, as in an adapter whose target modules were written by hand.
@@ -75,7 +82,10 @@ def read_adapter_mark(target_modules: Any) -> dict[str, str]:
         for field in match[1].split():
             name, value = field.split("=")
             values.setdefault(name, set()).update(value.split(","))
-    return {name: ",".join(sorted(found, key=int)) for name, found in values.items()}
+    return {
+        name: ",".join(sorted(found, key=lambda value: [int(number) for number in value.split("-")]))
+        for name, found in values.items()
+    }
 
 
 def sampling_mark(config: LatteFlowConfig, sampling: Mapping[str, Any]) -> str:
@@ -102,7 +112,7 @@ def check_adapter(config: LatteFlowConfig, target_modules: Any, name: str) -> No
         `ValueError`: with what the adapter was trained for and what the model is.
     """
     mark, architecture = read_adapter_mark(target_modules), _architecture(config)
-    trained_for = {key: mark.get(key) for key in architecture}
+    trained_for = {key: value for key, value in mark.items() if key != "experts"}
     if mark and trained_for != architecture:
 
         def describe(values: dict) -> str:
@@ -203,6 +213,7 @@ class LatteFlowAdapterMixin:
     """The adapter methods of transformers models, with checks, and with a weight for each expert."""
 
     config: LatteFlowConfig
+    _check_not_cast: Any
 
     def load_adapter(
         self,
@@ -266,6 +277,7 @@ class LatteFlowAdapterMixin:
             raise ValueError(f"adapter_name {name!r} is taken; use another name than those of {list(loaded)}.")
         self._check_adapter_name(name)
         self._check_not_fused("load_adapter")
+        self._check_not_cast("load_adapter")
 
         # 2. Read and check the adapter
         stored, stored_config = read_adapter(source, weight_name, **download)
@@ -382,6 +394,7 @@ class LatteFlowAdapterMixin:
         require_peft("add_adapter")
         self._check_adapter_name(adapter_name or "default")
         self._check_not_fused("add_adapter")
+        self._check_not_cast("add_adapter")
         check_adapter_config(self, adapter_config, adapter_name or "default")  # type: ignore[arg-type]
         super().add_adapter(adapter_config, adapter_name)  # type: ignore[misc]
 
@@ -457,7 +470,7 @@ class LatteFlowAdapterMixin:
                 f"adapter {name!r} also adapts {module_name!r}, which all experts share: it takes one weight, got "
                 f"{per_expert}."
             )
-        weight = per_expert[0 if layer is None else int(layer[1]) // self.config.layers_per_expert]
+        weight = per_expert[0 if layer is None else self.config.expert_of_layer(int(layer[1]))]
         config = self._peft_configs()[name]
         if weight not in (0, 1) and not _is_scalable(config, module):
             raise ValueError(
@@ -521,6 +534,7 @@ class LatteFlowAdapterMixin:
         Raises:
             `ValueError`: if none is active, they are disabled or fused already, or one cannot be fused.
         """
+        self._check_not_cast("fuse_adapters")
         weights = self.adapter_weights
         modules = list(adapter_modules(self))  # type: ignore[arg-type]
         if not weights:
@@ -549,6 +563,8 @@ class LatteFlowAdapterMixin:
 
     def unfuse_adapters(self) -> None:
         """Subtract what `fuse_adapters` added; the weights are restored up to rounding, and the adapters active."""
+        if self.fused_adapters:
+            self._check_not_cast("unfuse_adapters")
         self._unmerge()
         self.set_adapter_weights(self.adapter_weights)
 

@@ -1,8 +1,12 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Attention kernels with a residual, and xFormers as one of transformers' attention implementations.
+"""The tower's attention, and xFormers, each as one of transformers' attention implementations.
+
+The tower's layers contain attention modules of the backbone's own class. Such a module computes queries, keys and
+values its own way, and then calls the implementation that its configuration names: in the tower,
+[`tower_attention_forward`], which adds the keys and values of the prompt.
 
 Residual attention adds to the attention map of a layer the map of the layer before it, so every layer has to return
-its map. No fused kernel does, hence the two functions here. A tower without a residual uses transformers' attention
+its map. No fused kernel does, hence the two kernels here. A tower without a residual uses transformers' attention
 interface, and with it whatever implementation is chosen there.
 
 Shapes: B images, P prompts (each serves B / P images in a row), N latent tokens, T prompt tokens, H heads, G key-value
@@ -11,13 +15,102 @@ heads, d head size.
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2_vl.modeling_qwen2_vl import eager_attention_forward, repeat_kv
+
+# Gemma 2's, because it can limit the scores; without a limit, those of all models compute the same.
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward, repeat_kv
+
+from .backbone import TOWER_ATTENTION
+
+
+def tower_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    *,
+    attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    context_keys: torch.Tensor,
+    context_values: torch.Tensor,
+    residual: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What attention modules in the tower call as transformers' attention function: `attend`, the layer's
+    [`attend_to_context`], with what the layer has passed through the attention module.
+
+    Other arguments (`kwargs`) are not needed: the sliding window is in the mask, and latents see all of each other.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(query, key, value, context_keys, context_values, attention_mask, residual, scaling, softcap)
+
+
+def attend_to_context(
+    residual_attention: str | None,
+    implementation: str,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    context_keys: torch.Tensor,
+    context_values: torch.Tensor,
+    attention_mask: Any,
+    residual: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of latents to the prompt and, bidirectionally, to each other.
+
+    Timestep-conditioned residual attention (paper; details chosen): with S^l the scaled scores of latents to latents,
+    S^l <- S^l + g^l(t) * S^(l-1) before the softmax, g = tanh(linear(timestep embedding)), one value for each head,
+    zero at the start of training. S^(l-1) includes its own residual; the first layer of an expert has none.
+
+    Args:
+        residual_attention (`str`, *optional*):
+            `"scores"` and `"probabilities"` have kernels of their own, whatever `implementation` is, since the next
+            layer needs the map.
+        implementation (`str`): transformers' name of the implementation without a residual.
+        module (`nn.Module`): what transformers' attention functions read settings from, with `num_key_value_groups` =
+            H / G, `is_causal` and `config`.
+        query (`torch.Tensor`): (B, H, N, d), with its position.
+        key, value (`torch.Tensor`): (B, G, N, d), of the latents.
+        context_keys, context_values (`torch.Tensor`): (P, G, T, d), of the prompts.
+        attention_mask (*optional*): as in [`LatteFlowLayout`].
+        residual (`torch.Tensor`, *optional*): (B, H, N, N), the gated attention map of the layer before.
+        scaling (`float`): factor of the scores.
+        softcap (`float`, *optional*): the backbone's limit c of the scores s (Gemma 2): c * tanh(s / c).
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor | None]`: the output (B, N, H, d), and this layer's map of latents to latents
+        (B, H, N, N), `None` without residual attention.
+    """
+    context = (context_keys, context_values, attention_mask, residual, scaling, softcap)
+    if residual_attention == "scores":
+        return residual_scores_attention(query, key, value, *context)
+    if residual_attention == "probabilities":
+        return residual_probabilities_attention(module, query, key, value, *context)
+    if softcap is not None and implementation == "sdpa":
+        # Which cannot limit scores: transformers uses eager attention for such a backbone, too.
+        implementation = "eager"
+        if attention_mask is not None:
+            attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(
+                ~attention_mask, torch.finfo(query.dtype).min
+            )
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    keys, values = join_context(key, value, context_keys, context_values)
+    limit = {} if softcap is None else {"softcap": softcap}
+    output, _ = attention(
+        module, query, keys, values, attention_mask=attention_mask, scaling=scaling, dropout=0.0, **limit
+    )
+    return output, None
 
 
 def residual_scores_attention(
@@ -29,6 +122,7 @@ def residual_scores_attention(
     context_mask: torch.Tensor | None,
     residual: torch.Tensor | None,
     scaling: float,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax([s Q K_prompt^T + mask, s Q K^T + residual]) [V_prompt; V], s being `scaling`.
 
@@ -42,6 +136,7 @@ def residual_scores_attention(
         context_mask (`torch.Tensor`, *optional*): (P, 1, 1, T), added to the scores: 0, or -inf at padding.
         residual (`torch.Tensor`, *optional*): (B, H, N, N), added to the scores of latents to latents.
         scaling (`float`): factor of the scores.
+        softcap (`float`, *optional*): limit c of the scores s before the mask and the residual, c * tanh(s / c).
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: the output (B, N, H, d), and the scores of latents to latents with the
@@ -57,9 +152,11 @@ def residual_scores_attention(
     by_prompt = by_group.unflatten(0, (num_prompts, -1)).transpose(1, 2).flatten(2, 3)
 
     scores = torch.matmul(by_group, key.transpose(2, 3)).view(batch_size, num_heads, num_latents, num_latents)
+    context_scores = torch.matmul(by_prompt, context_keys.transpose(2, 3))
+    if softcap is not None:
+        scores, context_scores = (softcap * torch.tanh(found / softcap) for found in (scores, context_scores))
     if residual is not None:
         scores = scores + residual
-    context_scores = torch.matmul(by_prompt, context_keys.transpose(2, 3))
     if context_mask is not None:
         context_scores = context_scores + context_mask
     context_scores = context_scores.unflatten(2, (images_per_prompt, -1)).transpose(1, 2)
@@ -86,6 +183,7 @@ def residual_probabilities_attention(
     context_mask: torch.Tensor | None,
     residual: torch.Tensor | None,
     scaling: float,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax([s Q K_prompt^T + mask, s Q K^T]) with the residual added to its last N columns, times [V_prompt; V].
 
@@ -93,7 +191,7 @@ def residual_probabilities_attention(
 
     Args:
         module (`nn.Module`): the attention module, with `num_key_value_groups` = H / G.
-        query, key, value, context_keys, context_values, context_mask, residual, scaling:
+        query, key, value, context_keys, context_values, context_mask, residual, scaling, softcap:
             Same as `residual_scores_attention`.
 
     Returns:
@@ -106,7 +204,7 @@ def residual_probabilities_attention(
     if context_mask is not None:
         context_mask = context_mask.repeat_interleave(len(query) // len(context_mask), dim=0)
         attention_mask = nn.functional.pad(context_mask, (0, key.shape[2]))
-    _, weights = eager_attention_forward(module, query, keys, values, attention_mask, scaling)
+    _, weights = eager_attention_forward(module, query, keys, values, attention_mask, 0.0, scaling, softcap)
     context_weights, latent_weights = weights[..., :num_context], weights[..., num_context:]
     if residual is not None:
         latent_weights = latent_weights + residual.to(weights.dtype)
@@ -137,6 +235,11 @@ def xformers_attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """xFormers' `memory_efficient_attention` with the arguments of transformers' attention functions."""
+    if kwargs.get("softcap") is not None:
+        raise ValueError(
+            "attn_implementation 'xformers' cannot limit the attention scores, as this backbone does; use 'eager' "
+            "instead."
+        )
     # Imported by name: transformers refuses remote code with an import statement for a package that is not installed.
     memory_efficient_attention = importlib.import_module("xformers.ops").memory_efficient_attention
     num_key_value_groups = query.shape[1] // key.shape[1]
@@ -162,18 +265,21 @@ def xformers_attention_forward(
 # those of eager attention.
 ALL_ATTENTION_FUNCTIONS.register("xformers", xformers_attention_forward)
 ALL_MASK_ATTENTION_FUNCTIONS.register("xformers", eager_mask)
+ALL_ATTENTION_FUNCTIONS.register(TOWER_ATTENTION, tower_attention_forward)
 
 
 def check_attention_implementation(implementation: str) -> None:
-    """Refuse xFormers where it cannot run. transformers itself checks the other implementations.
+    """Refuse xFormers where it cannot run, and the tower's own attention. transformers itself checks the others.
 
     Args:
         implementation (`str`): name of the implementation, as for `set_attn_implementation`.
 
     Raises:
-        `ValueError`: if it is xFormers and there is no GPU.
+        `ValueError`: if it is xFormers and there is no GPU, or the tower's own.
         `ImportError`: if it is xFormers and that is not installed.
     """
+    if implementation == TOWER_ATTENTION:
+        raise ValueError(f"attn_implementation {implementation!r} is the tower's own; use 'sdpa' or 'eager' instead.")
     if implementation != "xformers":
         return
     if not torch.cuda.is_available():

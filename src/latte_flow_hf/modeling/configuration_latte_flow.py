@@ -1,11 +1,13 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """The configuration: that of the backbone, and what the generation tower adds."""
 
+import itertools
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .backbone import check_vlm_config
 from .flow_matching import TIMESTEP_SAMPLINGS, check_boundaries, uniform_boundaries
 from .sampling import check_sampling
 
@@ -20,8 +22,15 @@ class LatteFlowConfig(PreTrainedConfig):
         vlm_config (`PreTrainedConfig` or `dict`, *optional*):
             The backbone's configuration; Qwen2-VL with its defaults if not given.
         num_experts (`int`, defaults to 4):
-            K, the number of contiguous layer groups. Must divide the backbone's number of decoder layers. (Paper: the
-            main setting, 28 layers in 4 groups of 7; 1 is its "vanilla" network.)
+            K, the number of contiguous layer groups. Must divide the number of the tower's layers, unless
+            `layers_per_expert` is given. (Paper: the main setting, 28 layers in 4 groups of 7; 1 is its "vanilla"
+            network.)
+        layers_per_expert (`list[int]`, *optional*):
+            The number of layers of each expert, expert 0 first, in all those of the tower; the same for all if not
+            given. (Paper: the same for all.)
+        tower_layers (`list[int]`, *optional*):
+            The backbone's decoder layers that the tower has a replica of, by rising index; all of them if not given
+            (paper). Each replica attends to the prompt's keys and values of its own layer of the backbone.
         expert_boundaries (`list[float]`, *optional*):
             K + 1 falling sigmas from 1 (noise) to 0 (data); expert k owns boundaries[k] >= sigma > boundaries[k + 1].
             Uniform if not given (chosen: the sources are silent).
@@ -56,7 +65,8 @@ class LatteFlowConfig(PreTrainedConfig):
             anything else are blobs.)
 
     Raises:
-        `ValueError`: if `num_experts` does not divide the backbone's layers, or another value is out of range.
+        `ValueError`: if the backbone is no vision-language model of transformers with a decoder, `num_experts` does
+            not divide the tower's layers, or another value is out of range.
     """
 
     model_type = "latte_flow"
@@ -65,6 +75,8 @@ class LatteFlowConfig(PreTrainedConfig):
     # Where the default is `None`, `__post_init__` sets the value.
     vlm_config: PreTrainedConfig = None  # type: ignore[assignment]
     num_experts: int = 4
+    layers_per_expert: list[int] = None  # type: ignore[assignment]
+    tower_layers: list[int] = None  # type: ignore[assignment]
     expert_boundaries: list[float] = None  # type: ignore[assignment]
     latent_channels: int = 32
     latent_patch_size: int = 1
@@ -79,6 +91,7 @@ class LatteFlowConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        check_vlm_config(self.vlm_config)
         if self.timestep_embed_dim is None:
             self.timestep_embed_dim = self.text_config.hidden_size
         if self.latent_kernel_size is None:
@@ -106,13 +119,7 @@ class LatteFlowConfig(PreTrainedConfig):
                 f"latent_kernel_size must be latent_patch_size = {self.latent_patch_size} plus an even number, got "
                 f"{self.latent_kernel_size}."
             )
-        num_layers = self.text_config.num_hidden_layers
-        if num_layers % self.num_experts:
-            divisors = [k for k in range(1, num_layers + 1) if num_layers % k == 0]
-            raise ValueError(
-                f"num_experts must divide the backbone's {num_layers} layers, got {self.num_experts}; "
-                f"use one of {divisors} instead."
-            )
+        self._check_layers()
         if self.residual_attention not in RESIDUAL_ATTENTION_MODES:
             raise ValueError(
                 f"residual_attention must be one of {list(RESIDUAL_ATTENTION_MODES)}, got {self.residual_attention!r}."
@@ -126,6 +133,48 @@ class LatteFlowConfig(PreTrainedConfig):
         self.expert_boundaries = check_boundaries(self.expert_boundaries, self.num_experts)
         if self.sampling is not None:
             self.sampling = check_sampling(self.sampling, self.num_experts)
+
+    def _check_layers(self) -> None:
+        """Check `tower_layers` and `layers_per_expert`, and fill in what is not given."""
+        num_backbone_layers = self.text_config.num_hidden_layers
+        if self.tower_layers is None:
+            self.tower_layers = list(range(num_backbone_layers))
+        is_rising = all(first < second for first, second in itertools.pairwise(self.tower_layers))
+        if not self.tower_layers or not is_rising or not set(self.tower_layers) <= set(range(num_backbone_layers)):
+            raise ValueError(
+                f"tower_layers must be rising indices of the backbone's {num_backbone_layers} layers, from 0 to "
+                f"{num_backbone_layers - 1}, got {self.tower_layers}."
+            )
+        num_layers = len(self.tower_layers)
+        if self.layers_per_expert is None:
+            if num_layers % self.num_experts:
+                divisors = [k for k in range(1, num_layers + 1) if num_layers % k == 0]
+                whose = "backbone" if num_layers == num_backbone_layers else "tower"
+                raise ValueError(
+                    f"num_experts must divide the {whose}'s {num_layers} layers, got {self.num_experts}; "
+                    f"use one of {divisors} instead, or give layers_per_expert, the number of layers of each expert."
+                )
+            self.layers_per_expert = [num_layers // self.num_experts] * self.num_experts
+        counts = self.layers_per_expert
+        if len(counts) != self.num_experts or min(counts) < 1 or sum(counts) != num_layers:
+            raise ValueError(
+                f"layers_per_expert must be num_experts = {self.num_experts} positive numbers with the sum "
+                f"{num_layers}, the number of the tower's layers, got {counts}."
+            )
+
+    def expert_layers(self, expert: int) -> range:
+        """The indices of the layers of expert `expert` among those of the tower."""
+        first = sum(self.layers_per_expert[:expert])
+        return range(first, first + self.layers_per_expert[expert])
+
+    def describe_layers(self) -> str:
+        """How many layers each expert has, in words: `7 layers`, or `8, 7, 7, 6 layers`."""
+        counts = self.layers_per_expert
+        return f"{counts[0] if len(set(counts)) == 1 else ', '.join(map(str, counts))} layers"
+
+    def expert_of_layer(self, index: int) -> int:
+        """The expert that layer number `index` of the tower belongs to."""
+        return next(k for k in range(self.num_experts) if index in self.expert_layers(k))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LatteFlowConfig":
@@ -154,6 +203,11 @@ class LatteFlowConfig(PreTrainedConfig):
         """The backbone's text configuration; transformers expects this name."""
         return self.vlm_config.get_text_config(decoder=True)
 
+    @property
+    def vision_config(self) -> PreTrainedConfig:
+        """The backbone's vision configuration; transformers expects this name."""
+        return self.vlm_config.vision_config
+
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
 
@@ -161,8 +215,3 @@ class LatteFlowConfig(PreTrainedConfig):
     def has_mrope(self) -> bool:
         """Whether the backbone's positions have three axes, as in Qwen2-VL."""
         return "mrope_section" in (getattr(self.text_config, "rope_parameters", None) or {})
-
-    @property
-    def layers_per_expert(self) -> int:
-        """M = L / K."""
-        return self.text_config.num_hidden_layers // self.num_experts

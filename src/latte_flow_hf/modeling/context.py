@@ -5,6 +5,7 @@ Shapes: P prompts, G key-value heads, T prompt tokens, d head size.
 """
 
 import contextlib
+import inspect
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+
+# Model types whose first position is 1.
+COUNT_FROM_ONE = ("paligemma",)
 
 
 @dataclass
@@ -116,6 +120,26 @@ def check_prompts(input_ids: torch.Tensor | None, attention_mask: torch.Tensor |
         )
 
 
+def check_tokens(vlm: PreTrainedModel, input_ids: torch.Tensor, has_images: bool) -> None:
+    """
+    Raises:
+        `ValueError`: if `input_ids` are tokens of another backbone: one that it does not embed, or images without
+            an image token.
+    """
+    num_tokens = vlm.get_input_embeddings().num_embeddings
+    largest = int(input_ids.max())
+    if largest >= num_tokens:
+        raise ValueError(
+            f"input_ids contain the token {largest}, but the backbone embeds {num_tokens}: use its own processor."
+        )
+    image_token_id = getattr(vlm.config, "image_token_id", None)
+    if has_images and image_token_id is not None and not bool((input_ids == image_token_id).any()):
+        raise ValueError(
+            f"input_ids contain no image token of the backbone, {image_token_id}, but pixel_values are given: use its "
+            "own processor."
+        )
+
+
 def warn_of_long_prompts(
     input_ids: torch.Tensor, mm_token_type_ids: torch.Tensor | None, text_config: PreTrainedConfig
 ) -> None:
@@ -167,17 +191,25 @@ def prefill_context(
     those of [`~LatteFlowForConditionalGeneration.encode_context`].
     """
     check_prompts(input_ids, attention_mask)
+    check_tokens(vlm, input_ids, has_images=vision_inputs.get("pixel_values") is not None)
     warn_of_long_prompts(input_ids, mm_token_type_ids, vlm.config.get_text_config(decoder=True))
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    has_images = vision_inputs.get("image_grid_thw") is not None
-    if has_images and mm_token_type_ids is None:
+    has_grids = vision_inputs.get("image_grid_thw") is not None
+    if has_grids and mm_token_type_ids is None:
         raise ValueError("mm_token_type_ids must be given with images, as the processor returns it; got None.")
-    vision_inputs.pop("use_cache", None)  # A context is a cache, also where a training loop wants none.
+    # Of Gemma 3 and PaliGemma: which tokens attend to each other in both directions.
+    has_token_types = "token_type_ids" in inspect.signature(vlm.forward).parameters
+    given = [name for name in ("pixel_values", "token_type_ids") if vision_inputs.get(name) is not None]
+    if has_token_types and given == ["pixel_values"]:
+        raise ValueError("token_type_ids must be given with images, as the processor returns it; got None.")
+    # A context is a cache without logits, whatever a training loop asks of the same call.
+    for name in ("use_cache", "logits_to_keep"):
+        vision_inputs.pop(name, None)
     for name in ("inputs_embeds", "position_ids", "past_key_values"):
         if vision_inputs.pop(name, None) is not None:
             raise ValueError(f"{name} must not be given: a context is made from the tokens of the prompts alone.")
-    if has_images:
+    if has_grids:
         position_ids, _ = vlm.model.get_rope_index(
             input_ids,
             mm_token_type_ids=mm_token_type_ids,
@@ -185,7 +217,8 @@ def prefill_context(
             attention_mask=attention_mask,
         )
     else:
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        first = 1 if vlm.config.model_type in COUNT_FROM_ONE else 0
+        position_ids = (attention_mask.cumsum(-1) - 1 + first).clamp(min=first)
         if has_mrope:
             position_ids = position_ids.expand(3, -1, -1)
     # A cache without a configuration keeps all keys, also in layers with a sliding window.

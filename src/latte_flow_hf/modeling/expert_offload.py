@@ -3,7 +3,8 @@
 
 Experts run one after the other, each for a whole interval of timesteps. During the last step of an expert, each of its
 layers leaves the accelerator after its `forward`, and the layer of the next expert in the same place is copied there
-while the following layers run. An image takes one transfer of each expert, and at most one expert is on the device.
+while the following layers run; if the next expert has more layers, its last ones follow together. An image takes one
+transfer of each expert, and at most one expert is on the device.
 """
 
 from collections.abc import Sequence
@@ -82,7 +83,10 @@ class ExpertOffload:
     def _post_forward(self, expert: int, index: int, *_: Any) -> None:
         if self.next_expert is not None:
             self._release(index)
-            self._fetch(self.experts[self.next_expert][self.experts[expert].index(index)])
+            place, following = self.experts[expert].index(index), self.experts[self.next_expert]
+            is_last = index == self.experts[expert][-1]
+            for next_index in following[place:] if is_last else following[place : place + 1]:
+                self._fetch(next_index)
 
     def _fetch(self, index: int) -> None:
         """Start to copy a layer's weights to the device."""

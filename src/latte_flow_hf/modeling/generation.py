@@ -10,10 +10,19 @@ import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from transformers import GenerationConfig
 from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers.utils import can_return_tuple
 
 from ..files import component_subfolder
 from .configuration_latte_flow import LatteFlowConfig
 from .context import warn_of_long_prompts, warn_of_unknown_words
+from .processing_latte_flow import adapt, check_processor
+
+
+# What the processors of transformers return for text and images.
+PROCESSOR_OUTPUTS = (
+    *("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "pixel_values", "pixel_attention_mask"),
+    *("image_grid_thw", "image_sizes", "batch_num_images"),
+)
 
 
 class FiniteLogits(LogitsProcessor):
@@ -50,6 +59,7 @@ class LatteFlowGenerationMixin:
         """The words that the model knows, if it is one of a small world. An adapter may have taught it others."""
         return None if self._hf_peft_config_loaded else self.config.trained_words
 
+    @can_return_tuple
     def get_image_features(self, *args: Any, **kwargs: Any):
         return self.vlm.get_image_features(*args, **kwargs)
 
@@ -106,8 +116,7 @@ class LatteFlowGenerationMixin:
                 )
             self._image_pipeline = self.pipeline_class.from_pretrained(checkpoint, model=self)
             self._image_pipeline.set_progress_bar_config(disable=True)
-        names = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
-        encoded = {name: kwargs.pop(name) for name in names if name in kwargs}
+        encoded = {name: kwargs.pop(name) for name in PROCESSOR_OUTPUTS if name in kwargs}
         if inputs is not None:
             encoded["input_ids"] = inputs
         num_images = kwargs.pop("num_return_sequences", None)
@@ -134,7 +143,7 @@ class LatteFlowGenerationMixin:
         generation config, else at most 256 tokens.
 
         Args:
-            processor ([`LatteFlowProcessor`]): the processor of the model.
+            processor (`ProcessorMixin`): the processor of the model: a [`LatteFlowProcessor`] or the backbone's own.
             messages (`str` or `list[dict]`): a question, or a conversation in the chat-template form.
             images (*optional*): an image or a list of them that precede the question, only with a string; see
                 [`load_rgb_image`].
@@ -148,8 +157,8 @@ class LatteFlowGenerationMixin:
             `str`: the answer.
 
         Raises:
-            `ValueError`: if `messages` is empty, an image cannot be read, several answers are asked for, or the
-                backbone's logits are not finite.
+            `ValueError`: if `messages` is empty, an image cannot be read, several answers are asked for, the
+                processor is that of another backbone, or the backbone's logits are not finite.
         """
         levels = [generate_kwargs]
         levels += [config.to_dict() for config in (generation_config, self.generation_config) if config is not None]
@@ -157,6 +166,8 @@ class LatteFlowGenerationMixin:
         if num_answers != 1:
             raise ValueError(f"num_return_sequences must be 1 in chat, got {num_answers}; use generate instead.")
         generate_kwargs |= {name: None if value is None else int(value) for name, value in _length(levels).items()}
+        processor = adapt(processor)
+        check_processor(processor, self.config.vlm_config, self.vlm.get_input_embeddings().num_embeddings)
         conversation = processor.conversation(messages, images)
         warn_of_unknown_words([conversation], self.trained_words)
         inputs = processor.encode_conversations([conversation]).to(self.device if device is None else device)

@@ -25,7 +25,7 @@ from .flow_matching import (
 
 
 # The arguments of `encode_context` that have a row for each prompt.
-PER_PROMPT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
+PER_PROMPT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
 class LatteFlowLossMixin:
@@ -186,7 +186,7 @@ class LatteFlowLossMixin:
                 expert_context = context.select(rows)
             else:
                 inputs = {name: context[name][rows] for name in PER_PROMPT_INPUTS if context.get(name) is not None}
-                num_layers = self.expert_layers(examples.expert).stop
+                num_layers = self.tower.layers[self.expert_layers(examples.expert)[-1]].source_index + 1
                 expert_context = self.encode_context(**{**context, **inputs}, num_layers=num_layers)
             velocity = self.predict_velocity(noisy, 1000.0 * sigma, expert_context, expert=examples.expert)
             losses.append(examples.weight * velocity_loss(velocity, target))

@@ -15,13 +15,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
-from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoModelForImageTextToText, Cache, GenerationConfig, PreTrainedConfig
 from transformers import initialization as init
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMixin
@@ -30,19 +30,28 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 # `PreTrainedModel` must be visible here: diffusers looks for the known base class in the module of a component.
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb, eager_attention_forward
-from transformers.utils import can_return_tuple, logging
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from ..files import check_files, component_subfolder
 from .adapters import LatteFlowAdapterMixin
-from .attention import (
-    check_attention_implementation,
-    join_context,
-    residual_probabilities_attention,
-    residual_scores_attention,
+from .attention import attend_to_context, check_attention_implementation
+from .backbone import (
+    TOLERANCE,
+    DecoderStates,
+    check_vlm,
+    copied_modules,
+    find_decoder,
+    kinds_of_layers,
+    layer_type,
+    new_layer,
+    rotary_cos_sin,
+    rotates_pairs,
+    shrink_text_config,
+    sliding_window,
+    small_models,
+    tower_text_config,
 )
-from .backbone import check_decoder, linear_like, rms_norm_like
 from .configuration_latte_flow import LatteFlowConfig
 from .context import LatteFlowContext, prefill_context
 from .conversion_mapping import CHECKPOINT_CONVERSIONS
@@ -51,6 +60,7 @@ from .flow_matching import (
     expert_of_sigma,
 )
 from .generation import LatteFlowGenerationMixin
+from .layerwise_casting import LatteFlowLayerwiseCastingMixin
 from .losses import LatteFlowLossMixin
 from .positions import interleaved_rotary_embedding, sincos_pos_embed
 
@@ -122,15 +132,18 @@ class LatteFlowLayout:
 
     Args:
         pos_embed (`torch.Tensor`): (N, D), added to the embedded latents.
-        position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): rotary cos and sin of queries and keys, (B, N, d).
-        attention_mask (*optional*): hides the padding of the prompts; `None` if there is none. With residual attention
-            (P, 1, 1, T), added to the scores: 0, or -inf at padding. Without it, the mask over all T + N keys in the
-            form that the chosen attention implementation takes.
+        position_embeddings (`dict[str, tuple[torch.Tensor, torch.Tensor]]`):
+            By kind of layer (`"full_attention"`, `"sliding_attention"`), rotary cos and sin of queries and keys,
+            (B, N, d), or as many features as the backbone rotates.
+        attention_mask (`dict[str, Any]`): By kind of layer, the mask that hides the padding of the prompts and what is
+            outside of a sliding window; `None` if there is nothing to hide. With residual attention (P, 1, 1, T),
+            added to the scores: 0, or -inf where hidden. Without it, the mask over all T + N keys in the form that the
+            chosen attention implementation takes.
     """
 
     pos_embed: torch.Tensor
-    position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    attention_mask: Any
+    position_embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    attention_mask: dict[str, Any]
 
 
 class LatteFlowLayerModulation(NamedTuple):
@@ -168,93 +181,6 @@ class LatteFlowModulation:
         return LatteFlowModulation(layers, self.head[row])
 
 
-class LatteFlowAttention(nn.Module):
-    """Latents attend to the cached keys and values of the prompt and, bidirectionally, to each other.
-
-    Timestep-conditioned residual attention (paper; details chosen): with S^l the scaled scores of latents to latents,
-    S^l <- S^l + g^l(t) * S^(l-1) before the softmax, g = tanh(linear(timestep embedding)), one value for each head,
-    zero at the start of training. S^(l-1) includes its own residual; the first layer of an expert has none.
-
-    Which kernel runs depends on `config.residual_attention`: `"scores"` and `"probabilities"` have their own, whatever
-    attention implementation is chosen, since the next layer needs the map; `None` uses transformers' attention
-    interface.
-
-    Args:
-        config (`LatteFlowConfig`): the configuration of the model.
-        source (`nn.Module`): the attention of the backbone's decoder layer, whose projections are mirrored.
-        is_first (`bool`): whether this is the first layer of its expert.
-    """
-
-    def __init__(self, config: LatteFlowConfig, source: nn.Module, is_first: bool):
-        super().__init__()
-        text_config = config.text_config
-        self.config = config
-        self.is_causal = False
-        self.num_heads = text_config.num_attention_heads
-        self.head_dim = source.q_proj.out_features // self.num_heads
-        self.num_key_value_groups = self.num_heads // text_config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.q_proj = linear_like(source.q_proj)
-        self.k_proj = linear_like(source.k_proj)
-        self.v_proj = linear_like(source.v_proj)
-        self.o_proj = linear_like(source.o_proj)
-        self.has_residual = config.residual_attention is not None and not is_first
-        if self.has_residual:
-            self.residual_gate = nn.Linear(config.timestep_embed_dim, self.num_heads)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        gate: torch.Tensor | None,
-        previous_scores: torch.Tensor | None,
-        context_keys: torch.Tensor,
-        context_values: torch.Tensor,
-        attention_mask: Any,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        Args:
-            hidden_states (`torch.Tensor`): (B, N, D).
-            gate (`torch.Tensor`, *optional*): (1 or B, H), how much of `previous_scores` is added.
-            previous_scores (`torch.Tensor`, *optional*): (B, H, N, N), the attention map of the layer before.
-            context_keys, context_values (`torch.Tensor`): (P, G, T, d); each prompt serves B / P images in a row.
-            attention_mask (*optional*): as in [`LatteFlowLayout`].
-            position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): cos and sin, (B, N, d).
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor | None]`: (B, N, D), and this layer's map of latents to latents
-            (B, H, N, N), `None` without residual attention.
-        """
-        batch_size, num_latents, _ = hidden_states.shape
-        query = self.q_proj(hidden_states).view(batch_size, num_latents, -1, self.head_dim).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(batch_size, num_latents, -1, self.head_dim).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(batch_size, num_latents, -1, self.head_dim).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-
-        residual = None
-        if self.has_residual and previous_scores is not None and gate is not None:
-            residual = gate[:, :, None, None] * previous_scores
-
-        scores = None
-        if self.config.residual_attention == "scores":
-            output, scores = residual_scores_attention(
-                query, key, value, context_keys, context_values, attention_mask, residual, self.scaling
-            )
-        elif self.config.residual_attention == "probabilities":
-            output, scores = residual_probabilities_attention(
-                self, query, key, value, context_keys, context_values, attention_mask, residual, self.scaling
-            )
-        else:
-            attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
-            )
-            keys, values = join_context(key, value, context_keys, context_values)
-            output, _ = attention(
-                self, query, keys, values, attention_mask=attention_mask, scaling=self.scaling, dropout=0.0
-            )
-        return self.o_proj(output.reshape(batch_size, num_latents, -1)), scores
-
-
 class LatteFlowLayer(GradientCheckpointingLayer):
     """One generation layer, in the order of the paper's figure, with its four modulation vectors a, b, c, d.
 
@@ -263,39 +189,78 @@ class LatteFlowLayer(GradientCheckpointingLayer):
 
     All four are zero at the start of training, so that a new layer is the identity. (Chosen: as in DiT.)
 
+    Attention, feed-forward and norms are modules of the backbone's own classes. Where the backbone has a norm after
+    attention or feed-forward, too (Gemma, GLM-4), it is the one of the figure; else that norm is new. Where attention
+    and feed-forward stand side by side (Cohere), they do so here, and both see the first norm.
+
     Args:
         config (`LatteFlowConfig`): the configuration of the model.
-        source (`nn.Module`): the backbone's decoder layer, whose shapes are mirrored.
+        text_config (`PreTrainedConfig`): that of the backbone's decoder, for the attention of the tower.
+        source (`nn.Module`): the backbone's decoder layer, which is mirrored.
+        source_index (`int`): its index in the backbone.
         is_first (`bool`): whether this is the first layer of its expert, which has no map of a layer before it.
     """
 
-    # Modules that `from_vlm` copies from the backbone's layer, and their names there. All others are new.
-    copied_modules = {
-        **{name: name for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")},
-        "mlp": "mlp",
-        "attention_norm": "input_layernorm",
-        "mlp_norm": "post_attention_layernorm",
-    }
-
-    def __init__(self, config: LatteFlowConfig, source: nn.Module, is_first: bool):
+    def __init__(
+        self,
+        config: LatteFlowConfig,
+        text_config: PreTrainedConfig,
+        source: nn.Module,
+        source_index: int,
+        is_first: bool,
+    ):
         super().__init__()
-        self.attention_norm = rms_norm_like(source.input_layernorm)
-        self.self_attn = LatteFlowAttention(config, source.self_attn, is_first)
-        self.attention_post_norm = rms_norm_like(source.input_layernorm)
-        self.mlp_norm = rms_norm_like(source.post_attention_layernorm)
-        self.mlp = type(source.mlp)(config.text_config)
-        self.mlp_post_norm = rms_norm_like(source.post_attention_layernorm)
+        self.config = config
+        self.is_causal = False
+        self.source_index = source_index
+        self.layer_type = layer_type(text_config, source_index)
+        # Modules that `from_vlm` copies from the backbone's layer, and their names there. All others are new.
+        self.copied_modules = copied_modules(source, self.layer_type)
+        parts = new_layer(source, text_config, source_index)
+
+        def norm(name: str, otherwise: nn.Module) -> nn.Module:
+            name = self.copied_modules.get(name, "")
+            return parts.get_submodule(name) if name else copy.deepcopy(otherwise)
+
+        self.attention_norm = norm("attention_norm", parts)
+        self.self_attn = parts.self_attn
+        self.num_key_value_groups = parts.self_attn.num_key_value_groups
+        self.has_residual = config.residual_attention is not None and not is_first
+        if self.has_residual:
+            num_heads = text_config.num_attention_heads
+            self.self_attn.residual_gate = nn.Linear(config.timestep_embed_dim, num_heads)
+        self.attention_post_norm = norm("attention_post_norm", self.attention_norm)
+        self.is_parallel = "mlp_norm" not in self.copied_modules
+        if not self.is_parallel:
+            self.mlp_norm = norm("mlp_norm", parts)
+        self.mlp = parts.mlp
+        self.mlp_post_norm = norm("mlp_post_norm", self.attention_norm)
         self.modulation = nn.Linear(config.timestep_embed_dim, 4 * config.text_config.hidden_size)
+
+    @property
+    def context_head_shape(self) -> tuple[int, int]:
+        """G and d of the keys and values of the prompt that this layer attends to."""
+        head_dim = self.self_attn.head_dim
+        return self.self_attn.k_proj.weight.shape[0] // head_dim, head_dim
 
     def copy_from(self, source: nn.Module) -> None:
         """Copy the weights of the backbone's decoder layer."""
         for name, source_name in self.copied_modules.items():
-            self.get_submodule(name).load_state_dict(source.get_submodule(source_name).state_dict())
+            weights = source.get_submodule(source_name).state_dict()
+            problems = self.get_submodule(name).load_state_dict(weights, strict=False)
+            assert not problems.unexpected_keys and {"residual_gate.weight", "residual_gate.bias"} >= set(
+                problems.missing_keys
+            )
+
+    def attend(self, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The attention function of this layer; `inputs` are those of [`attention.attend_to_context`]."""
+        mode, implementation = self.config.residual_attention, self.config._attn_implementation
+        return attend_to_context(mode, implementation, self, *inputs)
 
     def modulate(self, timestep_embedding: torch.Tensor) -> LatteFlowLayerModulation:
         """The modulation of this layer at the timesteps of `timestep_embedding` (S, E)."""
         gate = None
-        if self.self_attn.has_residual:
+        if self.has_residual:
             gate = torch.tanh(self.self_attn.residual_gate(timestep_embedding))
         return LatteFlowLayerModulation(self.modulation(timestep_embedding), gate)
 
@@ -305,7 +270,11 @@ class LatteFlowLayer(GradientCheckpointingLayer):
         timestep_embedding: torch.Tensor | None,
         previous_scores: torch.Tensor | None = None,
         modulation: LatteFlowLayerModulation | None = None,
-        **attention_inputs: Any,
+        *,
+        context_keys: torch.Tensor,
+        context_values: torch.Tensor,
+        attention_mask: Any,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
@@ -313,24 +282,38 @@ class LatteFlowLayer(GradientCheckpointingLayer):
             timestep_embedding (`torch.Tensor`, *optional*): (1 or B, E); not needed with `modulation`.
             previous_scores (`torch.Tensor`, *optional*): (B, H, N, N), the attention map of the layer before.
             modulation ([`LatteFlowLayerModulation`], *optional*): computed from `timestep_embedding` if not given.
-            attention_inputs: as for [`LatteFlowAttention`].
+            context_keys, context_values (`torch.Tensor`): (P, G, T, d); each prompt serves B / P images in a row.
+            attention_mask (*optional*), position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): as in
+                [`LatteFlowLayout`], for this kind of layer.
 
         Inputs that carry gradients are positional: reentrant gradient checkpointing ignores keyword arguments.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor | None]`: (B, N, D), and this layer's attention map.
+            `tuple[torch.Tensor, torch.Tensor | None]`: (B, N, D), and this layer's attention map (B, H, N, N), `None`
+            without residual attention.
         """
         if modulation is None:
             assert timestep_embedding is not None
             modulation = self.modulate(timestep_embedding)
         attention_scale, mlp_scale_in, mlp_shift_in, mlp_scale = modulation.vectors.unsqueeze(1).chunk(4, dim=-1)
+        residual = None
+        if self.has_residual and previous_scores is not None and modulation.gate is not None:
+            residual = modulation.gate[:, :, None, None] * previous_scores
 
+        normed = self.attention_norm(hidden_states)
         attention_output, scores = self.self_attn(
-            self.attention_norm(hidden_states), modulation.gate, previous_scores, **attention_inputs
+            hidden_states=normed,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            context_keys=context_keys,
+            context_values=context_values,
+            residual=residual,
+            attend=self.attend,
         )
         hidden_states = hidden_states + attention_scale * self.attention_post_norm(attention_output)
 
-        mlp_output = self.mlp((1.0 + mlp_scale_in) * self.mlp_norm(hidden_states) + mlp_shift_in)
+        mlp_input = normed if self.is_parallel else self.mlp_norm(hidden_states)
+        mlp_output = self.mlp((1.0 + mlp_scale_in) * mlp_input + mlp_shift_in)
         hidden_states = hidden_states + mlp_scale * self.mlp_post_norm(mlp_output)
         return hidden_states, scores
 
@@ -340,14 +323,14 @@ class LatteFlowHead(nn.Module):
 
     Args:
         config (`LatteFlowConfig`): the configuration of the model.
-        source_norm (`nn.Module`): a norm of the backbone, whose kind and size are mirrored.
+        norm (`nn.Module`): a norm of the backbone's class, which is copied.
     """
 
-    def __init__(self, config: LatteFlowConfig, source_norm: nn.Module):
+    def __init__(self, config: LatteFlowConfig, norm: nn.Module):
         super().__init__()
         self.patch_size = config.latent_patch_size
         hidden_size = config.text_config.hidden_size
-        self.norm = rms_norm_like(source_norm)
+        self.norm = copy.deepcopy(norm)
         self.modulation = nn.Linear(config.timestep_embed_dim, 2 * hidden_size)
         self.proj = nn.Linear(hidden_size, config.latent_channels * self.patch_size**2)
 
@@ -374,25 +357,29 @@ class LatteFlowTower(nn.Module):
     Args:
         config (`LatteFlowConfig`): the configuration of the model.
         decoder (`nn.Module`): the backbone's decoder, whose layers are mirrored.
+        rotates_pairs (`bool`): see [`backbone.rotates_pairs`].
     """
 
-    def __init__(self, config: LatteFlowConfig, decoder: nn.Module):
+    def __init__(self, config: LatteFlowConfig, decoder: Any, rotates_pairs: bool):
         super().__init__()
         self.config = config
         self.latent_embedding = LatteFlowLatentEmbedding(config)
         self.timestep_embedding = LatteFlowTimestepEmbedding(config)
         # A copy, so that the tower runs while the backbone is off-loaded.
         self.rotary_emb = copy.deepcopy(decoder.rotary_emb)
+        text_config = tower_text_config(decoder.config)
+        first_layers = {config.expert_layers(expert)[0] for expert in range(config.num_experts)}
         self.layers = nn.ModuleList(
-            LatteFlowLayer(config, layer, is_first=index % config.layers_per_expert == 0)
-            for index, layer in enumerate(decoder.layers)
+            LatteFlowLayer(config, text_config, decoder.layers[source], source, is_first=index in first_layers)
+            for index, source in enumerate(config.tower_layers)
         )
-        self.head = LatteFlowHead(config, decoder.layers[0].input_layernorm)
+        self.windows = {layer.layer_type: sliding_window(text_config, layer.layer_type) for layer in self.layers}
+        self.rotates_pairs = rotates_pairs
+        self.head = LatteFlowHead(config, self.layers[0].attention_norm)
 
     def expert_layers(self, expert: int) -> range:
         """The indices of the layers of expert `expert`."""
-        num_layers = len(self.layers) // self.config.num_experts
-        return range(expert * num_layers, (expert + 1) * num_layers)
+        return self.config.expert_layers(expert)
 
     def modulate(self, timesteps: torch.Tensor, expert: int) -> LatteFlowModulation:
         """The modulation of one expert at `timesteps` (S,): one matrix product for each layer, whatever S is."""
@@ -407,21 +394,37 @@ class LatteFlowTower(nn.Module):
         height, width = (side // self.config.latent_patch_size for side in latents.shape[2:])
         next_position = context.next_position.repeat_interleave(len(latents) // len(context))
 
-        def rotary_emb(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.rotary_emb(latents, positions.expand(3, -1, -1) if self.config.has_mrope else positions)
+        def position_embeddings(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+            def rotary_emb(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                positions = positions.expand(3, -1, -1) if self.config.has_mrope else positions
+                return rotary_cos_sin(self.rotary_emb, latents, positions, kind)
+
+            return interleaved_rotary_embedding(rotary_emb, next_position, height, width, self.rotates_pairs)
 
         return LatteFlowLayout(
             sincos_pos_embed(self.config.text_config.hidden_size, height, width, latents.device, latents.dtype),
-            interleaved_rotary_embedding(rotary_emb, next_position, height, width),
-            self._attention_mask(height * width, latents, context) if context.has_padding else None,
+            {kind: position_embeddings(kind) for kind in self.windows},
+            {kind: self._attention_mask(height * width, latents, context, kind) for kind in self.windows},
         )
 
-    def _attention_mask(self, num_latents: int, latents: torch.Tensor, context: LatteFlowContext) -> Any:
-        """The mask of the prompts' padding, as described in [`LatteFlowLayout`]."""
+    def _attention_mask(self, num_latents: int, latents: torch.Tensor, context: LatteFlowContext, kind: str) -> Any:
+        """The mask for one kind of layer, as described in [`LatteFlowLayout`].
+
+        A layer with a sliding window shows latents what it would show the first token after the prompt. (Chosen: the
+        backbone's mask, since its keys were trained for these distances. The latents see all of each other.)
+        """
+        visible, has_hidden = context.attention_mask, context.has_padding
+        window = self.windows[kind]
+        if window is not None and visible.shape[1] >= window:
+            has_hidden = True
+            # Of each token, its distance from the first token after the prompt.
+            visible = visible & (visible.flip(1).cumsum(1).flip(1) < window)
+        if not has_hidden:
+            return None
         if self.config.residual_attention is not None:
-            mask = torch.zeros_like(context.attention_mask, dtype=latents.dtype)
-            return mask.masked_fill(~context.attention_mask, float("-inf"))[:, None, None]
-        context_mask = context.attention_mask.repeat_interleave(len(latents) // len(context), dim=0)
+            mask = torch.zeros_like(visible, dtype=latents.dtype)
+            return mask.masked_fill(~visible, float("-inf"))[:, None, None]
+        context_mask = visible.repeat_interleave(len(latents) // len(context), dim=0)
         keys_mask = nn.functional.pad(context_mask, (0, num_latents), value=True)
         # Only the shape, dtype and device of these two matter.
         queries = latents.new_empty(len(latents), num_latents, 1)
@@ -452,18 +455,111 @@ class LatteFlowTower(nn.Module):
             hidden_states.requires_grad_(True)
         scores = None
         for position, index in enumerate(self.expert_layers(expert)):
-            hidden_states, scores = self.layers[index](
+            layer: Any = self.layers[index]
+            hidden_states, scores = layer(
                 hidden_states,
                 timestep_embedding,
                 scores,
                 None if modulation is None else modulation.layers[position],
-                context_keys=context.keys[index],
-                context_values=context.values[index],
-                attention_mask=layout.attention_mask,
-                position_embeddings=layout.position_embeddings,
+                context_keys=context.keys[layer.source_index],
+                context_values=context.values[layer.source_index],
+                attention_mask=layout.attention_mask[layer.layer_type],
+                position_embeddings=layout.position_embeddings[layer.layer_type],
             )
         head_modulation = None if modulation is None else modulation.head
         return self.head(hidden_states, timestep_embedding, *latents.shape[2:], modulation=head_modulation)
+
+
+def check_backbone(config: LatteFlowConfig) -> bool:
+    """Check that the tower's layers are those of the backbone: with the same weights, the modulation neutral and the
+    latent in the place of the next token, the same output.
+
+    The layers are compared at a small size, for each kind of them, with a decoder of the backbone's own class as
+    oracle. Nothing of the full size is made, and the result is kept for the next model of the same configuration.
+
+    Returns:
+        `bool`: whether its rotary embedding rotates pairs, see [`backbone.rotates_pairs`].
+
+    Raises:
+        `ValueError`: if a layer cannot be mirrored, or its output differs.
+    """
+    key = (config.vlm_config.to_json_string(use_diff=False), config.residual_attention)
+    if key not in _CHECKED:
+        _CHECKED[key] = _check_mirrored(config.vlm_config, config.residual_attention)
+    return _CHECKED[key]
+
+
+# Results of `check_backbone`, by the configuration of the backbone and the kind of residual attention.
+_CHECKED: dict[tuple[str, str | None], bool] = {}
+
+
+def _check_mirrored(vlm_config: PreTrainedConfig, residual_attention: str | None) -> bool:
+    with torch.device("meta"):
+        decoder = find_decoder(AutoModelForImageTextToText.from_config(copy.deepcopy(vlm_config)))
+    for index, layer in enumerate(decoder.layers):
+        copied_modules(layer, layer_type(decoder.config, index))
+    kinds = kinds_of_layers(decoder)
+    try:
+        small = LatteFlowConfig(
+            vlm_config=copy.deepcopy(vlm_config), num_experts=1, residual_attention=residual_attention
+        )
+        shrink_text_config(small.text_config, num_layers=max(kinds.index(kind) for kind in kinds) + 1)
+        small.tower_layers = list(range(small.text_config.num_hidden_layers))
+        small.layers_per_expert = [len(small.tower_layers)]
+        small.timestep_embed_dim, small._attn_implementation = 1, "eager"
+        with small_models():
+            states = DecoderStates.of(type(decoder), small.text_config)
+            (pairs,) = {rotates_pairs(states.decoder.rotary_emb, kind) for kind, *_ in kinds}
+            tower = LatteFlowTower(small, states.decoder, pairs)
+            differences = _differences_of_layers(tower, states)
+    except Exception as error:
+        raise ValueError(
+            f"the backbone's decoder layer {type(decoder.layers[0]).__name__} cannot be mirrored: the attempt to do "
+            f"so at a small size failed with {type(error).__name__}: {error}"
+        ) from error
+    for index, difference in enumerate(differences):
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                f"the backbone's decoder layer {index}, {type(decoder.layers[index]).__name__} "
+                f"({tower.layers[index].layer_type}), cannot be mirrored: the output of a layer of the tower with the "
+                f"same weights differs from it by {difference:.2g} standard deviations (at most {TOLERANCE:g})."
+            )
+    return tower.rotates_pairs
+
+
+@torch.no_grad()
+def _differences_of_layers(tower: "LatteFlowTower", states: DecoderStates) -> list[float]:
+    """How far each layer of the tower is from the backbone's, relative to the standard deviation of the output."""
+    num_context, hidden_size = DecoderStates.num_context, tower.config.text_config.hidden_size
+    context = LatteFlowContext(
+        tuple(states.keys),
+        tuple(states.values),
+        torch.ones(1, num_context, dtype=torch.bool),
+        torch.tensor([num_context]),
+        has_padding=False,
+    )
+    side = tower.config.latent_patch_size
+    layout = tower.layout(torch.zeros(1, tower.config.latent_channels, side, side), context)
+    one, zero = torch.ones(1, hidden_size), torch.zeros(1, hidden_size)
+    neutral = LatteFlowLayerModulation(torch.cat([one, zero, zero, one], dim=1), None)
+    differences = []
+    for index, layer in enumerate(tower.layers):
+        layer.copy_from(states.decoder.layers[index])
+        for name in {"attention_post_norm", "mlp_post_norm"} - layer.copied_modules.keys():
+            setattr(layer, name, nn.Identity())
+        output, _ = layer(
+            states.inputs[index],
+            None,
+            None,
+            neutral,
+            context_keys=states.keys[index],
+            context_values=states.values[index],
+            attention_mask=layout.attention_mask[layer.layer_type],
+            position_embeddings=layout.position_embeddings[layer.layer_type],
+        )
+        expected = states.outputs[index]
+        differences.append(float((output - expected).abs().max() / expected.std()))
+    return differences
 
 
 # Linear maps that are zero at the start of training: a new layer is then the identity and a new velocity zero.
@@ -502,7 +598,8 @@ class LatteFlowPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        # As the backbone does it: zeros are neutral in the norms of Gemma.
+        self.get_decoder()._init_weights(module)
         if isinstance(module, nn.Conv2d):
             # Xavier-uniform, as for a linear map of flattened patches (as in DiT).
             bound = math.sqrt(3.0) * math.sqrt(2.0 / (module.weight[0].numel() + len(module.weight)))
@@ -519,7 +616,12 @@ class LatteFlowPreTrainedModel(PreTrainedModel):
 
 
 class LatteFlowForConditionalGeneration(
-    LatteFlowGenerationMixin, LatteFlowLossMixin, LatteFlowAdapterMixin, LatteFlowPreTrainedModel, GenerationMixin
+    LatteFlowGenerationMixin,
+    LatteFlowLossMixin,
+    LatteFlowLayerwiseCastingMixin,
+    LatteFlowAdapterMixin,
+    LatteFlowPreTrainedModel,
+    GenerationMixin,
 ):
     """A frozen vision-language model, and beside it a tower of timestep experts that generates images.
 
@@ -535,10 +637,9 @@ class LatteFlowForConditionalGeneration(
 
     def __init__(self, config: LatteFlowConfig):
         super().__init__(config)
+        pairs = check_backbone(config)
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config)
-        decoder = self.vlm.get_decoder()
-        check_decoder(decoder)
-        self.tower = LatteFlowTower(config, decoder)
+        self.tower = LatteFlowTower(config, find_decoder(self.vlm), pairs)
         # How far training widens the interval of each expert towards the data: from 0 (not) to 1 (down to sigma 0).
         self.interval_overlap = 0.0
         self.vlm.requires_grad_(False)
@@ -590,6 +691,7 @@ class LatteFlowForConditionalGeneration(
 
         The Trainer resumes with `load_state_dict`, which ignores a backbone that is stored under its original names.
         """
+        self._check_not_cast("save_pretrained")
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
     # diffusers reads the signature to decide what to pass, such as `variant` and `max_shard_size`.
@@ -609,17 +711,20 @@ class LatteFlowForConditionalGeneration(
             config: arguments of [`LatteFlowConfig`] except `vlm_config`, e.g. `num_experts=4`.
 
         Raises:
-            `ValueError`: if the configuration does not fit the backbone.
+            `ValueError`: if `vlm` is not a vision-language model of transformers with a decoder whose layers can be
+                mirrored (the error tells why), or the configuration does not fit it.
         """
-        model = cls(LatteFlowConfig(vlm_config=copy.deepcopy(vlm.config), **config))
+        latte_flow_config = LatteFlowConfig(vlm_config=copy.deepcopy(vlm.config), **config)
+        check_vlm(vlm)
+        model = cls(latte_flow_config)
         # The same object from here on, so that a change of the backbone's configuration is seen in the model's.
         model.config.vlm_config = vlm.config
         model.vlm = vlm.requires_grad_(False).eval()
         model.tower.to(device=vlm.device, dtype=vlm.dtype)
         model.tower.rotary_emb = copy.deepcopy(vlm.get_decoder().rotary_emb)
         if copy_layers:
-            for layer, source in zip(model.tower.layers, vlm.get_decoder().layers):
-                layer.copy_from(source)
+            for layer in model.tower.layers:
+                layer.copy_from(vlm.get_decoder().layers[layer.source_index])
         if vlm.generation_config is not None:
             model.generation_config = copy.deepcopy(vlm.generation_config)
         return model
@@ -643,7 +748,7 @@ class LatteFlowForConditionalGeneration(
         elif self.config._attn_implementation == "xformers":
             self.set_attn_implementation("sdpa")
         for layer in self.tower.layers:
-            layer.self_attn.xformers_op = attention_op
+            layer.xformers_op = attention_op
 
     def enable_cache(self, config: Any) -> None:
         """Refuse the caches of diffusers' `CacheMixin`, which skip layers at some steps.
@@ -657,7 +762,13 @@ class LatteFlowForConditionalGeneration(
         )
 
     def train(self, mode: bool = True) -> "LatteFlowForConditionalGeneration":
-        """Training mode for the tower, and for a backbone that is trained; a frozen one stays in evaluation mode."""
+        """Training mode for the tower, and for a backbone that is trained; a frozen one stays in evaluation mode.
+
+        Raises:
+            `ValueError`: for training mode after `enable_layerwise_casting`.
+        """
+        if mode:
+            self._check_not_cast("train")
         super().train(mode)
         self.vlm.train(mode and any(parameter.requires_grad for parameter in self.vlm.parameters()))
         return self
@@ -693,6 +804,10 @@ class LatteFlowForConditionalGeneration(
         pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.LongTensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        batch_num_images: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         latents: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
@@ -700,13 +815,19 @@ class LatteFlowForConditionalGeneration(
         generator: torch.Generator | None = None,
         states: torch.Tensor | None = None,
         sigmas: Sequence[float] | None = None,
-        **kwargs: Any,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> ModelOutput | tuple:
         """Without `latents` or `states` the backbone's own output, with them the training losses.
 
         Args:
-            input_ids, attention_mask, pixel_values, image_grid_thw, mm_token_type_ids, labels, and anything else: as
-                for the backbone. (The `Trainer` removes what the signature does not name.)
+            input_ids, attention_mask, pixel_values, image_grid_thw, mm_token_type_ids, token_type_ids,
+                pixel_attention_mask, image_sizes, batch_num_images, labels, position_ids, past_key_values,
+                inputs_embeds, logits_to_keep, and anything else: as for the backbone. (The `Trainer` removes what the
+                signature does not name: what processors return is named.)
             latents (`torch.Tensor`, *optional*): (B, C, height, width), clean latents of the images that the prompts
                 describe, scaled as by `pipe.encode_images`.
             noise (`torch.Tensor`, *optional*): same shape as `latents`; drawn if not given.
@@ -720,8 +841,17 @@ class LatteFlowForConditionalGeneration(
 
         Raises:
             `ValueError`: if `latents` or `states` do not fit the model or the number of prompts, `noise` has another
-                shape than `latents`, or there is neither `input_ids` nor `context`.
+                shape than `latents`, there is neither `input_ids` nor `context`, or arguments do not go together.
         """
+        if latents is not None and states is not None:
+            raise ValueError("give latents or states, not both: they are two training losses.")
+        for name, value, loss_input, owner in (
+            ("noise", noise, latents, "latents"),
+            ("sigmas", sigmas, states, "states"),
+            ("context", context, states if latents is None else latents, "latents or states"),
+        ):
+            if value is not None and loss_input is None:
+                raise ValueError(f"{name} must be given with {owner}, and has no effect alone.")
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -729,9 +859,19 @@ class LatteFlowForConditionalGeneration(
             "image_grid_thw": image_grid_thw,
             **kwargs,
         }
-        # Left out rather than `None`: not every backbone has it.
-        if mm_token_type_ids is not None:
-            inputs["mm_token_type_ids"] = mm_token_type_ids
+        # Left out rather than `None`: not every backbone has them.
+        optional = {
+            "mm_token_type_ids": mm_token_type_ids,
+            "token_type_ids": token_type_ids,
+            "pixel_attention_mask": pixel_attention_mask,
+            "image_sizes": image_sizes,
+            "batch_num_images": batch_num_images,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "logits_to_keep": logits_to_keep,
+        }
+        inputs |= {name: value for name, value in optional.items() if value is not None}
         if latents is None and states is None:
             return self.vlm(labels=labels, **inputs)
         prompts = inputs if context is None else context
@@ -744,7 +884,8 @@ class LatteFlowForConditionalGeneration(
         if labels is not None:
             lm_output = self.vlm(labels=labels, **inputs)
             # The loss is a mean over tokens: weighted, so that the mean over processes is the mean over all tokens.
-            num_tokens = int((labels[:, 1:] != -100).sum())
+            targets = labels[:, 1:] if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
+            num_tokens = int((targets != -100).sum())
             all_num_tokens = all_gather_list([num_tokens])
             output.lm_loss = lm_output.loss * (len(all_num_tokens) * num_tokens / max(sum(all_num_tokens), 1))
             output.logits = lm_output.logits
@@ -768,7 +909,7 @@ class LatteFlowForConditionalGeneration(
             mm_token_type_ids (`torch.Tensor`, *optional*): (P, T), 1 at image tokens, as the processor returns it;
                 required with images.
             num_layers (`int`, *optional*): prefill the first layers of the decoder only, for experts that end there.
-            vision_inputs: `pixel_values` and `image_grid_thw`, as the processor returns them.
+            vision_inputs: what else the processor returns, such as `pixel_values` and `image_grid_thw`.
 
         Returns:
             [`LatteFlowContext`]: P prompts.

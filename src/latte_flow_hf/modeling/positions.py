@@ -28,6 +28,7 @@ def interleaved_rotary_embedding(
     next_position: torch.Tensor,
     height: int,
     width: int,
+    rotates_pairs: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rotary embedding of height x width tokens directly after the prompts: cos and sin, (B, N, d) each.
 
@@ -39,10 +40,13 @@ def interleaved_rotary_embedding(
         rotary_emb (`Callable`): positions (B, N) -> cos and sin, (B, N, d) each, of one position on all axes.
         next_position (`torch.Tensor`): (B,), the first position after the prompt of each image.
         height, width (`int`): in tokens.
+        rotates_pairs (`bool`, defaults to `False`):
+            Whether the two features of one frequency are neighbours (GLM-4V), or lie in the two halves of a head.
     """
     tokens = torch.arange(height * width, device=next_position.device)
     rows = rotary_emb(next_position[:, None] + tokens // width)
     columns = rotary_emb(next_position[:, None] + tokens % width)
     even = torch.arange(rows[0].shape[-1] // 2, device=next_position.device) % 2 == 0
-    cos, sin = (torch.where(torch.cat([even, even]), row, column) for row, column in zip(rows, columns))
+    is_row = even.repeat_interleave(2) if rotates_pairs else torch.cat([even, even])
+    cos, sin = (torch.where(is_row, row, column) for row, column in zip(rows, columns))
     return cos, sin

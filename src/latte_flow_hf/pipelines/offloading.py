@@ -44,7 +44,7 @@ class LatteFlowOffloadingMixin:
         Raises:
             `ValueError`: if another kind of off-loading is enabled.
         """
-        if has_forward_hooks(self.model):
+        if has_forward_hooks(self.model, casting=False):
             raise ValueError("another off-loading moves the same weights; load the pipeline again without it.")
         device = torch.device(get_device() if device is None else device)
         self.disable_expert_offload()
@@ -97,9 +97,20 @@ class LatteFlowOffloadingMixin:
             vlm.get_encoder(modality="image").register_forward_pre_hook(fetch_backbone)
 
 
-def has_forward_hooks(model: torch.nn.Module) -> bool:
-    """Whether accelerate or diffusers hooked the `forward` of any module, to move weights or inputs."""
-    return any(_has_hook(module) for module in _modules(model))
+def has_forward_hooks(model: torch.nn.Module, casting: bool = True) -> bool:
+    """Whether accelerate or diffusers hooked the `forward` of any module, to move weights or inputs; with
+    `casting=False`, without the hooks of layerwise casting."""
+    return any(
+        _has_hook(module) and (casting or "_hf_hook" in module.__dict__ or _hook_names(module) - _CASTING_HOOKS)
+        for module in _modules(model)
+    )
+
+
+_CASTING_HOOKS = {"layerwise_casting", "peft_autocast_disable"}
+
+
+def _hook_names(module: torch.nn.Module) -> set[str]:
+    return set(module._diffusers_hook.hooks)
 
 
 # Each call looks for hooks. `Module.modules()`, which composes names, and `hasattr`, which searches parameters and
@@ -114,7 +125,8 @@ def _modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _has_hook(module: torch.nn.Module) -> bool:
-    return "_hf_hook" in module.__dict__ or "_diffusers_hook" in module.__dict__
+    # Hooks of diffusers that were removed leave an empty registry.
+    return "_hf_hook" in module.__dict__ or ("_diffusers_hook" in module.__dict__ and bool(_hook_names(module)))
 
 
 def runs_only_in_forward(tower: torch.nn.Module) -> bool:

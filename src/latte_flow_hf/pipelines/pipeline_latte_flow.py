@@ -22,6 +22,7 @@ from transformers.utils import logging
 from ..modeling.context import LatteFlowContext, warn_of_unknown_words
 from ..modeling.flow_matching import interpolate
 from ..modeling.images import load_rgb_images
+from ..modeling.processing_latte_flow import adapt, check_processor
 from ..modeling.sampling import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_STEPS, guides_any
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
 from ..schedulers.steps import MIN_FIRST_SIGMA
@@ -62,7 +63,7 @@ class LatteFlowPipeline(
 
     Args:
         model ([`LatteFlowForConditionalGeneration`]): the frozen backbone and the generation tower.
-        processor ([`LatteFlowProcessor`], *optional*):
+        processor ([`LatteFlowProcessor`] or the backbone's own `ProcessorMixin`, *optional*):
             The backbone's tokenizer, image processor and chat template. Without it, the pipeline takes encoded prompts
             only (`context`).
         vae (`AutoencoderDC`, *optional*):
@@ -71,7 +72,8 @@ class LatteFlowPipeline(
             The sigmas, and one solver step; or a flow-matching scheduler of diffusers. A call uses a copy of it.
 
     Raises:
-        `ValueError`: if the latent channels of the autoencoder or the boundaries of the scheduler are not the model's.
+        `ValueError`: if the latent channels of the autoencoder or the boundaries of the scheduler are not the model's,
+            or the processor is that of another backbone.
         `OSError`: if the autoencoder was loaded from a folder that lacks some of its tensors.
     """
 
@@ -97,8 +99,13 @@ class LatteFlowPipeline(
             check_autoencoder_of(vae)
 
     def _check_components(self) -> None:
+        if self.processor is not None and adapt(self.processor) is not self.processor:
+            self.register_modules(processor=adapt(self.processor))
         if self.model is None:
             return
+        if self.processor is not None:
+            vocab_size = self.model.get_input_embeddings().num_embeddings
+            check_processor(self.processor, self.model.config.vlm_config, vocab_size)
         if self.vae is not None and self.vae.config.latent_channels != self.model.config.latent_channels:
             raise ValueError(
                 f"vae has {self.vae.config.latent_channels} latent channels, the model has "

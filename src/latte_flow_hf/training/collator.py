@@ -10,6 +10,7 @@ import torch
 
 from ..modeling.context import LatteFlowContext
 from ..modeling.distributed import all_gather_list, local_rows, rank_and_world_size
+from ..modeling.processing_latte_flow import adapt
 
 
 @dataclass
@@ -20,13 +21,16 @@ class ConversationCollator:
     the chat template encloses in `{% generation %}`, and -100 elsewhere.
 
     Args:
-        processor ([`LatteFlowProcessor`]): the processor.
+        processor (`ProcessorMixin`): a [`LatteFlowProcessor`] or the backbone's own processor.
 
     Raises:
         `ValueError`: when called, if the chat template does not mark any token.
     """
 
     processor: Any
+
+    def __post_init__(self) -> None:
+        self.processor = adapt(self.processor)
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         inputs = self.processor.apply_chat_template(
@@ -164,7 +168,7 @@ def _chunks(items: list, size: int) -> list[list]:
 
 def encode_prompts(model: Any, processor: Any, prompts: list[str], batch_size: int = 64) -> LatteFlowContext:
     """Encode prompts, `batch_size` at a time: one context for all, padded on the left."""
-    contexts = []
+    contexts, processor = [], adapt(processor)
     for batch in _chunks(prompts, batch_size):
         inputs = processor.encode_conversations([processor.conversation(prompt) for prompt in batch])
         contexts.append(model.encode_context(**inputs.to(model.device)))
@@ -175,11 +179,11 @@ class PromptTokenizer:
     """Maps prompts to the arguments of `encode_context`, for a backbone that is trained: `forward` encodes them.
 
     Args:
-        processor ([`LatteFlowProcessor`]): the processor.
+        processor (`ProcessorMixin`): a [`LatteFlowProcessor`] or the backbone's own processor.
     """
 
     def __init__(self, processor: Any):
-        self.processor = processor
+        self.processor = adapt(processor)
 
     def __call__(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         return dict(self.processor.encode_conversations([self.processor.conversation(prompt) for prompt in prompts]))
