@@ -132,7 +132,8 @@ def launch(
 
 def main() -> None:
     """Serve the model of the environment variables; the embedded checkpoint if there is none."""
-    from latte_flow_hf import LatteFlowPipeline, tiny_checkpoint
+    from latte_flow_hf.checkpoints import tiny_checkpoint
+    from latte_flow_hf.pipelines.pipeline_latte_flow import LatteFlowPipeline
 
     model = os.environ.get("LATTE_FLOW_MODEL")
     auth = read_auth(None)

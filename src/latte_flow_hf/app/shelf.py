@@ -97,19 +97,23 @@ class AdapterShelf:
         if name in self.names(session):
             raise ValueError(f"There already is an adapter {name!r}; rename the file.")
         key = _key(name, session)
-        self.pipe.load_lora_weights(source, adapter_name=key)
+        try:
+            self.pipe.load_lora_weights(source, adapter_name=key)
+        except (KeyError, TypeError, RuntimeError) as error:
+            # PEFT raises these for configurations that it does not know.
+            raise ValueError(f"its configuration cannot be read: {error}") from error
         self._active = None
         self.activate((), session)
         model = self.pipe.model
         config, state = model.peft_config[key], model.get_adapter_state_dict(key)
-        layers = [int(match[1]) for parameter in state if (match := _TOWER_LAYER.search(parameter))]
-        experts = {layer // model.config.layers_per_expert for layer in layers}
+        layers = {int(match[1]) for parameter in state if (match := _TOWER_LAYER.search(parameter))}
+        experts = [k for k in range(model.config.num_experts) if layers & set(model.expert_layers(k))]
         sampling = read_sampling_mark(getattr(config, "target_modules", None))
         adapter = Adapter(
             name=name,
             owner=session,
             method=str(getattr(config.peft_type, "value", config.peft_type)),
-            experts=tuple(sorted(experts)),
+            experts=tuple(experts),
             shares=any(not _TOWER_LAYER.search(parameter) for parameter in state),
             num_parameters=sum(weight.numel() for weight in state.values()),
             sampling=describe_sampling(sampling) if sampling else "",
@@ -145,7 +149,7 @@ class AdapterShelf:
             stem = re.sub(r"[^\w. -]", "_", weights[0].stem)[:40] or "adapter"
             # A file without its configuration is read as a single file.
             return self.add(stem, folder if configs else folder / WEIGHTS, session)
-        except (ValueError, OSError, KeyError, TypeError, RuntimeError) as error:
+        except (ValueError, OSError) as error:
             message = " ".join(str(error).replace(str(folder), weights[0].name).split())
             raise ValueError(f"This adapter cannot be used: {message}") from error
         finally:
