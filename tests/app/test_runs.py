@@ -106,8 +106,11 @@ def test_the_file_holds_what_makes_it_again(noisy_pipe):
     text = json.loads(image.text["latte_flow"])
     assert text["model"] == "random" and text["scheduler"].startswith("LatteFlowScheduler")
     again = ImageSettings(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in text.items()
-           if key in ImageSettings.__dataclass_fields__}
+        **{
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in text.items()
+            if key in ImageSettings.__dataclass_fields__
+        }
     )
     assert again == settings
     assert np.array_equal(run(noisy_pipe, again)[0].image, result.image)

@@ -43,9 +43,7 @@ def test_estimates_are_those_of_the_velocity(pipe, latents, new_noise):
     """With new noise too, where the estimate cannot be seen from the latents before and after a step."""
     pipe.scheduler = LatteFlowScheduler(expert_boundaries=pipe.model.config.expert_boundaries, new_noise=new_noise)
     generator = torch.Generator().manual_seed(1)
-    trace, images = record(
-        pipe, latents=latents, num_inference_steps=STEPS, guidance_scale=SCALE, generator=generator
-    )
+    trace, images = record(pipe, latents=latents, num_inference_steps=STEPS, guidance_scale=SCALE, generator=generator)
     assert torch.equal(trace.evaluations[0].latents, latents) and torch.equal(trace.final, images)
     assert [round(e.sigma, 5) for e in trace.evaluations] == [round(1 - i / STEPS, 5) for i in range(STEPS)]
     assert all(evaluation.is_guided for evaluation in trace.evaluations)
