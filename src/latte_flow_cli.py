@@ -473,6 +473,7 @@ def studio(
     if adapters is not None and not adapters.is_dir():
         raise ValueError(f"adapters must be a folder, and there is none at {adapters}.")
     import gradio  # noqa: F401
+
     from latte_flow_hf.checkpoints import few_step_checkpoint
 
     others = {other: _load(other, device, dtype) for other in compare_with or []}

@@ -4,6 +4,7 @@
 With LATTE_FLOW_SCREENSHOTS=docs/figures, the screenshots of the documentation are made.
 """
 
+import base64
 import io
 import json
 import os
@@ -120,8 +121,6 @@ def say(page, text: str) -> None:
 
 def shown_image(page, selector: str = "#lf-preview img") -> np.ndarray:
     source = page.locator(selector).first.get_attribute("src")
-    import base64
-
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGB"))
 
 
@@ -349,7 +348,7 @@ def test_keyboard_only(visit):
             break
         page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    tab_to("#lf-words")
+    tab_to("#lf-words textarea")
     page.keyboard.type("/paint a white cross")
     page.keyboard.press("Enter")
     page.wait_for_selector("#lf-chatbot .bot img")

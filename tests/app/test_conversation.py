@@ -1,6 +1,8 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """Answers that come in parts, and can be stopped."""
 
+from itertools import pairwise
+
 import pytest
 
 from latte_flow_hf.app import conversation
@@ -29,7 +31,7 @@ def test_answers_are_streamed(pipe, picture):
     assert answer == pipe.chat(messages, max_new_tokens=12, do_sample=False)
     streamed = parts(job)
     assert len(streamed) > 1 and streamed[-1] == answer
-    assert all(later.startswith(earlier) for earlier, later in zip(streamed, streamed[1:]))
+    assert all(later.startswith(earlier) for earlier, later in pairwise(streamed))
 
 
 def test_a_stopped_answer_ends(pipe):

@@ -84,7 +84,7 @@ def test_errors_reach_who_asked_and_nobody_else(held):
 
 
 def test_too_many_are_refused(held):
-    queue, release = held
+    queue, _ = held
     jobs = [queue.submit(lambda job: None) for _ in range(3)]
     with pytest.raises(ValueError, match="4 requests are waiting"):
         queue.submit(lambda job: None)

@@ -7,6 +7,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from latte_flow_hf.app.limits import Limits
 from latte_flow_hf.app.shelf import AdapterShelf
@@ -109,8 +110,6 @@ def test_bad_uploads_are_refused_and_leave_nothing(shelf, style, tmp_path):
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(weights.read_bytes()[:-100])
     other = tmp_path / "other.safetensors"
-    from safetensors.torch import save_file
-
     save_file({"some.layer.weight": torch.zeros(2)}, other)
     config = tmp_path / "adapter_config.json"
     config.write_text('{"peft_type": "NOTHING"}')

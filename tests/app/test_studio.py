@@ -1,14 +1,13 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """What the tabs do."""
 
-import copy
 import threading
 
 import numpy as np
 import pytest
 import torch
 
-from latte_flow_hf import LatteFlowPipeline
+from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler
 from latte_flow_hf.app.conversation import user_turn
 from latte_flow_hf.app.model_queue import Waiting
 from latte_flow_hf.app.runs import Generated, Progress
@@ -104,10 +103,6 @@ def test_inside_is_the_same_image_with_its_reports(studio):
 
 def test_compare_starts_from_the_same_noise(own_pipe, make_model, processor, vae):
     other = make_model(num_experts=1)
-    scheduler = copy.deepcopy(own_pipe.scheduler)
-    scheduler.register_to_config(expert_boundaries=None)
-    from latte_flow_hf import LatteFlowScheduler
-
     k1 = LatteFlowPipeline(other, processor, vae, LatteFlowScheduler(expert_boundaries=other.config.expert_boundaries))
     studio = Studio(own_pipe, "two", {"one": k1})
     starts = []

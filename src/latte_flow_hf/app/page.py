@@ -158,8 +158,14 @@ class _Page:
                 )
                 with gr.Accordion("More", open=False):
                     with gr.Row():
-                        self.width = gr.Number(label="Width in pixels", precision=0, min_width=120, value=None)
-                        self.height = gr.Number(label="Height in pixels", precision=0, min_width=120, value=None)
+                        # Not `gr.Number`, which keeps its value when it is emptied.
+                        own_size = str(self.studio.pipe.default_size)
+                        self.width = gr.Textbox(
+                            label="Width in pixels", placeholder=own_size, max_lines=1, min_width=120
+                        )
+                        self.height = gr.Textbox(
+                            label="Height in pixels", placeholder=own_size, max_lines=1, min_width=120
+                        )
                     self.amount = gr.Slider(
                         0,
                         1,
@@ -546,7 +552,8 @@ class _Page:
         yield from self._look(settings, request)
 
     def _look(self, settings: Any, request: gr.Request) -> Iterator[dict]:
-        boundaries, sigmas, result = self.studio.boundaries, [], None
+        boundaries, result = self.studio.boundaries, None
+        sigmas: list[float] = []
         yield {self.inside_axis: figures.time_axis(boundaries, caption="Starting"), self.inside_view: ""}
         try:
             for update in self.studio.inside(_session(request), settings):
