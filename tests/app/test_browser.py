@@ -322,7 +322,7 @@ def test_upload_of_an_adapter(visit, tmp_path):
     page.get_by_role("button", name="Add the uploaded adapter").click()
     page.wait_for_selector("text=mine is on the shelf")
     assert "uploaded by you" in page.inner_text("#lf-adapters")
-    page.get_by_role("button", name="Remove upload").click()
+    page.get_by_role("button", name="Remove mine").click()
     page.wait_for_selector("text=mine is removed")
 
 
@@ -401,7 +401,7 @@ def test_screenshots(visit, studio):
         data = page.screenshot(full_page=True)
         assert len(data) > 20_000
         if folder:
-            image = Image.open(io.BytesIO(data)).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+            image = Image.open(io.BytesIO(data)).convert("RGB").quantize(256, dither=Image.Dither.NONE)
             image.save(Path(folder, f"studio-{name}.png"), optimize=True)
 
     page = visit()
@@ -419,7 +419,7 @@ def test_screenshots(visit, studio):
     page.wait_for_selector("#lf-chatbot .bot >> text=a purple triangle")
     save(page, "chat")
     open_tab(page, "Compare")
-    page.locator("#lf-compare-prompt").locator("input, textarea").first.fill("a yellow square")
+    page.locator("#lf-compare-prompt").locator("input, textarea").first.fill("a yellow square above a red cross")
     page.get_by_label("Seed").last.fill("2")
     page.click("#lf-compare")
     page.wait_for_selector("#lf-compared >> text=Same noise")

@@ -207,7 +207,8 @@ class _Page:
         return ", ".join(map(str, own))
 
     def _own_guidance(self) -> str:
-        return f"{self.studio.pipe.model.sampling.get('guidance_scale', DEFAULT_GUIDANCE_SCALE)}"
+        own = self.studio.pipe.model.sampling.get("guidance_scale", DEFAULT_GUIDANCE_SCALE)
+        return _listed(tuple(own) if isinstance(own, list) else own)
 
     def _connect_create(self) -> None:
         form = [self.prompt, self.seed, self.steps, self.guidance, self.width, self.height, self.count, self.chosen]
@@ -528,7 +529,7 @@ class _Page:
         with gr.Row():
             self.inside_button = gr.Button("Look inside", variant="primary", elem_id="lf-look")
             self.inside_stop = gr.Button("Stop")
-        self.inside_axis = gr.HTML("")
+        self.inside_axis = gr.HTML("", elem_id="lf-inside-time")
         self.inside_view = gr.HTML(INSIDE_INTRO, elem_id="lf-inside")
 
     def _connect_inside(self) -> None:
@@ -672,7 +673,7 @@ class _Page:
                 with gr.Row():
                     self.use = gr.Button("Use it", variant="primary", min_width=100)
                     self.leave_out = gr.Button("Leave it out", min_width=110)
-                    self.forget = gr.Button("Remove upload", min_width=130)
+                    self.forget = gr.Button("Remove mine", min_width=110)
             with gr.Column(min_width=280):
                 self.files = gr.File(
                     label="Your adapter: .safetensors (and adapter_config.json)",
