@@ -1,10 +1,12 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Models by other people, as scenarios: DiT-XL/2, Sana-0.6B and Janus-Pro-1B.
+"""Models by other people, as scenarios: DiT-XL/2, Sana-0.6B, SANA-Sprint-0.6B and Janus-Pro-1B.
 
 Each is the class of diffusers or transformers at its published size, with random weights.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -16,12 +18,23 @@ from diffusers import (
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     SanaPipeline,
+    SanaSprintPipeline,
     SanaTransformer2DModel,
+    SCMScheduler,
 )
 from torch import nn
-from transformers import GenerationConfig, JanusConfig, JanusForConditionalGeneration, LogitsProcessorList
+from transformers import (
+    Gemma2Config,
+    Gemma2Model,
+    GenerationConfig,
+    JanusConfig,
+    JanusForConditionalGeneration,
+    LogitsProcessorList,
+)
 
-from .scenarios import DC_AE_F32C32, Generate, Mark, Scenario, compression_ratio, mark_after, mark_step_end
+from latte_flow_hf import LatteFlowProcessor, tiny_checkpoint
+
+from .scenarios import DC_AE_F32C32, PROMPT, Generate, Mark, Scenario, compression_ratio, mark_after, mark_step_end
 
 
 # sd-vae-ft-ema, the autoencoder of DiT.
@@ -55,6 +68,10 @@ SANA_600M = {
     "caption_channels": 2304,
     "mlp_ratio": 2.5,
 }
+# Sana_Sprint_0.6B_1024px, as in the conversion script of diffusers.
+SANA_SPRINT_600M = {**SANA_600M, "guidance_embeds": True, "qk_norm": "rms_norm_across_heads", "timestep_scale": 1000.0}
+# gemma-2-2b, whose sizes are the defaults of its configuration.
+GEMMA_2_2B: dict[str, Any] = {}
 JANUS_PRO_1B_TEXT = {
     "hidden_size": 2048,
     "intermediate_size": 5632,
@@ -108,12 +125,13 @@ class DiT(Scenario):
 
 @dataclass(frozen=True, kw_only=True)
 class Sana(Scenario):
-    """Sana-0.6B in the pipeline of diffusers, with the embeddings of a prompt of 300 tokens given."""
+    """Sana-0.6B in the pipeline of diffusers, from a prompt that its text encoder sees as 300 tokens."""
 
     kind = "sana"
-    published_sizes = {"transformer": SANA_600M, "vae": DC_AE_F32C32}
+    published_sizes = {"transformer": SANA_600M, "text_encoder": GEMMA_2_2B, "vae": DC_AE_F32C32}
     note = (
-        "without its text encoder (Gemma-2-2B, 300 tokens), which favours Sana; without the encoder of the autoencoder"
+        "small tokenizer; without the instruction that diffusers puts before a prompt by default, which favours it; "
+        "without the encoder of the autoencoder"
     )
 
     num_steps: int = 20
@@ -125,43 +143,66 @@ class Sana(Scenario):
             vae = AutoencoderDC(**self.size_of("vae"))
             sample_size = self.image_size // compression_ratio(vae)
             transformer = SanaTransformer2DModel(**self.size_of("transformer"), sample_size=sample_size)
+            text_encoder = Gemma2Model(Gemma2Config(**self.size_of("text_encoder")))
         vae.encoder = nn.Identity()
-        return {"transformer": transformer, "vae": vae}
+        return {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
 
     def step_modules(self, networks: dict[str, nn.Module]) -> list[nn.Module]:
         return [networks["transformer"]]
 
-    def prepare(self, networks: dict[str, nn.Module], compiled: bool = False) -> Generate:
-        # The scheduler of the published checkpoints.
+    def build_pipeline(self, **components: Any) -> Any:
+        """The pipeline, with the scheduler of the published checkpoints."""
         scheduler = DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
         )
-        pipe = SanaPipeline(tokenizer=None, text_encoder=None, scheduler=scheduler, **networks)
+        return SanaPipeline(scheduler=scheduler, **components)
+
+    def step_arguments(self, num_steps: int) -> dict[str, Any]:
+        """Arguments of the call that only one of the pipelines takes."""
+        return {"negative_prompt": ""}
+
+    def prepare(self, networks: dict[str, nn.Module], compiled: bool = False) -> Generate:
+        tokenizer = LatteFlowProcessor.from_pretrained(Path(tiny_checkpoint()) / "processor").tokenizer
+        pipe = self.build_pipeline(tokenizer=tokenizer, **networks)
         pipe.set_progress_bar_config(disable=True)
-        like = next(networks["transformer"].parameters())
-        prompt_embeds = torch.randn(1, 300, self.size_of("transformer")["caption_channels"]).to(like)
-        attention_mask = torch.ones(1, 300, device=like.device)
+        encode_prompt = pipe.encode_prompt
 
         def generate(num_steps: int, mark: Mark) -> torch.Tensor:
+            pipe.encode_prompt = mark_after(encode_prompt, mark, "prefill")
             images = pipe(
-                negative_prompt=None,
-                prompt_embeds=prompt_embeds,
-                prompt_attention_mask=attention_mask,
-                negative_prompt_embeds=prompt_embeds,
-                negative_prompt_attention_mask=attention_mask,
+                PROMPT,
                 height=self.image_size,
                 width=self.image_size,
                 num_inference_steps=num_steps,
                 guidance_scale=self.guidance_scale,
                 num_images_per_prompt=self.batch_size,
+                complex_human_instruction=None,
                 use_resolution_binning=False,
                 output_type="pt",
                 callback_on_step_end=mark_step_end(mark),
+                **self.step_arguments(num_steps),
             ).images
             mark("decode")
             return images
 
         return generate
+
+
+@dataclass(frozen=True, kw_only=True)
+class SanaSprint(Sana):
+    """SANA-Sprint-0.6B: Sana distilled to 1 to 4 steps, with its guidance as an input."""
+
+    kind = "sana_sprint"
+    published_sizes = {"transformer": SANA_SPRINT_600M, "text_encoder": GEMMA_2_2B, "vae": DC_AE_F32C32}
+
+    num_steps: int = 2
+
+    def build_pipeline(self, **components: Any) -> Any:
+        return SanaSprintPipeline(scheduler=SCMScheduler(), **components)
+
+    def step_arguments(self, num_steps: int) -> dict[str, Any]:
+        # The timestep between the two of the published checkpoints, which were made for two steps.
+        return {"intermediate_timesteps": 1.3 if num_steps == 2 else None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,6 +82,7 @@ def to_markdown(suite: Suite, results: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     num_rounds = max(len(measurements) for measurements in results["rounds"].values())
     loads = [item["load_average"] for measurements in results["rounds"].values() for item in measurements]
+    seconds = "Processor seconds" if suite.clock == "cpu" else "Seconds"
     columns = ["scenario", "image size", "steps", "prefill", "step", "loop", "decode", "image", "TFLOPs per image"]
     columns += ["parameters per step", "peak"]
     lines = [
@@ -91,8 +92,8 @@ def to_markdown(suite: Suite, results: dict) -> str:
         f"{environment['num_cores']} cores, {suite.dtype}, {num_rounds} round(s), load average {min(loads)} to "
         f"{max(loads)}; {versions}.",
         "",
-        "Seconds per image: median over the rounds (min to max). `~`: extrapolated from fewer steps than an image "
-        "has. Peak: memory in addition to the weights.",
+        f"{seconds} per image: median over the rounds (min to max). `~`: extrapolated from fewer steps than an "
+        "image has. Peak: memory in addition to the weights.",
         "",
         "| " + " | ".join(columns) + " |",
         "|---" * len(columns) + "|",

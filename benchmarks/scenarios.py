@@ -27,6 +27,7 @@ from latte_flow_hf import (
     LatteFlowScheduler,
     tiny_checkpoint,
 )
+from latte_flow_hf.checkpoints import few_step_checkpoint
 
 
 Mark = Callable[[str], None]
@@ -121,6 +122,11 @@ class Scenario:
         raise NotImplementedError
 
 
+def small_processor() -> Any:
+    """The processor of the embedded checkpoint, for models of all sizes."""
+    return LatteFlowProcessor.from_pretrained(Path(tiny_checkpoint()) / "processor")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatteFlow(Scenario):
     """LaTtE-Flow at the size of the paper: Qwen2-VL-2B and DC-AE f32c32, random weights.
@@ -146,9 +152,11 @@ class LatteFlow(Scenario):
 
     def build_networks(self) -> dict[str, nn.Module]:
         text, vae = self.size_of("backbone"), self.size_of("vae")
+        processor = small_processor()
         vision = {"depth": 1, "embed_dim": 64, "num_heads": 4, "hidden_size": text["hidden_size"]}
+        vision["patch_size"] = processor.image_processor.patch_size
         config = LatteFlowConfig(
-            vlm_config=Qwen2VLConfig(text_config=text, vision_config=vision),
+            vlm_config=Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=processor.image_token_id),
             num_experts=self.num_experts,
             latent_channels=vae["latent_channels"],
             residual_attention=self.residual_attention,
@@ -166,15 +174,16 @@ class LatteFlow(Scenario):
         return [*shared, *(model.tower.layers[index] for index in model.expert_layers(0))]
 
     def prepare(self, networks: dict[str, nn.Module], compiled: bool = False) -> Generate:
-        processor = LatteFlowProcessor.from_pretrained(Path(tiny_checkpoint()) / "processor")
+        processor = small_processor()
         scheduler = LatteFlowScheduler(expert_boundaries=networks["model"].config.expert_boundaries)
         pipe = LatteFlowPipeline(processor=processor, scheduler=scheduler, **networks)
         if compiled:
             pipe.compile()
         pipe.set_progress_bar_config(disable=True)
-        encode_prompt = pipe.encode_prompt
 
         def generate(num_steps: int, mark: Mark) -> torch.Tensor:
+            # Looked up in each call: `parts.py` times the method of the class.
+            encode_prompt = functools.partial(LatteFlowPipeline.encode_prompt, pipe)
             pipe.encode_prompt = mark_after(encode_prompt, mark, "prefill")  # type: ignore[method-assign]
             images = pipe(
                 PROMPT,
@@ -235,15 +244,29 @@ class Matmul(LatteFlow):
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedCheckpoint(LatteFlow):
-    """The checkpoint that the package contains, with its trained weights."""
+    """The checkpoint that the package contains, with its trained weights.
+
+    Args:
+        few_steps (`str`, *optional*): `"adapter"` for its few-step adapter, run by PEFT, `"fused"` for the same as
+            part of the weights, as with `latte-flow generate --fast`; `num_steps` must be that of the adapter.
+
+    Raises:
+        `ValueError`: if `few_steps` is another value.
+    """
 
     kind = "embedded"
     published_sizes = {}
     note = "the embedded checkpoint, trained weights"
 
+    few_steps: str | None = None
     num_experts: int = field(default=4, init=False)
     residual_attention: str | None = field(default="scores", init=False)
     image_size: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.few_steps not in (None, "adapter", "fused"):
+            raise ValueError(f"few_steps must be 'adapter', 'fused' or left out, got {self.few_steps!r}.")
 
     @property
     def family(self) -> str:
@@ -251,6 +274,11 @@ class EmbeddedCheckpoint(LatteFlow):
 
     def build_networks(self) -> dict[str, nn.Module]:
         pipe = LatteFlowPipeline.from_pretrained(tiny_checkpoint())
+        if self.few_steps is not None:
+            pipe.load_lora_weights(few_step_checkpoint())
+        if self.few_steps == "fused":
+            pipe.fuse_lora()
+            pipe.unload_lora_weights()
         return {"model": pipe.model, "vae": pipe.vae}
 
 

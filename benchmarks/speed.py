@@ -2,9 +2,12 @@
 """Speed and memory per image, compared with other models and with other configurations of this one.
 
     python -m benchmarks.speed benchmarks/suites/speed_tinyworld.yaml -o runs/speed
+    python -m benchmarks.speed benchmarks/suites/few_steps_2b.yaml --parts latte-k4-4
 
 Scenarios are measured in turn within a round, in worker processes that stay alive. Every second round runs in reverse
 order, so that a change of the machine's load over time favours none of them.
+
+`--parts` divides an image of one scenario into the functions that it runs instead.
 """
 
 import argparse
@@ -13,7 +16,7 @@ import json
 import os
 import platform
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import diffusers
@@ -25,6 +28,7 @@ from tqdm.auto import tqdm
 import latte_flow_hf
 from latte_flow_hf.files import atomic_write, read_json, write_json
 
+from .parts import parts_to_markdown, time_parts
 from .report import save_plot, summarize, to_markdown
 from .suite import Suite
 from .workers import WorkerPool
@@ -131,14 +135,23 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m benchmarks.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("suite", type=Path, help="a YAML file, such as benchmarks/suites/speed_tinyworld.yaml")
+    parser.add_argument("-o", "--output", type=Path, help="folder for results.json, results.md and results.png")
+    parser.add_argument("--parts", metavar="SCENARIO", help="print where the time of an image of this scenario goes")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, help="folder for results.json, results.md and results.png"
+        "--cpu-time", action="store_true", help="processor time of one thread, for a machine that does other work too"
     )
     options = parser.parse_args(arguments)
+    if (options.output is None) == (options.parts is None):
+        parser.error("give either --output or --parts.")
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
     try:
         suite = Suite.from_yaml(options.suite)
+        if options.cpu_time:
+            suite = replace(suite, clock="cpu", num_threads=1)
+        if options.parts is not None:
+            print(parts_to_markdown(time_parts(suite, options.parts)))
+            return
         results = run_suite(suite, options.output)
     except (ValueError, OSError) as error:
         parser.exit(1, f"Error: {error}\n")

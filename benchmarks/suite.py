@@ -9,12 +9,12 @@ import torch
 
 from latte_flow_hf.files import read_yaml
 
-from .baselines import DiT, JanusPro, Sana
+from .baselines import DiT, JanusPro, Sana, SanaSprint
 from .scenarios import EmbeddedCheckpoint, LatteFlow, Matmul, Scenario
 
 
 KINDS: dict[str, type[Scenario]] = {
-    scenario.kind: scenario for scenario in (LatteFlow, Matmul, EmbeddedCheckpoint, DiT, Sana, JanusPro)
+    scenario.kind: scenario for scenario in (LatteFlow, Matmul, EmbeddedCheckpoint, DiT, Sana, SanaSprint, JanusPro)
 }
 
 # What a ratio can compare: seconds per image, seconds per step and image (`step`), and the counts.
@@ -35,6 +35,9 @@ class Suite:
         num_warmup_calls (`int`): calls before the first measured one, in each process.
         num_threads (`int`, *optional*): of torch; its default if not given.
         device, dtype (`str`): a torch device and dtype.
+        clock (`str`):
+            `"wall"`, or `"cpu"` for the processor time of the process, which other work on the machine changes little;
+            give it one thread, since threads that wait count too.
 
     Raises:
         `ValueError`: if a value is out of range, or a name is unknown.
@@ -49,6 +52,7 @@ class Suite:
     num_threads: int | None = None
     device: str = "cpu"
     dtype: str = "float32"
+    clock: str = "wall"
 
     def __post_init__(self) -> None:
         minimums = {"num_rounds": 1, "num_measured_steps": 2, "num_warmup_calls": 1, "num_threads": 1}
@@ -66,6 +70,8 @@ class Suite:
             raise ValueError(f"device must be a device of torch such as cpu or cuda, got {self.device!r}.") from error
         if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
             raise ValueError(f"device must be cpu, or cuda if it is available, got {self.device!r}.")
+        if self.clock not in ("wall", "cpu") or (self.clock == "cpu" and device.type != "cpu"):
+            raise ValueError(f"clock must be wall, or cpu on the device cpu, got {self.clock!r} on {self.device!r}.")
         if not isinstance(self.scenarios, dict) or not self.scenarios:
             raise ValueError(f"scenarios must contain at least one scenario, got {self.scenarios!r}.")
         self.build_scenarios()

@@ -167,7 +167,8 @@ class _Worker:
         if name not in self.ready:
             self.ready[name] = self._set_up(scenario)
         info, generate = self.ready[name]
-        measurement = measure(generate, self.suite.num_steps_to_run(scenario), self.suite.device)
+        num_steps = self.suite.num_steps_to_run(scenario)
+        measurement = measure(generate, num_steps, self.suite.device, self.suite.clock)
         if measurement["peak_bytes"] is not None:
             measurement["peak_bytes"] -= self.initial_bytes + sum(self.bytes_by_pointer.values())
         return info, measurement
@@ -196,7 +197,8 @@ class _Worker:
         if scenario.compile:
             generate = scenario.prepare(networks, compiled=True)
         for _ in range(suite.num_warmup_calls):
-            images = generate(min(2, num_steps), lambda part: None)
+            # Four steps run each of four experts, and are all that a model distilled to four steps can run.
+            images = generate(min(4, num_steps), lambda part: None)
         # The speed of operations on infinite or NaN values can differ.
         assert torch.isfinite(images).all(), f"{scenario.kind} generates values that are not finite."
         return info, generate
@@ -213,10 +215,11 @@ def count_flops(generate: Generate, num_steps: int) -> dict[str, Any]:
     return _split_into_parts(marks, lambda start, end: end - start)
 
 
-def measure(generate: Generate, num_steps: int, device: str = "cpu") -> dict[str, Any]:
+def measure(generate: Generate, num_steps: int, device: str = "cpu", clock: str = "wall") -> dict[str, Any]:
     """Time one call by part and read its peak of memory.
 
-    On a GPU the marks are CUDA events; the host synchronizes only before and after the call.
+    On a GPU the marks are CUDA events; the host synchronizes only before and after the call. `clock` is that of
+    [`Suite`].
 
     Returns:
         `dict`: `prefill`, `steps` (a list with one entry per step) and `decode` in seconds, and `peak_bytes`: the most
@@ -229,7 +232,8 @@ def measure(generate: Generate, num_steps: int, device: str = "cpu") -> dict[str
         torch.cuda.synchronize(device)
         parts = _split_into_parts(marks, lambda start, end: start.elapsed_time(end) / 1000)
     else:
-        marks = _collect_marks(generate, num_steps, time.perf_counter)
+        now = time.process_time if clock == "cpu" else time.perf_counter
+        marks = _collect_marks(generate, num_steps, now)
         parts = _split_into_parts(marks, lambda start, end: end - start)
     return {**parts, "peak_bytes": _held_bytes(device, peak=True) if can_read_peak else None}
 

@@ -202,7 +202,9 @@ def _check_device(device: str | None) -> str:
     return device or available[0]
 
 
-def _load(model: str | None, device: str | None, dtype: str, lora: list[str] | None = None) -> Any:
+def _load(model: str | None, device: str | None, dtype: str, lora: list[str] | None = None, fast: bool = False) -> Any:
+    if fast and model is not None:
+        raise ValueError(f"--fast is for the embedded checkpoint, got --model {model}; give an adapter by --lora.")
     if model is not None:
         _check_source("model", model)
     import diffusers
@@ -210,14 +212,21 @@ def _load(model: str | None, device: str | None, dtype: str, lora: list[str] | N
     import transformers
 
     from latte_flow_hf import LatteFlowPipeline, tiny_checkpoint
+    from latte_flow_hf.checkpoints import few_step_checkpoint
     from latte_flow_hf.pipelines.lora import load_loras
 
     device = _check_device(device)
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
+    loras = [few_step_checkpoint()] if fast else []
+    loras += lora or []
     pipe = LatteFlowPipeline.from_pretrained(model or tiny_checkpoint(), dtype=getattr(torch, dtype))
-    if lora:
-        load_loras(pipe, lora)
+    if loras:
+        load_loras(pipe, loras)
+    if fast and not lora:
+        # As part of the weights it costs no time, while PEFT would compute it beside every linear layer.
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
     return pipe.to(device)
 
 
@@ -227,14 +236,6 @@ def _read_line() -> str:
         return input("> ").strip()
     except EOFError:
         return ""
-
-
-def _fast_lora(model: str | None, lora: list[str] | None) -> list[str]:
-    from latte_flow_hf.checkpoints import few_step_checkpoint
-
-    if model is not None:
-        raise ValueError(f"--fast is for the embedded checkpoint, got --model {model}; give an adapter by --lora.")
-    return [few_step_checkpoint(), *(lora or [])]
 
 
 @_verb
@@ -325,7 +326,6 @@ def generate(
         raise typer.BadParameter("--source goes with one prompt, not with --prompts.")
     if source is None and (mask is not None or strength is not None):
         raise typer.BadParameter("--mask and --strength go with --source.")
-    lora = _fast_lora(model, lora) if fast else lora
     call: dict[str, Any] = {
         "negative_prompt": negative_prompt,
         "height": size,
@@ -334,7 +334,9 @@ def generate(
         "guidance_scale": guidance,
     }
     if prompts is not None:
-        _generate_many(prompts, output or Path("out"), model, device, dtype, lora, seed, num_images, batch_size, call)
+        _generate_many(
+            prompts, output or Path("out"), model, device, dtype, lora, fast, seed, num_images, batch_size, call
+        )
         return
     import torch
 
@@ -346,7 +348,7 @@ def generate(
         paths = [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in range(num_images)]
     for path in paths:
         check_image_output(path)
-    pipe = _load(model, device, dtype, lora)
+    pipe = _load(model, device, dtype, lora, fast)
     call["image"] = [str(path) for path in image] if image else None
     if source is not None:
         pipe, call = _from_source(pipe, call, source, mask, strength)
@@ -382,6 +384,7 @@ def _generate_many(
     device: str | None,
     dtype: str,
     lora: list[str] | None,
+    fast: bool,
     seed: int,
     num_images: int,
     batch_size: int,
@@ -394,7 +397,7 @@ def _generate_many(
     check_image_folder(folder)
     texts = read_prompts(prompts)
     # Each process has its own accelerator, unless a device is given.
-    pipe = _load(model, "cpu" if device is None else device, dtype, lora)
+    pipe = _load(model, "cpu" if device is None else device, dtype, lora, fast)
     pipe.set_progress_bar_config(disable=True)
     num_new, num_existing = generate_images(pipe, texts, folder, seed, num_images, batch_size, device, **call)
     if PartialState().is_main_process:
@@ -588,7 +591,7 @@ def evaluate(
 
     if output is not None:
         check_output(output, replace=True)
-    pipe = _load(model, device, dtype, _fast_lora(model, lora) if fast else lora)
+    pipe = _load(model, device, dtype, lora, fast)
     pipe.set_progress_bar_config(disable=True)
     call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
     generation = tinyworld.evaluate_generation(pipe, tinyworld.generation_prompts(seed), seed, **call)

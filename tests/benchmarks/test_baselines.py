@@ -14,6 +14,9 @@ from benchmarks.suite import make_scenario
         # DiT-XL/2 has 675 M; diffusers gives each of the 28 layers an embedder of label and timestep (2.78 M).
         ("dit", "transformer", 675 + 27 * 2.78),
         ("sana", "transformer", 592),
+        ("sana_sprint", "transformer", 592),
+        # 26 layers of 77.9 M, and embeddings of 590 M.
+        ("sana", "text_encoder", 26 * 77.9 + 590),
         # 24 layers of 51.4 M, embeddings of 210 M, heads and VQ autoencoder of about 110 M.
         ("janus", "model", 24 * 51.4 + 210 + 125),
     ],

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import yaml
 from PIL import Image
 
 import latte_flow_hf
-from benchmarks import speed, workers
+from benchmarks import parts, speed, workers
 from benchmarks.report import per_image, summarize
 from benchmarks.scenarios import materialize, named_parameters
 from benchmarks.speed import run_suite
@@ -48,18 +49,18 @@ def test_every_kind_is_measured_and_reported(tiny, measured):
     assert {content["kind"] for content in tiny.scenarios.values()} == set(KINDS)
     for name in tiny.scenarios:
         measurements, info = results["rounds"][name], results["scenarios"][name]
-        assert [len(measurement["steps"]) for measurement in measurements] == [4, 4]
+        assert [len(measurement["steps"]) for measurement in measurements] == [min(4, info["num_steps"])] * 2
         assert all(seconds > 0 for measurement in measurements for seconds in measurement["steps"])
-        assert info["extrapolated"] == (name != "dit")
+        assert info["extrapolated"] == (name not in ("dit", "sana-sprint", "fused"))
         assert info["flops"]["steps"][1] > 0 and 0 < info["step_parameters"] <= info["parameters"]
         if name != "matmul-k2":
             assert all(measurement["decode"] > 0 for measurement in measurements) and info["flops"]["decode"] > 0
-    assert all(results["rounds"][name][0]["prefill"] > 0 for name in ("latte-k1", "janus", "embedded"))
+    assert all(results["rounds"][name][0]["prefill"] > 0 for name in ("latte-k1", "janus", "sana", "fused"))
 
     assert json.loads((folder / "results.json").read_text()) == results
     report = (folder / "results.md").read_text()
     assert all(report.count(f"| {name} |") == 1 for name in tiny.scenarios)
-    assert report.count("is not at its published size") == len(tiny.scenarios) - 1
+    assert report.count("is not at its published size") == len(tiny.scenarios) - 2
     assert "| loop flops | latte-k2 / latte-k1 |" in report and "at most 0.55 | yes |" in report
     assert Image.open(folder / "results.png").width > 500
     assert sorted(path.name for path in folder.iterdir()) == ["results.json", "results.md", "results.png"]
@@ -182,6 +183,18 @@ def test_seconds_per_image_are_the_sum_of_the_parts():
     assert all_steps["loop"] == 14 and all_steps["image"] == 25
 
 
+def test_processor_time_leaves_out_what_others_do():
+    """A call that waits takes time by the wall clock alone."""
+
+    def generate(num_steps, mark):
+        time.sleep(0.05)
+        mark("step")
+        mark("decode")
+
+    assert sum(workers.measure(generate, 1)["steps"]) >= 0.05
+    assert sum(workers.measure(generate, 1, clock="cpu")["steps"]) < 0.04
+
+
 def test_ratios_are_computed_within_rounds(latte):
     """Both scenarios take twice as long in the second round: the ratio is the same in both."""
     info = {"num_steps": 2, "batch_size": 1, "step_parameters": 7}
@@ -211,12 +224,14 @@ def test_ratios_are_computed_within_rounds(latte):
         ({"num_threads": 0}, "num_threads must be"),
         ({"dtype": "float31"}, "dtype must be a dtype of torch"),
         ({"device": "abacus"}, "device must be"),
+        ({"clock": "sundial"}, "clock must be wall, or cpu on the device cpu, got 'sundial'"),
         ({"scenarios": {}}, "scenarios must contain at least one"),
         ({"scenarios": {"a": {"kind": "gan"}}}, r"kind must be one of \['latte_flow', 'matmul', .*'gan'"),
         ({"scenarios": {"a": {"kind": "dit", "num_experts": 4}}}, r"fields of 'dit' are .*\['num_experts'\]"),
         ({"scenarios": {"a": {"kind": "dit", "num_steps": 0}}}, "'a': num_steps must be a positive integer, got 0"),
         ({"scenarios": {"a": {"kind": "dit", "sizes": {"x": {}}}}}, r"can name \['transformer', 'vae'\], got \['x'"),
         ({"scenarios": {"a": {"kind": "latte_flow", "num_experts": 3}}}, "num_experts must divide"),
+        ({"scenarios": {"a": {"kind": "embedded", "few_steps": 4}}}, "few_steps must be 'adapter', 'fused' or left"),
         ({"ratios": [{"quantity": "loop", "scenario": "a", "over": "latte-k1"}]}, "unknown scenario 'a'; must be one"),
         (
             {"ratios": [{"quantity": "size", "scenario": "latte-k1", "over": "latte-k1"}]},
@@ -234,6 +249,70 @@ def test_an_invalid_suite_ends_in_one_line_and_writes_nothing(changed, message, 
     with pytest.raises(SystemExit, match="1"):
         speed.main([str(suite), "-o", str(tmp_path / "out")])
     assert capsys.readouterr().err.splitlines()[-1].startswith("Error: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["suite.yaml"]
+
+
+@pytest.fixture(scope="module")
+def embedded(tiny) -> Suite:
+    few = {"kind": "embedded", "num_steps": 4, "guidance_scale": 1}
+    scenarios = {"fused": {**few, "few_steps": "fused"}, "adapter": {**few, "few_steps": "adapter"}}
+    return replace(tiny, scenarios={**scenarios, "dit": tiny.scenarios["dit"]}, ratios=[], num_rounds=1)
+
+
+def test_an_image_is_divided_into_parts(embedded):
+    """The parts are those of a whole call, and the functions are as they were afterwards."""
+    before = [vars(owner)[name] for _, functions in parts.PARTS for owner, name in functions]
+    seconds = parts.time_parts(embedded, "adapter")
+    assert list(seconds) == [*(part for part, _ in parts.PARTS), parts.REST, "image"]
+    assert all(value > 0 for value in seconds.values())
+    assert before == [vars(owner)[name] for _, functions in parts.PARTS for owner, name in functions]
+    report = parts.parts_to_markdown(seconds)
+    assert report.count("%") == len(seconds) - 1
+
+
+def test_time_is_counted_in_the_innermost_part():
+    class Clock:
+        def __init__(self):
+            self.now = 0.0
+
+        def __call__(self) -> float:
+            return self.now
+
+        def outer(self) -> None:
+            self.now += 1
+            self.inner()
+            self.now += 2
+
+        def inner(self) -> None:
+            self.now += 10
+
+    clock = Clock()
+    with parts.timed_parts((("outer", ((Clock, "outer"),)), ("inner", ((Clock, "inner"),))), clock) as seconds:
+        clock.now += 100
+        clock.outer()
+        clock.inner()
+    assert seconds == {parts.REST: 100, "outer": 3, "inner": 20}
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "message"),
+    [("dit", "cpu", r"\['fused', 'adapter'\], got 'dit'"), ("fused", "meta", "on the device cpu, got 'meta'")],
+)
+def test_parts_that_cannot_be_timed_are_refused(embedded, name, device, message):
+    suite = replace(embedded)
+    object.__setattr__(suite, "device", device)
+    with pytest.raises(ValueError, match=message):
+        parts.time_parts(suite, name)
+
+
+def test_the_command_takes_an_output_or_parts(embedded, tmp_path, capsys):
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(yaml.safe_dump({**yaml.safe_load(TINY.read_text()), "ratios": [], "num_rounds": 1}))
+    speed.main([str(suite), "--parts", "fused", "--cpu-time"])
+    assert "| layers |" in capsys.readouterr().out
+    for arguments in ([], ["--parts", "fused", "-o", str(tmp_path / "out")]):
+        with pytest.raises(SystemExit, match="2"):
+            speed.main([str(suite), *arguments])
     assert [path.name for path in tmp_path.iterdir()] == ["suite.yaml"]
 
 

@@ -8,6 +8,7 @@ import functools
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from backbones import BACKBONES, MORE_BACKBONES, image_inputs, prompt_inputs, tiny_backbone, tiny_config
 from helpers import fill, noise, same_bytes
 from transformers import (
@@ -273,6 +274,17 @@ def test_the_check_changes_no_random_numbers_and_nothing_of_the_configuration(mo
         check_backbone(config)
     assert torch.equal(torch.rand(3), expected)
     assert config.to_dict() == before and torch.get_default_dtype() == torch.float32
+
+
+def test_without_weights_inside_init_empty_weights(monkeypatch):
+    monkeypatch.setattr(modeling_latte_flow, "_CHECKED", {})
+    with init_empty_weights():
+        model = LatteFlowForConditionalGeneration(LatteFlowConfig(vlm_config=tiny_config("gemma3"), **SIZES))
+    assert all(weight.is_meta for weight in model.parameters())
+    monkeypatch.setattr(modeling_latte_flow, "_CHECKED", {})
+    monkeypatch.setattr(modeling_latte_flow, "attend_to_context", leave_out("scaling"))
+    with init_empty_weights(), pytest.raises(ValueError, match="the output of a layer"):
+        check_backbone(model.config)
 
 
 # What is refused.

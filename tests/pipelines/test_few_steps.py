@@ -2,9 +2,11 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from PIL import Image
 from typer.testing import CliRunner
 
 from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler, checkpoints, tiny_checkpoint
@@ -184,6 +186,23 @@ def test_fast_generation_needs_its_adapter(tmp_path, monkeypatch):
     assert result.exit_code == 1 and "few-step adapter of the embedded checkpoint is not in" in result.stderr
     result = CliRunner().invoke(app, ["generate", "a red circle", "--fast", "--model", "other", *output])
     assert result.exit_code == 1 and "--fast is for the embedded checkpoint" in result.stderr
+
+
+def test_fast_generation_fuses_its_adapter(tmp_path, monkeypatch):
+    """The image is that of the adapter, and no layer runs through PEFT."""
+    pipe = LatteFlowPipeline.from_pretrained(tiny_checkpoint())
+    pipe.load_lora_weights(checkpoints.few_step_checkpoint())
+    call = {"output_type": "np", "generator": torch.Generator().manual_seed(0)}
+    expected = pipe("a red circle", **call).images[0]
+    loaded = []
+    move = LatteFlowPipeline.to
+    monkeypatch.setattr(LatteFlowPipeline, "to", lambda self, *args: loaded.append(self) or move(self, *args))
+    output = tmp_path / "out.png"
+    result = CliRunner().invoke(app, ["generate", "a red circle", "--fast", "--device", "cpu", "-o", str(output)])
+    assert result.exit_code == 0, result.stderr
+    assert loaded[-1].num_timesteps == 4 and not any("lora" in name for name, _ in loaded[-1].model.named_modules())
+    found = np.asarray(Image.open(output)) / 255
+    assert np.abs(found - expected).max() <= 1 / 255
 
 
 def test_fast_generation_takes_four_evaluations(tmp_path, monkeypatch):

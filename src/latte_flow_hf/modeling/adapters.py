@@ -10,6 +10,7 @@ starts with a comment, `(?#latte_flow num_experts=4 ...)`. It matches nothing, a
 """
 
 import copy
+import functools
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from .adapter_files import DOWNLOAD_ARGUMENTS, convert_adapter_keys, infer_lora_config, read_adapter
 from .configuration_latte_flow import LatteFlowConfig
+from .module_walk import all_modules
 from .sampling import check_sampling
 
 
@@ -192,8 +194,15 @@ def adapter_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
         return
 
     for name, module in list(model.named_modules()):
-        if isinstance(module, (peft.tuners.tuners_utils.BaseTunerLayer, peft.utils.other.AuxiliaryTrainingWrapper)):
+        if _is_of_peft(type(module)):  # type: ignore[arg-type]
             yield name, module
+
+
+@functools.cache
+def _is_of_peft(module_type: type) -> bool:
+    return issubclass(
+        module_type, (peft.tuners.tuners_utils.BaseTunerLayer, peft.utils.other.AuxiliaryTrainingWrapper)
+    )
 
 
 def _method(config: "peft.PeftConfig") -> str:
@@ -500,11 +509,15 @@ class LatteFlowAdapterMixin:
         """
         if not self._peft_configs():
             return dict(self.config.sampling or {})
-        is_disabled = any(module.disable_adapters for _, module in adapter_modules(self))  # type: ignore[arg-type]
+        # The pipeline reads this in each call, so modules are not named.
+        modules: list[Any] = [module for module in all_modules(self) if _is_of_peft(type(module))]  # type: ignore[arg-type]
+        is_disabled = any(module.disable_adapters for module in modules)
+        active = set() if is_disabled else {name for module in modules for name in module.active_adapters}
         found = {
             name: sampling
-            for name in ([] if is_disabled else self.active_adapters())
-            if (sampling := read_sampling_mark(getattr(self._peft_configs()[name], "target_modules", None)))
+            for name in self._peft_configs()
+            if name in active
+            and (sampling := read_sampling_mark(getattr(self._peft_configs()[name], "target_modules", None)))
         }
         values = list(found.values())
         if any(value != values[0] for value in values[1:]):

@@ -242,7 +242,7 @@ class DecoderStates:
     @torch.no_grad()
     def of(cls, decoder_class: type[PreTrainedModel], config: PreTrainedConfig) -> "DecoderStates":
         """Run a new decoder of this class on random embeddings: with its own mask, positions and cache."""
-        decoder = decoder_class._from_config(config, attn_implementation="eager").float().eval()
+        decoder = with_weights(decoder_class._from_config(config, attn_implementation="eager").float().eval())
         generator = torch.Generator().manual_seed(0)
         for parameter in decoder.parameters():
             # Matrices keep the size of what they are multiplied with, times two: attention must not be uniform.
@@ -277,6 +277,16 @@ def small_models() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
+
+
+def with_weights(module: Any) -> Any:
+    """The same module, its parameters that are on the meta device replaced by ones on the CPU: inside of accelerate's
+    `init_empty_weights`, every new parameter is moved there."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.is_meta:
+                part._parameters[name] = nn.Parameter(torch.ones_like(parameter, device="cpu"))
+    return module
 
 
 def rotates_pairs(rotary_emb: nn.Module, kind: str) -> bool:

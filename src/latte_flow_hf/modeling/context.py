@@ -224,7 +224,7 @@ def prefill_context(
     # A cache without a configuration keeps all keys, also in layers with a sliding window.
     cache = DynamicCache()
     with _first_layers(vlm.get_decoder(), num_layers), _evaluation_mode(vlm):
-        # The whole backbone, since off-loading hooks its `forward`. The language head sees one token.
+        # The whole backbone, since off-loading hooks its `forward`. The language head sees no token.
         vlm(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -232,7 +232,7 @@ def prefill_context(
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=torch.arange(0, device=input_ids.device),
             **vision_inputs,
         )
     last_position = position_ids.amax(dim=0) if position_ids.ndim == 3 else position_ids

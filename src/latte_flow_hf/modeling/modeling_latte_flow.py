@@ -51,6 +51,7 @@ from .backbone import (
     sliding_window,
     small_models,
     tower_text_config,
+    with_weights,
 )
 from .configuration_latte_flow import LatteFlowConfig
 from .context import LatteFlowContext, prefill_context
@@ -510,7 +511,7 @@ def _check_mirrored(vlm_config: PreTrainedConfig, residual_attention: str | None
         with small_models():
             states = DecoderStates.of(type(decoder), small.text_config)
             (pairs,) = {rotates_pairs(states.decoder.rotary_emb, kind) for kind, *_ in kinds}
-            tower = LatteFlowTower(small, states.decoder, pairs)
+            tower = with_weights(LatteFlowTower(small, states.decoder, pairs))
             differences = _differences_of_layers(tower, states)
     except Exception as error:
         raise ValueError(

@@ -173,9 +173,9 @@ class LatteFlowDenoisingMixin:
             for i, (t, scheduler_t, expert) in enumerate(zip(steps.model_timesteps, steps.timesteps, experts)):
                 if self.interrupt:
                     continue
-                progress_bar.set_description(f"expert {expert} of {self.model.config.num_experts}")
                 self._current_expert = expert
                 if i == 0 or expert != experts[i - 1]:
+                    progress_bar.set_description(f"expert {expert} of {self.model.config.num_experts}")
                     first_step, last_step = i, i + experts.count(expert) - 1
                     if self.expert_offload is not None:
                         self.expert_offload.enter(expert)

@@ -1,7 +1,6 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """Off-loading that `DiffusionPipeline` does not have: one expert at a time. And what group off-loading needs."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from diffusers.utils.torch_utils import get_device
 from torch.distributed.tensor import DTensor
 
 from ..modeling.expert_offload import ExpertOffload
+from ..modeling.module_walk import all_modules
 
 
 class LatteFlowOffloadingMixin:
@@ -102,7 +102,7 @@ def has_forward_hooks(model: torch.nn.Module, casting: bool = True) -> bool:
     `casting=False`, without the hooks of layerwise casting."""
     return any(
         _has_hook(module) and (casting or "_hf_hook" in module.__dict__ or _hook_names(module) - _CASTING_HOOKS)
-        for module in _modules(model)
+        for module in all_modules(model)
     )
 
 
@@ -111,17 +111,6 @@ _CASTING_HOOKS = {"layerwise_casting", "peft_autocast_disable"}
 
 def _hook_names(module: torch.nn.Module) -> set[str]:
     return set(module._diffusers_hook.hooks)
-
-
-# Each call looks for hooks. `Module.modules()`, which composes names, and `hasattr`, which searches parameters and
-# submodules, take longer for that than a step of a small model.
-def _modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Same as `model.modules()`; a module that occurs twice is repeated."""
-    remaining = [model]
-    while remaining:
-        module = remaining.pop()
-        yield module
-        remaining += [child for child in module._modules.values() if child is not None]
 
 
 def _has_hook(module: torch.nn.Module) -> bool:
@@ -148,10 +137,14 @@ def uses_shared_state(module: torch.nn.Module) -> bool:
     This is so with expert off-loading, with hooks on `forward` (off-loading, layerwise casting), and with FSDP.
     """
     tower = getattr(module, "tower", module)
-    return getattr(tower, "expert_offload", None) is not None or any(
-        _has_hook(submodule) or any(isinstance(weight, DTensor) for weight in submodule._parameters.values())
-        for submodule in _modules(module)
-    )
+    if getattr(tower, "expert_offload", None) is not None:
+        return True
+    submodules = all_modules(module)
+    if any(_has_hook(submodule) for submodule in submodules):
+        return True
+    # Of thousands of weights there are two or three types.
+    types = {type(weight) for submodule in submodules for weight in submodule._parameters.values()}
+    return any(issubclass(weight_type, DTensor) for weight_type in types)
 
 
 def check_hooks(model: torch.nn.Module) -> None:
@@ -162,7 +155,7 @@ def check_hooks(model: torch.nn.Module) -> None:
     """
     hooks = {
         name
-        for module in _modules(model)
+        for module in all_modules(model)
         if "_diffusers_hook" in module.__dict__
         for name, hook in module._diffusers_hook.hooks.items()
         if hook._is_stateful
