@@ -2,6 +2,8 @@
 """The start of the studio, and its server without a browser."""
 
 import json
+import runpy
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -128,6 +130,18 @@ def test_bad_requests_that_pass_by_the_page_get_a_message(serve):
         assert messages[-1]["success"] and told in json.dumps(messages), data
     messages = call(client, "create", ["a red circle", "0", "2", "", None, None, 1, None, None], "good")
     assert messages[-1]["success"] and "Done: 2 steps" in json.dumps(messages)
+
+
+def test_a_copy_of_the_file_is_the_app_of_a_space(tmp_path, monkeypatch, pipeline):
+    shutil.copy(app.__file__, tmp_path / "app.py")
+    port = free_port()
+    monkeypatch.setenv("GRADIO_SERVER_PORT", str(port))
+    monkeypatch.setenv("LATTE_FLOW_MODEL", pipeline)
+    page = runpy.run_path(str(tmp_path / "app.py"))["main"](blocks_thread=False)
+    try:
+        assert "LaTtE-Flow studio" in httpx.get(f"http://127.0.0.1:{port}/").text
+    finally:
+        page.close()
 
 
 def test_without_gradio_the_extra_is_named(monkeypatch):

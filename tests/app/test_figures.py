@@ -80,6 +80,14 @@ def test_gates_are_cells_on_the_time_axis():
     assert "no gates" in figures.gate_map([report(0, [1.0])], BOUNDARIES)
 
 
+def test_experts_with_fewer_layers_leave_rows_empty():
+    two_layers = GATES.repeat(1, 2, 1)
+    reports = [report(0, [1.0, 0.875], two_layers, gate_layers=[1, 2]), report(1, [0.75, 0.5], GATES, gate_layers=[4])]
+    cells = rectangles(figures.gate_map(reports, BOUNDARIES))
+    assert len(cells) == 8 + 4 and {cell["height"] for cell in cells} == {25.0}
+    assert {cell["y"] for cell in cells if cell["x"] >= 25} == {0.0, 25.0}
+
+
 def test_parts_of_the_time():
     text = figures.time_parts(0.25, REPORTS, 0.25)
     assert [float(value) for value in re.findall(r"flex:([\d.]+)", text)] == [0.125, 0.25, 0.5, 0.125]

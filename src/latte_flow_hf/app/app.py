@@ -13,6 +13,9 @@ from typing import Any
 # Gradio asks its maker for the newest version, and reports launches, unless told not to before it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Nor does it keep a list of requests, which it would summarize after each one.
+os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"
+os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1000000000"
 
 AUTH_VARIABLE = "LATTE_FLOW_STUDIO_AUTH"
 
@@ -130,7 +133,7 @@ def launch(
     return page
 
 
-def main() -> None:
+def main(blocks_thread: bool = True) -> Any:
     """Serve the model of the environment variables; the embedded checkpoint if there is none."""
     from latte_flow_hf.checkpoints import tiny_checkpoint
     from latte_flow_hf.pipelines.pipeline_latte_flow import LatteFlowPipeline
@@ -139,12 +142,8 @@ def main() -> None:
     auth = read_auth(None)
     pipe = LatteFlowPipeline.from_pretrained(model or tiny_checkpoint())
     studio = make_studio(pipe, model or "tiny world", os.environ.get("LATTE_FLOW_ADAPTERS"))
-    launch(
-        studio,
-        os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
-        int(os.environ.get("GRADIO_SERVER_PORT", "7860")),
-        auth,
-    )
+    host, port = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
+    return launch(studio, host, port, auth, blocks_thread)
 
 
 if __name__ == "__main__":

@@ -178,23 +178,21 @@ def estimate_curve(
 def gate_map(reports: Sequence[ExpertReport], boundaries: Sequence[float]) -> str:
     """The gates of the residual attention over time, a row for each head of each layer that has a gate.
 
-    All experts have the same number of such layers, so a row shows the first one of whichever expert runs, and so on.
+    A row shows the first such layer of whichever expert runs, and so on; experts with fewer layers leave rows empty.
     """
-    gated = [report for report in reports if report.gates is not None]
+    gated = [(report, report.gates) for report in reports if report.gates is not None]
     if not gated:
         return note("This model has no residual attention between the layers of an expert, so there are no gates.")
-    first = gated[0].gates
-    assert first is not None
-    num_layers, num_heads = first.shape[1:]
-    largest = max(float(report.gates.abs().max()) for report in gated if report.gates is not None) or 1.0
+    num_layers = max(gates.shape[1] for _, gates in gated)
+    num_heads = gated[0][1].shape[2]
+    largest = max(float(gates.abs().max()) for _, gates in gated) or 1.0
     sigmas = [sigma for report in reports for sigma in report.sigmas]
     ends = dict(zip(sigmas, [*sigmas[1:], 0.0]))
     num_rows = num_layers * num_heads
     row = 100 / num_rows
     cells = []
-    for report in gated:
-        assert report.gates is not None
-        for sigma, values in zip(report.sigmas, report.gates.tolist()):
+    for report, gates in gated:
+        for sigma, values in zip(report.sigmas, gates.tolist()):
             for position, of_layer in enumerate(values):
                 for head, value in enumerate(of_layer):
                     cells.append(

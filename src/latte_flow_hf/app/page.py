@@ -18,6 +18,7 @@ from . import conversation, figures
 from .limits import read_prompt
 from .model_queue import Waiting
 from .runs import Generated, Progress
+from .shelf import CONFIG
 from .studio import Inside, Side, Studio
 
 
@@ -703,7 +704,10 @@ class _Page:
 
         def add() -> tuple[dict, str]:
             name = self.studio.add_adapter(_session(request), [str(file) for file in files])
-            return chosen, f"{name} is on the shelf. Choose a weight to use it."
+            told = f"{name} is on the shelf. Choose a weight to use it."
+            if not any(Path(file).name == CONFIG for file in files):
+                told += f" Without its {CONFIG}, its own scale may be unknown and is then taken to be 1."
+            return chosen, told
 
         return {**self._change(request, chosen, add), self.files: None}
 
