@@ -637,6 +637,45 @@ def serve(
 
 
 @_verb
+def studio(
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    adapters: Annotated[
+        Path | None, typer.Option(help="Folder of adapters that visitors can choose, each a PEFT folder.")
+    ] = None,
+    compare_with: Annotated[
+        list[str] | None, typer.Option(help="Another model for the tab Compare; may be repeated.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to serve; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve.")] = 7860,
+    auth: Annotated[
+        str | None,
+        typer.Option(
+            metavar="USER:PASSWORD",
+            help="Ask for them. Better set LATTE_FLOW_STUDIO_AUTH: other users of this machine see arguments.",
+        ),
+    ] = None,
+) -> None:
+    """Open the studio: a page in the browser for images, conversation, and what the experts do."""
+    from latte_flow_hf.app.app import check_port, launch, make_studio, read_auth
+
+    login = read_auth(auth)
+    check_port(host, port)
+    if adapters is not None and not adapters.is_dir():
+        raise ValueError(f"adapters must be a folder, and there is none at {adapters}.")
+    import gradio  # noqa: F401
+
+    from latte_flow_hf.checkpoints import few_step_checkpoint
+
+    others = {other: _load(other, device, dtype) for other in compare_with or []}
+    made = make_studio(_load(model, device, dtype), model or "tiny world", adapters, others)
+    if model is None:
+        made.shelf.add("few steps", Path(few_step_checkpoint()))
+    launch(made, host, port, login)
+
+
+@_verb
 def info(
     model: Model = None,
     check: Annotated[

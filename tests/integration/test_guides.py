@@ -95,6 +95,7 @@ PAGES: dict[str, dict[str, str]] = {
         "max_steps=600": "max_steps=2",
         "per_device_train_batch_size=64": "per_device_train_batch_size=4",
     },
+    "docs/guides/studio.md": {},
     "docs/guides/threads.md": {},
     "docs/guides/train_from_a_vlm.md": {"range(720)": "range(12)"},
     "docs/guides/train_your_own.md": {"--num-images 4": "--num-images 1"},
@@ -223,7 +224,11 @@ def run_command(line: str) -> None:
     """Run one line of an `sh` block, or check that it names what exists."""
     words = shlex.split(line, comments=True)
     program, *arguments = words
-    if program == "latte-flow":
+    if words[:2] == ["latte-flow", "studio"]:
+        # It would serve for ever.
+        options = CliRunner().invoke(app, ["studio", "--help"]).output
+        assert all(word in options.split() for word in arguments if word.startswith("--")), line
+    elif program == "latte-flow":
         if arguments == ["serve"]:
             arguments += ["--port", "0"]
         if arguments[0] in ("generate", "evaluate") and not re.search("--steps|--fast|distilled", line):
