@@ -36,6 +36,13 @@ def data_from_velocity(noisy: torch.Tensor, velocity: torch.Tensor, sigma: torch
     return noisy - _per_example(sigma, noisy) * velocity
 
 
+def guided_velocity(
+    negative_velocity: torch.Tensor, prompt_velocity: torch.Tensor, guidance_scale: float
+) -> torch.Tensor:
+    """Classifier-free guidance: v_negative + w * (v_prompt - v_negative). (Paper: the sampler.)"""
+    return negative_velocity + guidance_scale * (prompt_velocity - negative_velocity)
+
+
 def velocity_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of the velocity over all elements, in float32. (Paper: the training objective.)"""
     return nn.functional.mse_loss(predicted.float(), target.float())

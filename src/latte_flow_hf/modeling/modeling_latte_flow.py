@@ -181,6 +181,21 @@ class LatteFlowModulation:
         ]
         return LatteFlowModulation(layers, self.head[row])
 
+    @classmethod
+    def cat(cls, modulations: Sequence["LatteFlowModulation"]) -> "LatteFlowModulation":
+        """The timesteps of several modulations of one expert, one after the other: one for each image of a batch."""
+
+        def cat_layer(layers: Sequence[LatteFlowLayerModulation]) -> LatteFlowLayerModulation:
+            gates = [layer.gate for layer in layers if layer.gate is not None]
+            return LatteFlowLayerModulation(
+                torch.cat([layer.vectors for layer in layers]), torch.cat(gates) if gates else None
+            )
+
+        return cls(
+            [cat_layer(layers) for layers in zip(*(modulation.layers for modulation in modulations))],
+            torch.cat([modulation.head for modulation in modulations]),
+        )
+
 
 class LatteFlowLayer(GradientCheckpointingLayer):
     """One generation layer, in the order of the paper's figure, with its four modulation vectors a, b, c, d.

@@ -188,6 +188,27 @@ def experts_with_guidance(sampling: Mapping[str, Any], num_experts: int) -> list
     ]
 
 
+def guidance_of_steps(
+    guidance_scale: float | Sequence[float],
+    guidance_interval: tuple[float, float] | None,
+    experts: Sequence[int],
+    timesteps: Sequence[float],
+) -> list[float]:
+    """The guidance scale of each evaluation; 1.0 where it is not guided.
+
+    Args:
+        guidance_scale (`float` or `list[float]`): one, or one for each expert.
+        guidance_interval (`tuple[float, float]`, *optional*): (low, high) sigmas between which guidance is used.
+        experts (`list[int]`): the expert of each evaluation.
+        timesteps (`list[float]`): `1000 * sigma` of each evaluation.
+    """
+    low, high = (0.0, 1.0) if guidance_interval is None else guidance_interval
+    scales = [guidance_scale[expert] if isinstance(guidance_scale, Sequence) else guidance_scale for expert in experts]
+    return [
+        scale if scale > 1 and low <= timestep / 1000.0 <= high else 1.0 for scale, timestep in zip(scales, timesteps)
+    ]
+
+
 def describe_sampling(sampling: Mapping[str, Any] | None, solver: str | None = None) -> str:
     """How a checkpoint is sampled by default, in one line: `steps per expert 1, 1, 1, 1 (euler); guidance 1`."""
     sampling = sampling or {}

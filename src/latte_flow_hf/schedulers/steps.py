@@ -7,6 +7,7 @@ they would run without an error and lead to wrong images.
 """
 
 import copy
+import functools
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -207,4 +208,11 @@ def _end_of_straight_path(scheduler: Any) -> torch.Tensor:
 
 def generator_kwargs(scheduler: Any, generator: Any) -> dict[str, Any]:
     """The argument `generator` for `scheduler.step`, if it takes one: schedulers with new noise draw from it."""
-    return {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    scheduler_class: Any = type(scheduler)
+    return {"generator": generator} if _takes_generator(scheduler_class) else {}
+
+
+@functools.cache
+def _takes_generator(scheduler_class: Any) -> bool:
+    # Kept, because reading a signature takes as long as a step of the solver for one image.
+    return "generator" in inspect.signature(scheduler_class.step).parameters
