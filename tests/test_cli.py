@@ -4,14 +4,17 @@ import configparser
 import copy
 import json
 import os
+import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from typer.testing import CliRunner
@@ -546,3 +549,45 @@ def test_evaluate_reports_shares_and_writes_them(folder, tmp_path, monkeypatch):
     )
     assert measured["understanding"]["shapes"]["accuracy"] < 0.5
     assert len(measured["generation"]["one object"]["wrong"]) == 2
+
+
+# Serving.
+
+
+def test_serve_answers_until_it_is_told_to_end(folder, monkeypatch):
+    """Everything but uvicorn's own loop, which `tests/serving` runs."""
+    served = []
+
+    def run_once(web_app, listening):
+        with TestClient(web_app, base_url="http://127.0.0.1") as client:
+            assert client.get("/v1/models").status_code == 401
+            client.headers["Authorization"] = "Bearer secret"
+            served.extend(model["id"] for model in client.get("/v1/models").json()["data"])
+            body = {"prompt": "a cross", "steps": 3}
+            assert client.post("/v1/images/generations", json=body).status_code == 200
+            assert client.post("/v1/images/generations", json={**body, "steps": 5}).status_code == 400
+            assert client.post("/v1/images/generations", json={**body, "size": "128x128"}).status_code == 400
+
+    monkeypatch.setattr("latte_flow_hf.serving.server.run", run_once)
+    monkeypatch.setenv("LATTE_FLOW_API_KEY", "secret")
+    options = ("--port", "0", "--name", "tiny", "--max-steps", "4", "--max-size", "64")
+    result = run("serve", folder, *options)
+    assert result.exit_code == 0, result.output
+    assert served == ["tiny"] and re.search(r"serving tiny on http://127.0.0.1:\d+/v1", result.stdout)
+
+
+def test_serve_refuses_in_one_line(folder, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for arguments, message in (
+            (("--port", port), f"port {port} of 127.0.0.1 cannot be used"),
+            (("--port", "0", "--name", "a:b"), "model_name must not"),
+            (("--port", "0", "--api-key", ""), "api_keys must be"),
+            (("--port", "0", "--fast"), "--fast is for the embedded checkpoint"),
+            (("--port", "0", "--host", "nowhere.invalid"), "is no address of this machine"),
+        ):
+            result = run("serve", folder, *arguments)
+            assert result.exit_code == 1 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert run("serve", str(tmp_path / "missing"), "--port", "0").exit_code == 1

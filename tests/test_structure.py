@@ -18,7 +18,7 @@ LAYERS = (
     ("pipelines",),
     ("checkpoints", "cards"),
     ("training", "evaluation", "conversion"),
-    ("publishing",),
+    ("publishing", "serving", "app"),
     ("cli", "transformers_cli"),
 )
 

@@ -21,8 +21,9 @@ def few_step_checkpoint() -> str:
     folder = Path(__file__).parent / "tinyworld_few_steps"
     if not (folder / "adapter_config.json").is_file():
         raise OSError(
-            f"the few-step adapter of the embedded checkpoint is not in {folder}. It is made by `latte-flow distill "
-            "recipes/tinyworld/distill_lora.yaml`; load yours by --lora, or generate with all steps."
+            f"the few-step adapter of the embedded checkpoint is not in {folder}. It is made by `latte-flow distill` "
+            "with recipes/tinyworld/distill_lora.yaml and distill_lora_again.yaml; load yours by --lora, or generate "
+            "with all steps."
         )
     return str(folder)
 

@@ -216,9 +216,10 @@ class LatteFlowLoraMixin(LoraBaseMixin):
         self._merged_adapters = self.fused_loras
         before = self.model.config.sampling
         self.model.unload_adapters()
-        if self.model.config.sampling != before:
+        sampling = self.model.config.sampling or {}
+        if sampling != (before or {}):
             # The weights are now those of a model distilled to few steps.
-            self.scheduler = distilled_scheduler(self.scheduler, self.model.config.sampling, self.model.config)
+            self.scheduler = distilled_scheduler(self.scheduler, sampling, self.model.config)
 
     def set_lora_device(self, adapter_names: list[str], device: torch.device | str | int) -> None:
         """Refused: adapters are as small as an expert's modulation, and an adapter elsewhere could not be run."""
