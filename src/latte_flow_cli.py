@@ -563,7 +563,7 @@ def chat(
             if not conversation.say(line):
                 return
         except KeyboardInterrupt:
-            typer.echo("\nstopped; the question is forgotten.", err=True)
+            typer.echo("\nstopped; the line is forgotten.", err=True)
         except Exception as error:
             message = _user_message(error)
             if message is None:
