@@ -13,6 +13,7 @@ from latte_flow_hf.modeling.flow_matching import (
     data_from_velocity,
     draw_expert_sigmas,
     expert_of_sigma,
+    guided_velocity,
     interpolate,
     mean_velocity,
     sigmas_per_expert,
@@ -252,3 +253,10 @@ def test_sigmas_by_expert_are_even_in_each_interval():
     np.testing.assert_allclose(found.numpy(), [1.0, 0.85, 0.575, 0.1, 0.05], atol=1e-7)
     assert sigmas_per_expert(UNEVEN, [1, 1, 1, 1]).tolist() == pytest.approx(UNEVEN[:-1])
     assert found.dtype == torch.float32
+
+
+def test_guidance_extrapolates_from_the_negative_prompt():
+    negative, prompt = torch.tensor([1.0, -2.0]), torch.tensor([2.0, 0.0])
+    assert guided_velocity(negative, prompt, 1.0).tolist() == prompt.tolist()
+    assert guided_velocity(negative, prompt, 0.0).tolist() == negative.tolist()
+    assert guided_velocity(negative, prompt, 4.0).tolist() == [5.0, 6.0]
