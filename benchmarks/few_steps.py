@@ -2,11 +2,11 @@
 """How many evaluations of the model an image needs: solvers and allocations of steps, compared by accuracy.
 
     python benchmarks/few_steps.py -o outputs/few_steps.json
-    python benchmarks/few_steps.py -o outputs/distilled.json --distilled FULL --lora ADAPTER
+    python benchmarks/few_steps.py -o outputs/distilled.json --distilled FULL --lora ADAPTER --figure few_steps.svg
 
 Every row generates images for the same prompts from the same noise; the oracle of the tiny world checks them. With
 `--distilled` or `--lora`, models that were distilled to few steps are compared with the guided checkpoint at 40, 20
-and 10 steps, also in time and in the diversity of the images of a prompt, and a plot is written beside the JSON file.
+and 10 steps, also in time and in the diversity of the images of a prompt; `--figure` plots them.
 """
 
 import argparse
@@ -175,8 +175,8 @@ def distilled_as_markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def plot_distilled(rows: list[dict], output: Path) -> None:
-    """Accuracy against evaluations, and against seconds, as `output` with the extension png."""
+def plot_distilled(rows: list[dict], path: Path) -> None:
+    """Accuracy against evaluations, and against seconds per image."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout="constrained")
@@ -189,7 +189,7 @@ def plot_distilled(rows: list[dict], output: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("correct images, %")
     axes[0].legend()
-    figure.savefig(output.with_suffix(".png"), dpi=150)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -201,13 +201,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--distilled", action="append", default=[], help="Folder of a distilled pipeline; repeatable.")
     parser.add_argument("--lora", action="append", default=[], help="Few-step adapter of the model; repeatable.")
+    parser.add_argument("--figure", type=Path, default=None, help="File for a plot of the distilled models.")
     parser.add_argument("--device", default=None, help="Such as cuda; the CPU if left out.")
     parser.add_argument("--batch-size", type=int, default=50, help="Images generated at once.")
     options = parser.parse_args()
     if options.distilled or options.lora:
         distilled_rows = compare_distilled(options)
         print(distilled_as_markdown(distilled_rows))
-        plot_distilled(distilled_rows, options.output)
+        if options.figure is not None:
+            plot_distilled(distilled_rows, options.figure)
         return
     pipe = load(options.model or tiny_checkpoint(), options.device)
     prompts = generation_prompts(options.seed)

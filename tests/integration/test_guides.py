@@ -7,6 +7,7 @@ what they name must exist. `text` blocks do not run: they need several GPUs or m
 are not code.
 """
 
+import ast
 import configparser
 import json
 import re
@@ -52,6 +53,9 @@ PAGES: dict[str, dict[str, str]] = {
     "README.md": {"--output my-checkpoint": "--output my-checkpoint --work-dir runs/readme"},
     "docs/index.md": {},
     "docs/start.md": {"latent_channels=32": "latent_channels=4", "recipe.yaml": "recipes/text_to_image_folder.yaml"},
+    "docs/settings.md": {},
+    "docs/troubleshooting.md": {},
+    "docs/contributing.md": {},
     "docs/tinyworld.md": {},
     "docs/benchmarks.md": {},
     "docs/departures.md": {},
@@ -91,6 +95,7 @@ PAGES: dict[str, dict[str, str]] = {
         "max_steps=600": "max_steps=2",
         "per_device_train_batch_size=64": "per_device_train_batch_size=4",
     },
+    "docs/guides/studio.md": {},
     "docs/guides/threads.md": {},
     "docs/guides/train_from_a_vlm.md": {"range(720)": "range(12)"},
     "docs/guides/train_your_own.md": {"--num-images 4": "--num-images 1"},
@@ -167,6 +172,7 @@ def furnished(model, make_model, backbone, processor, vae, tmp_path_factory) -> 
     for name, replaced in {
         "tinyworld/distill": {},
         "tinyworld/distill_lora": {},
+        "tinyworld/distill_lora_again": {},
         "text_to_image_folder": {"path/to/pipeline": "with-code", "path/to/images": "images-of-recipe"},
         "imagenet256": {**LOCAL, "path: ILSVRC/imagenet-1k": "path: imagefolder\n    data_dir: classes"},
     }.items():
@@ -218,7 +224,11 @@ def run_command(line: str) -> None:
     """Run one line of an `sh` block, or check that it names what exists."""
     words = shlex.split(line, comments=True)
     program, *arguments = words
-    if program == "latte-flow":
+    if words[:2] == ["latte-flow", "studio"]:
+        # It would serve for ever.
+        options = CliRunner().invoke(app, ["studio", "--help"]).output
+        assert all(word in options.split() for word in arguments if word.startswith("--")), line
+    elif program == "latte-flow":
         if arguments == ["serve"]:
             arguments += ["--port", "0"]
         if arguments[0] in ("generate", "evaluate") and not re.search("--steps|--fast|distilled", line):
@@ -283,6 +293,30 @@ def test_answers_in_the_guide_to_images(workplace, capsys):
             exec(compile(block, "images_in_prompts.md", "exec"), names)
     printed = capsys.readouterr().out
     assert "a red circle\nred\n" in printed and "[ 1,  4, 12]" in printed
+
+
+def messages_of_the_source() -> list[str]:
+    """All strings of the package, without what is filled in."""
+    found = []
+    for path in [*(ROOT / "src").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
+                found.append("".join(map(str, parts)))
+    return found
+
+
+def test_messages_of_the_troubleshooting_page_exist():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    shown = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
+    assert len(shown) > 25 and len(shown) == len(set(shown))
+    messages = messages_of_the_source()
+    for message in shown:
+        parts = [part.strip() for part in message.replace("``", "`").split("...")]
+        pattern = re.compile(".*".join(map(re.escape, parts)), re.DOTALL)
+        assert any(pattern.search(text) for text in messages), message
 
 
 def test_all_extras_are_documented():

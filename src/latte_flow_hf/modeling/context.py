@@ -177,12 +177,10 @@ def warn_of_long_prompts(
 
 def warn_of_unknown_words(conversations: list[list[dict]], trained_words: Collection[str] | None) -> None:
     """Warn once of words that a model of a small world never learned; `None` as its words is no small world."""
-    if trained_words is None:
-        return
     texts = [part.get("text", "") for messages in conversations for message in messages for part in message["content"]]
-    words = dict.fromkeys(word for text in texts for word in re.findall(r"\w+", text.lower()))
-    unknown = [word for word in words if word not in trained_words]
+    unknown = unknown_words(texts, trained_words)
     if unknown:
+        assert trained_words is not None
         _warn_once(
             f"The model never learned the words {unknown}: expect a wrong answer or image. It knows "
             f"{', '.join(sorted(trained_words))}."
@@ -193,6 +191,12 @@ def warn_of_unknown_words(conversations: list[list[dict]], trained_words: Collec
 def _warn_once(message: str) -> None:
     """`logger.warning_once` keeps every message for ever, and these are made of the words of users."""
     logger.warning(message)
+
+
+def unknown_words(texts: list[str], trained_words: Collection[str] | None) -> list[str]:
+    """The words of `texts` that a model of a small world never learned; none if `trained_words` is `None`."""
+    words = dict.fromkeys(word for text in texts for word in re.findall(r"\w+", text.lower()))
+    return [] if trained_words is None else [word for word in words if word not in trained_words]
 
 
 def prefill_context(

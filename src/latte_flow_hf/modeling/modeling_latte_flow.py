@@ -831,6 +831,8 @@ class LatteFlowForConditionalGeneration(
         generator: torch.Generator | None = None,
         states: torch.Tensor | None = None,
         sigmas: Sequence[float] | None = None,
+        negative_context: LatteFlowContext | Mapping[str, Any] | None = None,
+        guidance_scale: float | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -854,6 +856,9 @@ class LatteFlowForConditionalGeneration(
             states, sigmas (*optional*):
                 States of a teacher's trajectories, in place of `latents`, see
                 [`~LatteFlowForConditionalGeneration.trajectory_loss`].
+            negative_context, guidance_scale (*optional*):
+                With `latents`, the guidance that the weights shall contain, see
+                [`~LatteFlowForConditionalGeneration.flow_loss`].
 
         Raises:
             `ValueError`: if `latents` or `states` do not fit the model or the number of prompts, `noise` has another
@@ -892,7 +897,9 @@ class LatteFlowForConditionalGeneration(
             return self.vlm(labels=labels, **inputs)
         prompts = inputs if context is None else context
         if latents is not None:
-            flow_loss, expert_losses = self.flow_loss(latents, prompts, noise, generator)
+            flow_loss, expert_losses = self.flow_loss(
+                latents, prompts, noise, generator, negative_context, guidance_scale
+            )
         else:
             assert states is not None
             flow_loss, expert_losses = self.trajectory_loss(states, sigmas, prompts, generator)
