@@ -102,6 +102,11 @@ def read_sampling_mark(target_modules: Any) -> dict[str, Any] | None:
     return None if match is None else json.loads(match[1])
 
 
+def remove_sampling_mark(target_modules: Any) -> Any:
+    """`target_modules` without what `sampling_mark` wrote."""
+    return _SAMPLING_MARK.sub("", target_modules) if isinstance(target_modules, str) else target_modules
+
+
 def check_adapter(config: LatteFlowConfig, target_modules: Any, name: str) -> None:
     """Refuse an adapter of another model: its layers would be those of other experts, or of other sizes.
 

@@ -8,7 +8,6 @@ boundaries, the expert of each step, a number of steps for each expert, shares o
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -95,9 +94,9 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
                 f"solver must be one of {list(SOLVERS)}, got {solver!r}. For others, give the pipeline a scheduler of "
                 "diffusers, e.g. UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type='flow_prediction')."
             )
-        if not isinstance(num_train_timesteps, Integral) or num_train_timesteps < 1:
+        if not isinstance(num_train_timesteps, (int, np.integer)) or num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps must be a positive whole number, got {num_train_timesteps!r}.")
-        if not isinstance(shift, Real) or not 0 < shift < math.inf:
+        if not isinstance(shift, (int, float, np.number)) or not 0 < shift < math.inf:
             raise ValueError(f"shift must be a positive number, got {shift!r}.")
         boundaries = uniform_boundaries(4) if expert_boundaries is None else list(expert_boundaries)
         self.register_to_config(expert_boundaries=check_boundaries(boundaries, len(boundaries) - 1))

@@ -26,12 +26,13 @@ from ..modeling.adapters import sampling_mark
 from ..modeling.configuration_latte_flow import LatteFlowConfig
 from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from ..modeling.processing_latte_flow import LatteFlowProcessor
+from ..modeling.sampling import DEFAULT_GUIDANCE_SCALE, experts_with_guidance
 from ..pipelines.fingerprint import pipeline_fingerprint
 from ..pipelines.loading import check_autoencoder
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
 from ..schedulers.steps import distilled_scheduler
-from .adapters import expert_lora_config, set_trainable
+from .adapters import expert_lora_config, read_starting_weights, set_trainable
 from .cache import CachedContexts, CachedImageDataset, build_cache
 from .callbacks import (
     CheckpointCallback,
@@ -46,6 +47,7 @@ from .collator import ConversationCollator, ImagePromptEncoder, PromptTokenizer,
 from .data import (
     CaptionedImageDataset,
     CaptionedImageStream,
+    ConversationDataset,
     DataSettings,
     ImageRows,
     UnreadableImages,
@@ -54,7 +56,13 @@ from .data import (
 )
 from .recipe import DistillationSettings, ModelSettings, Recipe, ValidationSettings
 from .sharding import UnshardedBackboneCallback, check_sharding, full_tensor, is_sharded, save_sharded_pipeline
-from .trajectories import TrajectoryCollator, TrajectoryDataset, build_trajectories, trajectory_sigmas
+from .trajectories import (
+    TrajectoryCollator,
+    TrajectoryDataset,
+    build_trajectories,
+    student_new_noise,
+    trajectory_sigmas,
+)
 from .working_folder import RUN_FILE, check_run, lock_folder
 
 
@@ -116,7 +124,11 @@ def _train(
         "recipe": recipe.model_dump(mode="json"),
         "starting_model": pipeline_fingerprint(pipe),
         # Conversations of the tiny world have none: the recipe decides them.
-        "data": {name: data.fingerprint for name, data in sections.items() if hasattr(data, "fingerprint")},
+        "data": {
+            name: data.fingerprint
+            for name, data in sections.items()
+            if isinstance(data, (ImageRows, ConversationDataset))
+        },
     }
     if resume_from is not None:
         check_run(resume_from, run, arguments.max_steps, allow_changes)
@@ -129,6 +141,9 @@ def _train(
     pipe.to(arguments.device)
     dataset: Dataset
     collator: Any
+    if recipe.lora is not None:
+        # An error before the data are prepared.
+        load_lora(recipe.lora, pipe.model)
     if recipe.distillation is not None:
         # Of the model without an adapter, so that runs with and without one can share the trajectories.
         dataset, collator = load_trajectories(recipe, recipe.distillation, pipe, rows, work_dir, unreadable)
@@ -298,7 +313,8 @@ def load_pipeline(settings: ModelSettings) -> LatteFlowPipeline:
 
 
 def prepare_model(recipe: Recipe, pipe: LatteFlowPipeline) -> Any:
-    """Make trainable what the recipe names; with `distillation`, the pipeline is then sampled with few steps.
+    """Make trainable what the recipe names; the pipeline is then sampled as the result shall be: with few steps after
+    `distillation`, without guidance if it is in the weights.
 
     Returns:
         `pipe.model`, or the `PeftModel` around it.
@@ -308,18 +324,39 @@ def prepare_model(recipe: Recipe, pipe: LatteFlowPipeline) -> Any:
     """
     model = pipe.model
     if recipe.lora is not None:
-        from peft import get_peft_model
+        from peft import get_peft_model, set_peft_model_state_dict
 
-        config = expert_lora_config(model, **recipe.lora)
+        config, weights = load_lora(recipe.lora, model)
+        experts, sampling = sorted(set(recipe.lora["experts"])), None
         if recipe.distillation is not None:
-            sampling = student_sampling(recipe.distillation, sorted(set(recipe.lora["experts"])))
+            sampling = student_sampling(recipe.distillation, experts, pipe)
+        elif recipe.folded_guidance_scale is not None:
+            sampling = guided_sampling(recipe.folded_guidance_scale, experts, pipe)
+        if sampling is not None:
             config.target_modules = f"{sampling_mark(model.config, sampling)}{config.target_modules}"
-        return get_peft_model(model, config)
+        peft_model = get_peft_model(model, config)
+        if weights is not None:
+            set_peft_model_state_dict(peft_model, weights)
+        return peft_model
     set_trainable(model, recipe.trainable)
+    if recipe.folded_guidance_scale is not None:
+        model.config.sampling = guided_sampling(recipe.folded_guidance_scale, model.training_experts, pipe)
     if recipe.distillation is not None:
-        model.config.sampling = student_sampling(recipe.distillation, model.training_experts)
+        model.config.sampling = student_sampling(recipe.distillation, model.training_experts, pipe)
         pipe.scheduler = distilled_scheduler(pipe.scheduler, model.config.sampling, model.config)
     return model
+
+
+def load_lora(settings: dict, model: LatteFlowForConditionalGeneration) -> tuple[Any, dict | None]:
+    """The configuration of the adapter to train, and the weights it starts from, if they are given.
+
+    Raises:
+        `ValueError`: if an expert does not exist, a setting cannot be used, or the weights do not fit.
+        `OSError`: if a file of the weights is missing or damaged.
+    """
+    config = expert_lora_config(model, **{name: value for name, value in settings.items() if name != "weights"})
+    source = settings.get("weights")
+    return config, None if source is None else read_starting_weights(source, config)
 
 
 def load_trajectories(
@@ -338,14 +375,20 @@ def load_trajectories(
     """
     data = rows.settings
     folder = work_dir / "trajectories" if data.cache is None else Path(data.cache)
-    teacher = pipe
-    if settings.teacher is not None or settings.teacher_lora is not None:
-        source = {"pipeline": settings.teacher or recipe.model.pipeline}
-        teacher = load_pipeline(recipe.model.model_copy(update=source)).to(pipe.device)
-        teacher.set_progress_bar_config(disable=True)
-        if settings.teacher_lora is not None:
-            teacher.load_lora_weights(settings.teacher_lora)
-    build_trajectories(folder, teacher, pipe, rows, settings, recipe.seed, unreadable, data.cache_contexts)
+
+    def load(source: str | None, lora: str | None) -> LatteFlowPipeline | None:
+        if source is None and lora is None:
+            return None
+        model = recipe.model.model_copy(update={"pipeline": source or recipe.model.pipeline})
+        other = load_pipeline(model).to(pipe.device)
+        other.set_progress_bar_config(disable=True)
+        if lora is not None:
+            other.load_lora_weights(lora)
+        return other
+
+    teacher = load(settings.teacher, settings.teacher_lora) or pipe
+    earlier = load(settings.student, settings.student_lora)
+    build_trajectories(folder, teacher, pipe, rows, settings, recipe.seed, unreadable, data.cache_contexts, earlier)
     num_trajectories = settings.num_trajectories or len(rows.dataset)
     dataset = TrajectoryDataset(folder, num_trajectories, settings.batch_size, recipe.seed)
     encoder = ImagePromptEncoder(pipe, data.encode_batch_size)
@@ -354,7 +397,7 @@ def load_trajectories(
     return dataset, TrajectoryCollator(contexts, sigmas)
 
 
-def student_sampling(settings: DistillationSettings, experts: list[int]) -> dict[str, Any]:
+def student_sampling(settings: DistillationSettings, experts: list[int], pipe: LatteFlowPipeline) -> dict[str, Any]:
     """How the student is sampled, see [`modeling.sampling.check_sampling`]. Experts that are not distilled keep the
     steps and the guidance of the teacher."""
     num_experts = len(settings.teacher_steps)
@@ -362,10 +405,43 @@ def student_sampling(settings: DistillationSettings, experts: list[int]) -> dict
     scales = scale if isinstance(scale, list) else [scale] * num_experts
     is_distilled = [expert in experts for expert in range(num_experts)]
     steps = zip(is_distilled, settings.student_steps, settings.teacher_steps)
+    shares = student_new_noise(settings, pipe)
+    new_noise = [share if distilled else 0.0 for distilled, share in zip(is_distilled, shares)]
     return {
         "steps_per_expert": [few if distilled else many for distilled, few, many in steps],
         "guidance_scale": 1.0 if all(is_distilled) else [1.0 if d else own for d, own in zip(is_distilled, scales)],
         "distilled_experts": list(experts),
+        **({"new_noise": new_noise} if any(new_noise) else {}),
+    }
+
+
+def guided_sampling(scale: float, experts: list[int], pipe: LatteFlowPipeline) -> dict[str, Any]:
+    """How a model is sampled whose `experts` were trained with guidance in their weights. The others keep the guidance
+    of the model.
+
+    Raises:
+        `ValueError`: if the weights contain guidance already.
+    """
+    num_experts, sampling = pipe.model.config.num_experts, pipe.model.sampling
+    guided = [expert for expert in experts_with_guidance(sampling, num_experts) if expert in experts]
+    if guided:
+        raise ValueError(
+            f"folded_guidance_scale: experts {guided} of the model were trained or distilled with guidance in their "
+            "weights already; start from a model that is sampled with guidance."
+        )
+    if len(experts) == num_experts:
+        return {**sampling, "guidance_scale": 1.0, "folded_guidance_scale": scale}
+    own, folded = (
+        value if isinstance(value, list) else [value] * num_experts
+        for value in (
+            sampling.get("guidance_scale", DEFAULT_GUIDANCE_SCALE),
+            sampling.get("folded_guidance_scale", 1.0),
+        )
+    )
+    return {
+        **sampling,
+        "guidance_scale": [1.0 if expert in experts else own[expert] for expert in range(num_experts)],
+        "folded_guidance_scale": [scale if expert in experts else folded[expert] for expert in range(num_experts)],
     }
 
 
@@ -408,7 +484,14 @@ def load_data(
             "conversation_collator": ConversationCollator(pipe.processor),
             "conversation_share": recipe.understanding.share,
         }
-    return dataset, TextToImageCollator(contexts, recipe.prompt_dropout, encoder.latents, **understanding)
+    collator = TextToImageCollator(
+        contexts,
+        recipe.prompt_dropout,
+        encoder.latents,
+        **understanding,
+        folded_guidance_scale=recipe.folded_guidance_scale,
+    )
+    return dataset, collator
 
 
 def load_validation_rows(recipe: Recipe, validation: ValidationSettings, pipe: LatteFlowPipeline) -> ImageRows:
@@ -470,8 +553,11 @@ def save_result(pipe: LatteFlowPipeline, peft_model: Any, output_dir: Path, orig
             if sharded:
                 trained = {name: weight for name, weight in peft_model.named_parameters() if weight.requires_grad}
                 weights = {name: full_tensor(weight) for name, weight in trained.items()}
+            # Don't store local paths: PEFT writes that of the base model into the configuration and the model card.
+            base = peft_model.get_base_model()
+            if Path(base.name_or_path).is_dir():
+                base.name_or_path = base.config.name_or_path = ""
             for config in peft_model.peft_config.values():
-                # Don't store local paths.
                 if Path(config.base_model_name_or_path or "").is_dir():
                     config.base_model_name_or_path = None
             if process.is_main_process:
