@@ -855,10 +855,10 @@ class LatteFlowForConditionalGeneration(
             generator (`torch.Generator`, *optional*): source of the noise and the timesteps.
             states, sigmas (*optional*):
                 States of a teacher's trajectories, in place of `latents`, see
-                [`~LatteFlowForConditionalGeneration.trajectory_loss`].
+                [`~LatteFlowLossMixin.trajectory_loss`].
             negative_context, guidance_scale (*optional*):
                 With `latents`, the guidance that the weights shall contain, see
-                [`~LatteFlowForConditionalGeneration.flow_loss`].
+                [`~LatteFlowLossMixin.flow_loss`].
 
         Raises:
             `ValueError`: if `latents` or `states` do not fit the model or the number of prompts, `noise` has another

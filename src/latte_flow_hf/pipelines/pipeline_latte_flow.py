@@ -672,7 +672,7 @@ class LatteFlowPipeline(
             return encode_pixels(self.vae, pixels)
 
     def chat(self, messages: str | list[dict], images: Any = None, **kwargs: Any) -> str:
-        """Ask the model about images or anything else. Same as [`LatteFlowForConditionalGeneration.chat`], with the
+        """Ask the model about images or anything else. Same as [`~LatteFlowGenerationMixin.chat`], with the
         pipeline's processor and device."""
         self._require("processor")
         with one_thread_at_a_time(self.model, self.vae):

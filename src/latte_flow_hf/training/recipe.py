@@ -302,7 +302,7 @@ class DistillationSettings(Settings):
     """The section `distillation`: a student with few steps learns the trajectories of a teacher.
 
     The student's velocity at the start of a step is regressed on the one that leads to the end of the step in the
-    teacher's own guided trajectory, see [`~LatteFlowForConditionalGeneration.trajectory_loss`]. Only the prompts of
+    teacher's own guided trajectory, see [`~LatteFlowLossMixin.trajectory_loss`]. Only the prompts of
     the section `data` are used, not its images; its `cache` is the folder of the trajectories and contexts, by default
     `trajectories` in the working folder.
 
