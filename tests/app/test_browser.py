@@ -297,7 +297,7 @@ def test_compare_and_adapters(visit, studio):
     open_tab(page, "Compare")
     page.locator("#lf-compare-prompt").locator("input, textarea").first.fill("a white cross")
     page.click("#lf-compare")
-    page.wait_for_selector("#lf-compared >> text=Same noise")
+    page.wait_for_selector("#lf-compared .lf-pair")
     text = page.inner_text("#lf-compared")
     assert "40 steps" in text and "4 steps, few steps x 1" in text
     open_tab(page, "Adapters")
@@ -385,7 +385,7 @@ def test_accessibility_and_width(visit, options):
         if name == "Compare":
             page.locator("#lf-compare-prompt").locator("input, textarea").first.fill("a white cross")
             page.click("#lf-compare")
-            page.wait_for_selector("#lf-compared >> text=Same noise")
+            page.wait_for_selector("#lf-compared .lf-pair")
         page.wait_for_timeout(500)
         assert faults(page) == [], name
         width, inner = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
@@ -422,7 +422,7 @@ def test_screenshots(visit, studio):
     page.locator("#lf-compare-prompt").locator("input, textarea").first.fill("a yellow square above a red cross")
     page.get_by_label("Seed").last.fill("2")
     page.click("#lf-compare")
-    page.wait_for_selector("#lf-compared >> text=Same noise")
+    page.wait_for_selector("#lf-compared .lf-pair")
     save(page, "compare")
     open_tab(page, "Adapters")
     page.get_by_label("Weight").fill("1, 1, 0.5, 1")

@@ -107,7 +107,7 @@ def test_texts_of_visitors_are_text():
     for text in (figures.alert("<script>"), figures.note("<script>")):
         assert "<script>" not in text and "&lt;script&gt;" in text
     assert '"x" onload' not in figures.picture(Image.new("RGB", (1, 1)), '"x" onload')
-    adapter = Adapter("<img>", "", "LORA", (1,), False, 1234, "4 steps")
+    adapter = Adapter("<img>", "", "LORA", (1,), False, 1234, "0" * 64, "4 steps")
     cards = figures.adapter_cards([adapter], {"<img>": (0.0, 0.5)}, 2)
     assert "<img>" not in cards and "1,234" in cards and "<b>0.5</b>" in cards
     assert cards.count("lf-touched") == 1

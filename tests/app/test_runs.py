@@ -14,6 +14,7 @@ from latte_flow_hf import LatteFlowScheduler
 from latte_flow_hf.app.limits import ImageSettings
 from latte_flow_hf.app.model_queue import Job, StoppedError
 from latte_flow_hf.app.runs import Progress, generate, initial_noise
+from latte_flow_hf.pipelines.image_metadata import read_metadata, record_pipeline
 
 
 SETTINGS = ImageSettings("a red circle", seed=7, steps=5)
@@ -99,24 +100,34 @@ def test_a_stopped_job_ends_within_a_step(pipe):
 
 
 def test_the_file_holds_what_makes_it_again(noisy_pipe):
-    settings = replace(SETTINGS, variation=0.25, variation_seed=11, guidance=(2.0, 1.0))
-    result, _ = run(noisy_pipe, settings)
+    settings = replace(SETTINGS, guidance=(2.0, 1.0))
+    result, _ = run(noisy_pipe, settings, record=record_pipeline(noisy_pipe))
     image = Image.open(io.BytesIO(result.png()))
     assert np.array_equal(image.convert("RGB"), result.image)
-    text = json.loads(image.text["latte_flow"])
-    assert text["model"] == "random" and text["scheduler"].startswith("LatteFlowScheduler")
-    again = ImageSettings(
-        **{
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in text.items()
-            if key in ImageSettings.__dataclass_fields__
-        }
-    )
+    found = read_metadata(image)
+    again = noisy_pipe(
+        found.prompt,
+        num_inference_steps=found.num_inference_steps,
+        guidance_scale=list(found.guidance_scale),
+        generator=torch.Generator().manual_seed(found.seed),
+    ).images[0]
+    assert np.array_equal(again, result.image)
+
+
+def test_the_file_of_a_variation_does_not_pass_for_the_other(noisy_pipe):
+    settings = replace(SETTINGS, variation=0.25, variation_seed=11, guidance=(2.0, 1.0))
+    result, _ = run(noisy_pipe, settings, record=record_pipeline(noisy_pipe))
+    image = Image.open(io.BytesIO(result.png()))
+    with pytest.raises(ValueError):
+        read_metadata(image)
+    text = json.loads(image.text["latte_flow_studio"])
+    assert text.pop("model") == "random"
+    again = ImageSettings(**{key: tuple(value) if isinstance(value, list) else value for key, value in text.items()})
     assert again == settings
     assert np.array_equal(run(noisy_pipe, again)[0].image, result.image)
 
 
 def test_prompts_of_any_characters_fit_into_the_file(pipe):
     prompt = 'ein rötlicher „Kreis" <b>\n日本 \U0001f600'
-    result, _ = run(pipe, replace(SETTINGS, prompt=prompt, steps=1))
-    assert json.loads(Image.open(io.BytesIO(result.png())).text["latte_flow"])["prompt"] == prompt
+    result, _ = run(pipe, replace(SETTINGS, prompt=prompt, steps=1), record=record_pipeline(pipe))
+    assert read_metadata(io.BytesIO(result.png())).prompt == prompt

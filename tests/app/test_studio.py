@@ -6,7 +6,10 @@ import threading
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from typer.testing import CliRunner
 
+from latte_flow_cli import app as command
 from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler
 from latte_flow_hf.app.conversation import user_turn
 from latte_flow_hf.app.model_queue import Waiting
@@ -162,3 +165,14 @@ def test_the_position_is_told_to_who_waits(studio):
     assert next(second) == Waiting(1)
     first.close()
     assert len(images(second)) == 1
+
+
+def test_the_command_repeats_an_image_of_the_studio(pipeline, tmp_path):
+    pipe = LatteFlowPipeline.from_pretrained(pipeline)
+    studio = Studio(pipe, "random")
+    (one,) = images(studio.create("me", [studio.settings("a red circle", "5", "2, 1", "2, 1")]))
+    (tmp_path / "first.png").write_bytes(one.png())
+    arguments = ["generate", "--like", str(tmp_path / "first.png"), "--model", pipeline, "--device", "cpu"]
+    outcome = CliRunner().invoke(command, [*arguments, "-o", str(tmp_path / "again.png")])
+    assert outcome.exit_code == 0, outcome.output
+    assert np.array_equal(Image.open(tmp_path / "again.png"), one.image)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image, PngImagePlugin
 
-from ..version import __version__
+from ..pipelines.image_metadata import ImageMetadata, PipelineRecord, record_call, write_metadata
 from .limits import ImageSettings
 from .model_queue import Job
 from .trace import Trace
@@ -52,7 +52,7 @@ class Generated:
         sigmas (`tuple[float, ...]`): of its evaluations.
         experts (`tuple[int, ...]`): of its evaluations.
         model (`str`): what the model is called.
-        solver (`str`): of the scheduler.
+        metadata ([`ImageMetadata`], *optional*): what `latte-flow generate --like` repeats.
     """
 
     image: Image.Image
@@ -61,25 +61,21 @@ class Generated:
     sigmas: tuple[float, ...]
     experts: tuple[int, ...]
     model: str
-    solver: str
+    metadata: ImageMetadata | None
 
     def png(self) -> bytes:
-        """The image as a PNG file, with the settings in its text chunk `latte_flow`, as JSON."""
-        settings = {name: value for name, value in asdict(self.settings).items() if value not in (None, ())}
-        if not self.settings.variation:
-            settings = {name: value for name, value in settings.items() if not name.startswith("variation")}
-        text = {
-            **settings,
-            "model": self.model,
-            "scheduler": self.solver,
-            "num_evaluations": len(self.sigmas),
-            "latte_flow_hf": __version__,
-        }
-        info = PngImagePlugin.PngInfo()
-        info.add_itxt("latte_flow", json.dumps(text))
-        info.add_itxt("parameters", self.settings.prompt)
+        """The image as a PNG file that says how it was made.
+
+        That of a variation has its settings in a text chunk of its own, `latte_flow_studio`: a reader of the other
+        would make the image that was varied.
+        """
         file = io.BytesIO()
-        self.image.save(file, "PNG", pnginfo=info)
+        if self.metadata is not None and not self.settings.variation:
+            write_metadata(self.image, self.metadata, file)
+        else:
+            info = PngImagePlugin.PngInfo()
+            info.add_itxt("latte_flow_studio", json.dumps({"model": self.model, **asdict(self.settings)}))
+            self.image.save(file, "PNG", pnginfo=info)
         return file.getvalue()
 
 
@@ -111,9 +107,9 @@ def generate(
     model: str,
     job: Job,
     image: int = 0,
-    messages: list[dict] | None = None,
     shows_previews: bool = True,
     trace: Trace | None = None,
+    record: PipelineRecord | None = None,
 ) -> Generated:
     """Generate one image, in the thread of the queue. Its adapters must be active.
 
@@ -123,22 +119,23 @@ def generate(
         model (`str`): what the model is called.
         job ([`Job`]): gets [`Progress`] after each step, and may stop between steps.
         image (`int`): the number of the image in its request.
-        messages (`list[dict]`, *optional*): a conversation, whose last words are the prompt.
         shows_previews (`bool`, defaults to `True`): whether to decode estimates, which takes time.
         trace ([`Trace`], *optional*): records the call.
+        record ([`PipelineRecord`], *optional*): of the pipeline with its adapters, for the file of the image.
 
     Raises:
         `StoppedError`: if the job is stopped.
         `ValueError`: if the pipeline refuses the settings.
     """
     call: dict[str, Any] = {"height": settings.height, "width": settings.width}
-    call["prompt" if messages is None else "messages"] = settings.prompt if messages is None else messages
     if isinstance(settings.steps, tuple):
         call["steps_per_expert"] = list(settings.steps)
     else:
         call["num_inference_steps"] = settings.steps
     guidance = settings.guidance
     call["guidance_scale"] = list(guidance) if isinstance(guidance, tuple) else guidance
+    metadata = None if record is None else record_call(pipe, record, settings.prompt, settings.seed, **call)
+    call["prompt"] = settings.prompt
     call["latents"], call["generator"] = initial_noise(pipe, settings)
 
     start = last_preview = time.perf_counter()
@@ -168,5 +165,5 @@ def generate(
         sigmas=tuple(evaluation.sigma for evaluation in trace.evaluations),
         experts=tuple(evaluation.expert for evaluation in trace.evaluations),
         model=model,
-        solver=type(pipe.scheduler).__name__ + f" ({pipe.scheduler.config.get('solver', 'euler')})",
+        metadata=metadata,
     )

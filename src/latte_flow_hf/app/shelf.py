@@ -14,6 +14,7 @@ from typing import Any
 
 from ..modeling.adapters import read_sampling_mark
 from ..modeling.sampling import describe_sampling
+from ..pipelines.fingerprint import hash_adapter
 from .limits import Limits
 
 
@@ -32,6 +33,7 @@ class Adapter:
         experts (`tuple[int, ...]`): whose layers it adapts.
         shares (`bool`): whether it also adapts what all experts share.
         num_parameters (`int`): its size.
+        sha256 (`str`): of its weights.
         sampling (`str`): the steps and guidance that it was distilled to; empty if it was not.
     """
 
@@ -41,6 +43,7 @@ class Adapter:
     experts: tuple[int, ...]
     shares: bool
     num_parameters: int
+    sha256: str
     sampling: str
 
 
@@ -116,6 +119,7 @@ class AdapterShelf:
             experts=tuple(experts),
             shares=any(not _TOWER_LAYER.search(parameter) for parameter in state),
             num_parameters=sum(weight.numel() for weight in state.values()),
+            sha256=hash_adapter(model, key),
             sampling=describe_sampling(sampling) if sampling else "",
         )
         self._adapters[session, name] = adapter

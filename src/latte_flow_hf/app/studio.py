@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ..modeling.context import unknown_words
+from ..pipelines.image_metadata import AdapterRecord, PipelineRecord, record_pipeline
 from . import conversation
 from .limits import (
     ImageSettings,
@@ -87,6 +88,8 @@ class Studio:
         self.pipes: dict[str, Any] = {name: pipe, **(others or {})}
         for loaded in self.pipes.values():
             loaded.set_progress_bar_config(disable=True)
+        # Before adapters are loaded: it hashes the weights, which takes seconds for a large model.
+        self._record = record_pipeline(pipe)
         self.shelf = AdapterShelf(pipe, self.limits)
         self.queue = ModelQueue(self.limits.waiting)
         self._jobs: dict[str, set[Job]] = {}
@@ -176,6 +179,14 @@ class Studio:
             "Try: a red circle left of a blue square, or: a handwritten seven."
         )
 
+    def record(self, session: str, settings: ImageSettings) -> PipelineRecord:
+        """What the images of these settings depend on."""
+        adapters = tuple(
+            AdapterRecord(name=name, weights=weights, sha256=self.shelf.find(name, session).sha256)
+            for name, weights in settings.adapters
+        )
+        return self._record.model_copy(update={"adapters": adapters})
+
     def create(self, session: str, settings: Sequence[ImageSettings]) -> Iterator[Waiting | Progress | Generated]:
         """One image for each of `settings`."""
 
@@ -183,7 +194,7 @@ class Studio:
             for number, one in enumerate(settings):
                 job.check()
                 self.shelf.activate(one.adapters, session)
-                job.send(generate(self.pipe, one, self.name, job, number))
+                job.send(generate(self.pipe, one, self.name, job, number, record=self.record(session, one)))
 
         yield from self.follow(session, work)
 
