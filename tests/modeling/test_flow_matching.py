@@ -13,11 +13,8 @@ from latte_flow_hf.modeling.flow_matching import (
     data_from_velocity,
     draw_expert_sigmas,
     expert_of_sigma,
-<<<<<<< HEAD
-    guided_velocity,
-=======
     folded_guidance_target,
->>>>>>> main
+    guided_velocity,
     interpolate,
     mean_velocity,
     sigmas_per_expert,
@@ -259,13 +256,13 @@ def test_sigmas_by_expert_are_even_in_each_interval():
     assert found.dtype == torch.float32
 
 
-<<<<<<< HEAD
 def test_guidance_extrapolates_from_the_negative_prompt():
     negative, prompt = torch.tensor([1.0, -2.0]), torch.tensor([2.0, 0.0])
     assert guided_velocity(negative, prompt, 1.0).tolist() == prompt.tolist()
     assert guided_velocity(negative, prompt, 0.0).tolist() == negative.tolist()
     assert guided_velocity(negative, prompt, 4.0).tolist() == [5.0, 6.0]
-=======
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.0, 4.0])
 def test_a_model_trained_with_folded_guidance_predicts_the_guided_velocity(scale):
     """The smallest model: one velocity for the prompt, one for the empty prompt, and targets with noise around 1 and
@@ -282,4 +279,3 @@ def test_a_model_trained_with_folded_guidance_predicts_the_guided_velocity(scale
         (gradient,) = torch.autograd.grad((velocities - targets).square().mean(dim=0).sum(), velocities)
         velocities = (velocities - 0.2 * gradient).detach().requires_grad_(True)
     assert velocities.tolist() == pytest.approx([0.25 + scale * 0.75, 0.25], abs=1e-6)
->>>>>>> main

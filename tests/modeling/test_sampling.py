@@ -110,7 +110,12 @@ def test_descriptions():
     assert describe_sampling({**DISTILLED, "guidance_scale": 1.0}, "euler") == (
         "steps per expert 1, 2, 1, 1 (euler); guidance 1; experts 0, 1, 2, 3 distilled to these steps"
     )
-<<<<<<< HEAD
+    assert describe_sampling({**DISTILLED, "guidance_scale": 1.0, "new_noise": [0.5, 0, 0, 0]}).endswith(
+        "distilled to these steps; new noise 0.5, 0, 0, 0"
+    )
+    assert describe_sampling({"guidance_scale": 1.0, "folded_guidance_scale": 4.0}) == (
+        "40 steps; guidance 1, and 4 in the weights"
+    )
 
 
 def test_each_evaluation_has_its_guidance_scale():
@@ -118,11 +123,3 @@ def test_each_evaluation_has_its_guidance_scale():
     assert guidance_of_steps(3.0, None, experts, timesteps) == [3.0] * 4
     assert guidance_of_steps([4.0, 0.5], None, experts, timesteps) == [4.0, 4.0, 1.0, 1.0]
     assert guidance_of_steps(3.0, (0.3, 0.75), experts, timesteps) == [1.0, 3.0, 3.0, 1.0]
-=======
-    assert describe_sampling({**DISTILLED, "guidance_scale": 1.0, "new_noise": [0.5, 0, 0, 0]}).endswith(
-        "distilled to these steps; new noise 0.5, 0, 0, 0"
-    )
-    assert describe_sampling({"guidance_scale": 1.0, "folded_guidance_scale": 4.0}) == (
-        "40 steps; guidance 1, and 4 in the weights"
-    )
->>>>>>> main
