@@ -260,6 +260,36 @@ def test_a_working_folder_belongs_to_one_starting_model(stopped, own_pipe, tmp_p
         train(Recipe.from_dict(content), folder, tmp_path / "out")
 
 
+def test_a_finished_run_takes_no_more_steps(finished, tmp_path):
+    content, folder = finished
+    work = tmp_path / "work"
+    shutil.copytree(folder / "work", work)
+    output = train(Recipe.from_dict(content), work, tmp_path / "again")
+    # Step 4 is in the middle of an epoch.
+    assert last_checkpoint(work / "checkpoints").name == "checkpoint-4"
+    pipes = [LatteFlowPipeline.from_pretrained(path) for path in (folder / "out", output)]
+    assert hash_module(pipes[0].model) == hash_module(pipes[1].model)
+
+
+def test_a_working_folder_belongs_to_the_same_data(stopped, images, tmp_path):
+    content, folder = stopped
+    copied = tmp_path / "images"
+    shutil.copytree(images, copied)
+    content["data"]["source"] = {"path": "imagefolder", "data_dir": str(copied)}
+    content["data"]["source"]["cache_dir"] = str(tmp_path / "datasets")
+    content["validation"] = {"source": content["data"]["source"]}
+    content["training"]["eval_strategy"] = "steps"
+    train(Recipe.from_dict(content), folder.with_name("work"), tmp_path / "first")
+    train(Recipe.from_dict(content), folder.with_name("work"), tmp_path / "again")
+    captions = (copied / "metadata.jsonl").read_text()
+    (copied / "metadata.jsonl").write_text(captions.replace("red", "blue"))
+    # The recipe is the same, and the old result would be taken for that of the new captions.
+    with pytest.raises(ValueError, match=r"data \(the files of `data`; the files of `validation`\); use another"):
+        train(Recipe.from_dict(content), folder.with_name("work"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    train(Recipe.from_dict(content), folder.with_name("work"), tmp_path / "out", allow_changes=True)
+
+
 def test_more_steps_and_other_logging_go_on_and_changes_need_a_flag(stopped, run, tmp_path):
     content, folder = stopped
     shutil.copytree(folder, tmp_path / "flag" / "work")

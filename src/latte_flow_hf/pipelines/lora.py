@@ -15,6 +15,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 from safetensors.torch import save_file
@@ -113,7 +114,7 @@ class LatteFlowLoraMixin(LoraBaseMixin):
 
         Args:
             adapter_names (`str` or `list[str]`): their names.
-            adapter_weights (`float`, `list` or `dict`, *optional*):
+            adapter_weights (`float`, `list`, array or `dict`, *optional*):
                 With a list of names, one weight for all, or a list of one for each; with one name, its weight. A
                 weight multiplies the adapter's effect and is a number, or a list of one number for each expert, e.g.
                 `set_adapters("style", [0.0, 0.5, 1.0, 1.0])`. Defaults to 1. With 0, an adapter is not run.
@@ -123,6 +124,8 @@ class LatteFlowLoraMixin(LoraBaseMixin):
                 or it is of a method that knows no weights, see [`modeling.adapters.SCALABLE_METHODS`].
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if isinstance(adapter_weights, (np.ndarray, torch.Tensor)):
+            adapter_weights = adapter_weights.tolist()
         if adapter_weights is None or isinstance(adapter_weights, (Real, Mapping)):
             weights = [adapter_weights] * len(names)
         elif isinstance(adapter_names, str) and len(adapter_weights) != 1:

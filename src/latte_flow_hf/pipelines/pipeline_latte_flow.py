@@ -339,12 +339,14 @@ class LatteFlowPipeline(
         """Noise of shape (batch, channels, height / f, width / f), or the given latents on the right device.
 
         Raises:
-            `ValueError`: if `latents` has another shape.
+            `ValueError`: if `latents` has another shape or is no tensor.
         """
         scale = self.vae_scale_factor
         shape = (batch_size, self.model.config.latent_channels, height // scale, width // scale)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        if not isinstance(latents, torch.Tensor):
+            raise ValueError(f"latents must be a tensor of shape {shape}, got {type(latents).__name__}.")
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents must be of shape {shape}, got {tuple(latents.shape)}.")
         return latents.to(device=device, dtype=dtype)

@@ -47,7 +47,9 @@ from .collator import ConversationCollator, ImagePromptEncoder, PromptTokenizer,
 from .data import (
     CaptionedImageDataset,
     CaptionedImageStream,
+    ConversationDataset,
     DataSettings,
+    ImageRows,
     UnreadableImages,
     load_conversations,
     load_image_rows,
@@ -73,18 +75,18 @@ def train(recipe: Recipe, work_dir: Path, output_dir: Path, allow_changes: bool 
     Args:
         recipe ([`Recipe`]): what is trained, on what, and how.
         work_dir (`Path`): the folder for checkpoints, sample images and `log.json`, all logged values. It belongs to
-            one recipe, one starting model and one process at a time.
+            one recipe, one starting model, the same data, and one process at a time.
         output_dir (`Path`): the folder for the result, which must not exist.
-        allow_changes (`bool`, defaults to `False`): whether to resume although the recipe or the starting model has
-            changed since the run in `work_dir` began. More steps, and other settings of logging, saving and samples,
-            are allowed in any case; which weights are trained cannot change.
+        allow_changes (`bool`, defaults to `False`): whether to resume although the recipe, the starting model or the
+            data has changed since the run in `work_dir` began. More steps, and other settings of logging, saving and
+            samples, are allowed in any case; which weights are trained cannot change.
 
     Returns:
         `Path`: `output_dir`, a pipeline, or with `lora` a PEFT adapter. It is written atomically.
 
     Raises:
         `ValueError`: if `output_dir` exists, the recipe does not fit the model, the data cannot be used, or `work_dir`
-            belongs to another recipe or starting model.
+            belongs to another recipe, starting model or data.
         `OSError`: if a file is missing or damaged, another process uses `work_dir`, or a checkpoint cannot be saved;
             the earlier ones are kept.
         `FloatingPointError`: if a loss is not finite, with the step, the expert and the batch.
@@ -107,7 +109,27 @@ def _train(
         remove_incomplete_checkpoints(run_dir)
     PartialState().wait_for_everyone()
     resume_from = last_checkpoint(run_dir)
-    run = {"recipe": recipe.model_dump(mode="json"), "starting_model": pipeline_fingerprint(pipe)}
+    unreadable = UnreadableImages(recipe.data.max_unreadable)
+    # Loaded before the check: files can change while the recipe, which has their folder, stays the same.
+    rows = load_image_rows(set_image_size(recipe.data, pipe), recipe.seed)
+    validation_rows = None
+    if recipe.validation is not None:
+        validation_rows = load_validation_rows(recipe, recipe.validation, pipe)
+    conversations = None
+    if recipe.understanding is not None:
+        checked = pipe.processor.training_conversation
+        conversations = load_conversations(recipe.understanding.source, recipe.seed, checked, unreadable)
+    sections = {"data": rows, "validation": validation_rows, "understanding": conversations}
+    run = {
+        "recipe": recipe.model_dump(mode="json"),
+        "starting_model": pipeline_fingerprint(pipe),
+        # Conversations of the tiny world have none: the recipe decides them.
+        "data": {
+            name: data.fingerprint
+            for name, data in sections.items()
+            if isinstance(data, (ImageRows, ConversationDataset))
+        },
+    }
     if resume_from is not None:
         check_run(resume_from, run, arguments.max_steps, allow_changes)
     PartialState().wait_for_everyone()
@@ -117,7 +139,6 @@ def _train(
             weights = [*pipe.model.state_dict().values(), *pipe.vae.state_dict().values()]
             check_output(output_dir, sum(weight.nbytes for weight in weights))
     pipe.to(arguments.device)
-    unreadable = UnreadableImages(recipe.data.max_unreadable)
     dataset: Dataset
     collator: Any
     if recipe.lora is not None:
@@ -125,15 +146,15 @@ def _train(
         load_lora(recipe.lora, pipe.model)
     if recipe.distillation is not None:
         # Of the model without an adapter, so that runs with and without one can share the trajectories.
-        dataset, collator = load_trajectories(recipe, recipe.distillation, pipe, work_dir, unreadable)
+        dataset, collator = load_trajectories(recipe, recipe.distillation, pipe, rows, work_dir, unreadable)
     model = prepare_model(recipe, pipe)
     if recipe.distillation is None:
-        dataset, collator = load_data(recipe, pipe, arguments, unreadable, resume_from)
+        dataset, collator = load_data(recipe, pipe, rows, unreadable, conversations, arguments, resume_from)
     validation: dict[str, Any] = {}
-    if recipe.validation is not None:
-        validation = dict(
-            zip(("eval_dataset", "eval_collator"), load_validation(recipe, recipe.validation, pipe, unreadable))
-        )
+    if validation_rows is not None:
+        update = {"seed": recipe.seed + 1, "understanding": None, "prompt_dropout": 0.0}
+        evaluated = load_data(recipe.model_copy(update=update), pipe, validation_rows, unreadable)
+        validation = dict(zip(("eval_dataset", "eval_collator"), evaluated))
     trainer = RecipeTrainer(model, arguments, train_dataset=dataset, data_collator=collator, **validation)
     checkpoints = add_callbacks(trainer, recipe, pipe, work_dir)
     try:
@@ -191,6 +212,13 @@ class RecipeTrainer(Trainer):
         for group, rate in zip(self.optimizer.param_groups, rates):
             group["lr"] = rate
         self.lr_scheduler._last_lr = rates
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Same as in `Trainer`, which takes another step if a finished run is resumed in the middle of an epoch."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         collator = self.data_collator
@@ -335,6 +363,7 @@ def load_trajectories(
     recipe: Recipe,
     settings: DistillationSettings,
     pipe: LatteFlowPipeline,
+    rows: ImageRows,
     work_dir: Path,
     unreadable: UnreadableImages,
 ) -> tuple[Dataset, TrajectoryCollator]:
@@ -344,7 +373,7 @@ def load_trajectories(
         `ValueError`: if the teacher does not fit the student, or there are other trajectories in the folder.
         `OSError`: if a file is missing or damaged.
     """
-    data = set_image_size(recipe.data, pipe)
+    data = rows.settings
     folder = work_dir / "trajectories" if data.cache is None else Path(data.cache)
 
     def load(source: str | None, lora: str | None) -> LatteFlowPipeline | None:
@@ -359,7 +388,6 @@ def load_trajectories(
 
     teacher = load(settings.teacher, settings.teacher_lora) or pipe
     earlier = load(settings.student, settings.student_lora)
-    rows = load_image_rows(data, recipe.seed)
     build_trajectories(folder, teacher, pipe, rows, settings, recipe.seed, unreadable, data.cache_contexts, earlier)
     num_trajectories = settings.num_trajectories or len(rows.dataset)
     dataset = TrajectoryDataset(folder, num_trajectories, settings.batch_size, recipe.seed)
@@ -420,18 +448,19 @@ def guided_sampling(scale: float, experts: list[int], pipe: LatteFlowPipeline) -
 def load_data(
     recipe: Recipe,
     pipe: LatteFlowPipeline,
-    arguments: TrainingArguments | None,
+    rows: ImageRows,
     unreadable: UnreadableImages,
-    resume_from: Path | None,
+    conversations: Dataset | None = None,
+    arguments: TrainingArguments | None = None,
+    resume_from: Path | None = None,
 ) -> tuple[Dataset, TextToImageCollator]:
-    """Load the dataset and its collator; the cache is filled first, if there is one.
+    """The dataset of `rows` and its collator; the cache is filled first, if there is one.
 
     Raises:
         `ValueError`: if the data cannot be used.
         `OSError`: if a file is missing.
     """
-    settings = set_image_size(recipe.data, pipe)
-    rows = load_image_rows(settings, recipe.seed)
+    settings = rows.settings
     encoder = ImagePromptEncoder(pipe, settings.encode_batch_size)
     contexts: Any = PromptTokenizer(pipe.processor) if recipe.trains_backbone else encoder.contexts
     dataset: Any
@@ -448,38 +477,34 @@ def load_data(
         dataset = CaptionedImageStream(rows, recipe.seed, unreadable, start=num_steps * batch_size)
     else:
         dataset = CaptionedImageDataset(rows, recipe.seed, unreadable)
-    conversations: dict = {}
+    understanding: dict = {}
     if recipe.understanding is not None:
-        source, share = recipe.understanding.source, recipe.understanding.share
-        conversations = {
-            "conversations": load_conversations(source, recipe.seed, pipe.processor.training_conversation, unreadable),
+        understanding = {
+            "conversations": conversations,
             "conversation_collator": ConversationCollator(pipe.processor),
-            "conversation_share": share,
+            "conversation_share": recipe.understanding.share,
         }
     collator = TextToImageCollator(
         contexts,
         recipe.prompt_dropout,
         encoder.latents,
-        **conversations,
+        **understanding,
         folded_guidance_scale=recipe.folded_guidance_scale,
     )
     return dataset, collator
 
 
-def load_validation(
-    recipe: Recipe, validation: ValidationSettings, pipe: LatteFlowPipeline, unreadable: UnreadableImages
-) -> tuple[Dataset, TextToImageCollator]:
-    """Load the images of the section `validation` and their collator, without flips and prompt dropout.
+def load_validation_rows(recipe: Recipe, validation: ValidationSettings, pipe: LatteFlowPipeline) -> ImageRows:
+    """Load the images of the section `validation`, without flips.
 
     Raises:
         `ValueError`: if the data cannot be used.
         `OSError`: if a file is missing.
     """
-    data = {"source": validation.source, "cache": validation.cache, "flip": False}
+    update = {"source": validation.source, "cache": validation.cache, "flip": False}
+    settings = set_image_size(recipe.data.model_copy(update=update), pipe)
     # Other scenes of the tiny world than those of the training, which have the seed of the recipe.
-    update = {"data": recipe.data.model_copy(update=data), "seed": recipe.seed + 1, "understanding": None}
-    settings = recipe.model_copy(update={**update, "prompt_dropout": 0.0})
-    return load_data(settings, pipe, None, unreadable, None)
+    return load_image_rows(settings, recipe.seed + 1)
 
 
 def set_image_size(settings: DataSettings, pipe: LatteFlowPipeline) -> DataSettings:
