@@ -366,12 +366,13 @@ def test_chat_answers_and_streams(folder, tmp_path):
     assert result.exit_code == 0 and result.stdout.strip()
 
 
-def test_a_conversation_for_programs(folder, tmp_path):
+def test_a_conversation_for_programs(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
     lines = [
         "hello",
         "",
-        f"/image {tmp_path}/red.png",
+        "/image ~/red.png",
         "what is this?",
         "/paint a cross",
         "/paint a cross",

@@ -77,11 +77,11 @@ class Conversation:
             raise ValueError(f"{command} takes nothing after it, got {argument!r}. /help lists the commands.")
         match command:
             case "/image":
-                self.show(argument)
+                self.show(str(Path(argument).expanduser()))
             case "/paint":
                 self.paint(argument)
             case "/save":
-                self.save(Path(argument))
+                self.save(Path(argument).expanduser())
             case "/reset":
                 self.messages, self._loaded, self.shown = [], [], []
                 self.tell("The conversation is empty.", {"reset": True})
