@@ -146,7 +146,8 @@ BACKBONES: dict[str, dict[str, Any]] = {
         },
     },
 }
-# Not in the list of what is supported end to end: two mixtures of experts, and attention beside the feed-forward.
+# Not in the list of what is supported end to end: two mixtures of experts, attention beside the feed-forward, queries
+# that are scaled by their position, and one projection for queries, keys and values.
 MORE_BACKBONES: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe": {
         "text_config": {
@@ -176,11 +177,28 @@ MORE_BACKBONES: dict[str, dict[str, Any]] = {
         "downsample_factor": 2,
         "adapter_layer_norm_eps": 1e-6,
     },
+    "ministral3": {
+        **BACKBONES["mistral3"],
+        "model_type": "mistral3",
+        "text_config": {
+            **BACKBONES["mistral3"]["text_config"],
+            "model_type": "ministral3",
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                # Shorter than the prompts of tests: queries are scaled after it.
+                "original_max_position_embeddings": 4,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    },
+    "llava_phi3": {"model_type": "llava", "text_config": {**TEXT, "model_type": "phi3"}, **LLAVA},
 }
 # Of the image: how many tokens it takes in the prompt, and in which form the pixels come.
 NUM_IMAGE_TOKENS = {
     **dict.fromkeys([*BACKBONES, *MORE_BACKBONES], 4),
-    **dict.fromkeys(["llava_llama", "llava_qwen2", "llava_onevision", "paligemma", "paligemma2", "janus"], 16),
+    **dict.fromkeys(["llava_llama", "llava_qwen2", "llava_phi3", "paligemma", "paligemma2", "janus"], 16),
     "llava_onevision": 36,
 }
 PATCHES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "qwen3_vl_moe", "glm4v_moe")
@@ -227,7 +245,7 @@ def image_inputs(name: str, num_images: int, seed: int = 0) -> dict[str, torch.T
         return {"pixel_values": pixels(num_images, 1, 3, IMAGE_SIZE, IMAGE_SIZE)}
     if name == "llava_onevision":  # the whole image, and its one tile
         return {"pixel_values": pixels(num_images, 2, 3, IMAGE_SIZE, IMAGE_SIZE), **sizes}
-    if name == "mistral3":
+    if name in ("mistral3", "ministral3"):
         return {"pixel_values": pixels(num_images, 3, IMAGE_SIZE, IMAGE_SIZE), **sizes}
     return {"pixel_values": pixels(num_images, 3, IMAGE_SIZE, IMAGE_SIZE)}
 

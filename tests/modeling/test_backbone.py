@@ -22,7 +22,7 @@ from transformers import (
 
 from latte_flow_hf import LatteFlowConfig, LatteFlowForConditionalGeneration
 from latte_flow_hf.modeling import attention, backbone, modeling_latte_flow
-from latte_flow_hf.modeling.modeling_latte_flow import LatteFlowLayerModulation, check_backbone
+from latte_flow_hf.modeling.modeling_latte_flow import LatteFlowLayerModulation, LatteFlowLayout, check_backbone
 
 
 SIZES = {"num_experts": 2, "latent_channels": 4, "timestep_frequency_dim": 16}
@@ -118,6 +118,7 @@ def test_a_latent_in_the_place_of_the_next_token_is_that_token(name):
             context_values=context.values[index],
             attention_mask=layout.attention_mask[layer.layer_type],
             position_embeddings=layout.position_embeddings[layer.layer_type],
+            position_ids=layout.position_ids,
         )
         torch.testing.assert_close(found, output[:, -1:], rtol=1e-4, atol=1e-4 * output.std().item())
 
@@ -221,16 +222,20 @@ def nothing_to_see(*arguments):
 def leave_out(name):
     """`attend_to_context` without one of its arguments."""
 
-    def changed(mode, implementation, module, *inputs):
+    def changed(mode, module, *inputs):
         names = ("query", "key", "value", "context_keys", "context_values", "mask", "residual", "scaling", "softcap")
         inputs = [(1.0 if name == "scaling" else None) if n == name else given for n, given in zip(names, inputs)]
-        return attention.attend_to_context(mode, implementation, module, *inputs)
+        return attention.attend_to_context(mode, module, *inputs)
 
     return changed
 
 
 def always_full_attention(rotary_emb, like, positions, kind):
     return backbone.rotary_cos_sin(rotary_emb, like, positions, "full_attention")
+
+
+def of_position_0(pos_embed, position_embeddings, position_ids, attention_mask):
+    return LatteFlowLayout(pos_embed, position_embeddings, torch.zeros_like(position_ids), attention_mask)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +246,7 @@ def always_full_attention(rotary_emb, like, positions, kind):
         ("gemma3", "sliding_window", nothing_to_see, r"layer 0, Gemma3DecoderLayer \(sliding_attention\)"),
         ("gemma3", "rotary_cos_sin", always_full_attention, r"Gemma3DecoderLayer \(sliding_attention\)"),
         ("mistral3", "tower_text_config", nothing_to_see, "failed with"),
+        ("ministral3", "LatteFlowLayout", of_position_0, "layer 0, Ministral3DecoderLayer"),
     ],
 )
 def test_a_layer_that_is_not_the_backbone_s_is_refused(name, part, wrong, layer, monkeypatch):
@@ -343,6 +349,47 @@ class RemoteConfig(Qwen2VLConfig):
 def test_what_is_no_vision_language_model_with_a_decoder_is_refused(vlm_config: PreTrainedConfig, words):
     with pytest.raises(ValueError, match=words):
         LatteFlowConfig(vlm_config=vlm_config)
+
+
+def test_a_width_without_sines_and_cosines_for_rows_and_columns_is_refused():
+    vlm_config = tiny_config("llava_llama")
+    vlm_config.text_config.hidden_size = 30
+    with pytest.raises(ValueError, match="hidden_size that is a multiple of 4, .* got 30"):
+        LatteFlowConfig(vlm_config=vlm_config, **SIZES)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_type": "dynamic", "factor": 2.0},
+        {
+            "rope_type": "longrope",
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4,
+            "original_max_position_embeddings": 31,
+        },
+    ],
+)
+def test_prompts_that_change_the_rotary_frequencies_are_refused(settings):
+    """They would change those of other prompts too: of the same batch, or of a later call."""
+    vlm_config = tiny_config("llava_llama")
+    vlm_config.text_config.max_position_embeddings = 32
+    vlm_config.text_config.rope_parameters = {"rope_theta": 10000.0, **settings}
+    model = LatteFlowForConditionalGeneration(LatteFlowConfig(vlm_config=vlm_config, **SIZES)).eval()
+    fill(model, seed=1, std=0.25)
+
+    def velocity(num_tokens: int, side: int = 4) -> torch.Tensor:
+        context = model.encode_context(**prompt_inputs("llava_llama", (num_tokens,)))
+        return model.predict_velocity(noise(1, 4, side, side), 730.0, context)
+
+    expected = velocity(27)
+    for num_tokens, side, last in ((28, 4, 32), (26, 6, 32), (32, 4, 32)):
+        with pytest.raises(ValueError, match=rf"need {last} positions, but .* change beyond 31; use a shorter prompt"):
+            velocity(num_tokens, side)
+    # By a longer text, the backbone's own frequencies may have changed.
+    model(**prompt_inputs("llava_llama", (40,)))
+    assert torch.equal(velocity(27), expected)
 
 
 def test_a_decoder_without_layers_is_refused():

@@ -5,9 +5,11 @@ import io
 
 import pytest
 import torch
+from backbones import prompt_inputs, tiny_backbone
 from diffusers.hooks import apply_layerwise_casting
-from helpers import noise
+from helpers import CLOSE, fill, noise
 
+from latte_flow_hf import LatteFlowForConditionalGeneration
 from latte_flow_hf.modeling.export import ExpertVelocity, export_expert
 from latte_flow_hf.training import expert_lora_config
 
@@ -113,3 +115,21 @@ def test_onnx(four, encode, tmp_path):
 @pytest.mark.slow
 def test_tower_of_some_layers_and_unequal_experts(make_model, encode):
     check(make_model(num_experts=2, sample_size=4, tower_layers=[0, 2, 3], layers_per_expert=[1, 2]), 1, encode)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava_phi3"])
+def test_a_program_of_another_backbone(name):
+    """With a sliding window of 12 tokens, prompts may be shorter and longer; with one projection for queries, keys and
+    values."""
+    model = LatteFlowForConditionalGeneration.from_vlm(
+        tiny_backbone(name), num_experts=2, latent_channels=4, sample_size=4, timestep_frequency_dim=16
+    ).eval()
+    fill(model.tower, seed=3, std=0.25)
+    program = export_expert(model, 1).module()
+    latents = noise(2, 4, 4, 4)
+    for lengths in ((5, 3), (20, 14)):
+        context = model.encode_context(**prompt_inputs(name, lengths))
+        with torch.no_grad():
+            expected = model.predict_velocity(latents, 250.0, context)
+            found = program(**ExpertVelocity(model, 1).inputs(latents, 250.0, context))
+        torch.testing.assert_close(found, expected, **CLOSE)

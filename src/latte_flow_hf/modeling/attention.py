@@ -55,7 +55,6 @@ def tower_attention_forward(
 
 def attend_to_context(
     residual_attention: str | None,
-    implementation: str,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -75,11 +74,10 @@ def attend_to_context(
 
     Args:
         residual_attention (`str`, *optional*):
-            `"scores"` and `"probabilities"` have kernels of their own, whatever `implementation` is, since the next
-            layer needs the map.
-        implementation (`str`): transformers' name of the implementation without a residual.
+            `"scores"` and `"probabilities"` have kernels of their own, whatever attention implementation is chosen,
+            since the next layer needs the map.
         module (`nn.Module`): what transformers' attention functions read settings from, with `num_key_value_groups` =
-            H / G, `is_causal` and `config`.
+            H / G, `is_causal` and `config`, which names the implementation without a residual.
         query (`torch.Tensor`): (B, H, N, d), with its position.
         key, value (`torch.Tensor`): (B, G, N, d), of the latents.
         context_keys, context_values (`torch.Tensor`): (P, G, T, d), of the prompts.
@@ -97,6 +95,7 @@ def attend_to_context(
         return residual_scores_attention(query, key, value, *context)
     if residual_attention == "probabilities":
         return residual_probabilities_attention(module, query, key, value, *context)
+    implementation = module.config._attn_implementation
     if softcap is not None and implementation == "sdpa":
         # Which cannot limit scores: transformers uses eager attention for such a backbone, too.
         implementation = "eager"

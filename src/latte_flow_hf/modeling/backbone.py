@@ -138,6 +138,46 @@ def sliding_window(config: PreTrainedConfig, kind: str) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
+def rope_settings(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The settings of rotary embeddings in a decoder's configuration: one for all layers, or one for each kind."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    by_kind = [value for value in settings.values() if isinstance(value, dict)]
+    return by_kind or [settings]
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """The number of positions with the same rotary frequencies, `None` if they never change.
+
+    Dynamic NTK scaling and LongRoPE change the frequencies of all tokens by the longest prompt of a batch. Keys that
+    are in a context would then not fit those of the latents.
+    """
+    limits = []
+    for settings in rope_settings(config):
+        if settings.get("rope_type") == "dynamic":
+            # Not all: at the full length, transformers keeps the frequencies of a longer text before.
+            limits.append(config.max_position_embeddings - 1)
+        elif settings.get("rope_type") == "longrope":
+            limits.append(settings["original_max_position_embeddings"])
+    return min(limits, default=None)
+
+
+def check_positions(positions: torch.Tensor, limit: int | None) -> None:
+    """
+    Args:
+        positions (`torch.Tensor`): of tokens, the first one being 0.
+        limit (`int`, *optional*): as returned by [`max_positions`].
+
+    Raises:
+        `ValueError`: if a position is beyond the limit.
+    """
+    if limit is not None and int(positions.max()) >= limit:
+        raise ValueError(
+            f"prompt and image need {int(positions.max()) + 1} positions, but the rotary frequencies of the backbone "
+            f"(rope_type 'dynamic' or 'longrope') change beyond {limit}; use a shorter prompt, or fewer or smaller "
+            "images in it."
+        )
+
+
 def copied_modules(layer: nn.Module, kind: str = LAYER_TYPES[0]) -> dict[str, str]:
     """The parts of a decoder layer that the tower copies: their names there, by their names in the tower's layer.
 
@@ -197,7 +237,8 @@ def shrink_text_config(config: PreTrainedConfig, num_layers: int) -> None:
     """Make a decoder's configuration small in place: fewer layers, heads and features of the same kinds.
 
     The head size stays, since sections of rotary embeddings depend on it, and so does everything that is not a size.
-    A sliding window becomes shorter than the prompt of [`DecoderStates`].
+    A sliding window becomes shorter than the prompt of [`DecoderStates`], and so does the length from which on queries
+    are scaled by their position (Ministral 3).
     """
     is_grouped = getattr(config, "num_key_value_heads", config.num_attention_heads) != config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -215,6 +256,9 @@ def shrink_text_config(config: PreTrainedConfig, num_layers: int) -> None:
     for name, size in sizes.items():
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, size)
+    for settings in rope_settings(config):
+        if "llama_4_scaling_beta" in settings:
+            settings["original_max_position_embeddings"] = DecoderStates.num_context // 2
     for name in ("layer_types", "mlp_layer_types"):
         if getattr(config, name, None) is not None:
             setattr(config, name, getattr(config, name)[:num_layers])

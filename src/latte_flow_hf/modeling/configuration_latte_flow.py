@@ -92,6 +92,11 @@ class LatteFlowConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         check_vlm_config(self.vlm_config)
+        if self.text_config.hidden_size % 4:
+            raise ValueError(
+                f"vlm_config must have a hidden_size that is a multiple of 4, for the sines and cosines of rows and "
+                f"columns, got {self.text_config.hidden_size}; use another backbone."
+            )
         if self.timestep_embed_dim is None:
             self.timestep_embed_dim = self.text_config.hidden_size
         if self.latent_kernel_size is None:
@@ -164,8 +169,9 @@ class LatteFlowConfig(PreTrainedConfig):
 
     def expert_layers(self, expert: int) -> range:
         """The indices of the layers of expert `expert` among those of the tower."""
-        first = sum(self.layers_per_expert[:expert])
-        return range(first, first + self.layers_per_expert[expert])
+        counts = self.layers_per_expert
+        first = sum(counts[:expert])
+        return range(first, first + counts[expert])
 
     def context_layers(self, expert: int) -> list[int]:
         """The indices of the decoder layers whose keys and values expert `expert` reads."""

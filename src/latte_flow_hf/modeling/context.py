@@ -16,6 +16,8 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .backbone import check_positions, max_positions
+
 
 logger = logging.get_logger(__name__)
 
@@ -244,6 +246,7 @@ def prefill_context(
         position_ids = (attention_mask.cumsum(-1) - 1 + first).clamp(min=first)
         if has_mrope:
             position_ids = position_ids.expand(3, -1, -1)
+    check_positions(position_ids, max_positions(vlm.config.get_text_config(decoder=True)))
     # A cache without a configuration keeps all keys, also in layers with a sliding window.
     cache = DynamicCache()
     with _first_layers(vlm.get_decoder(), num_layers), _evaluation_mode(vlm):

@@ -103,8 +103,9 @@ def export_expert(
         raise ValueError("off-loading or layerwise casting hooks the tower; export from a model without it.")
     # Of the example only shapes matter, and which inputs are one tensor: they would be one input of the program.
     num_images, num_tokens = 3, 11
-    weight, attention = module.tower.head.norm.weight, module.tower.layers[0].self_attn
-    shape = (num_images, model.config.text_config.num_key_value_heads, num_tokens, attention.head_dim)
+    weight = module.tower.head.norm.weight
+    num_groups, head_dim = module.tower.layers[0].context_head_shape
+    shape = (num_images, num_groups, num_tokens, head_dim)
     num_layers = model.config.text_config.num_hidden_layers
     context = LatteFlowContext(
         tuple(weight.new_zeros(shape) for _ in range(num_layers)),

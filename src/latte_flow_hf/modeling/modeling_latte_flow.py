@@ -39,11 +39,13 @@ from .attention import attend_to_context, check_attention_implementation
 from .backbone import (
     TOLERANCE,
     DecoderStates,
+    check_positions,
     check_vlm,
     copied_modules,
     find_decoder,
     kinds_of_layers,
     layer_type,
+    max_positions,
     new_layer,
     rotary_cos_sin,
     rotates_pairs,
@@ -136,6 +138,8 @@ class LatteFlowLayout:
         position_embeddings (`dict[str, tuple[torch.Tensor, torch.Tensor]]`):
             By kind of layer (`"full_attention"`, `"sliding_attention"`), rotary cos and sin of queries and keys,
             (B, N, d), or as many features as the backbone rotates.
+        position_ids (`torch.Tensor`): (B, N), the first position after the prompt. Backbones that scale queries by
+            their position (Ministral 3) scale those of all latents as that of the next token.
         attention_mask (`dict[str, Any]`): By kind of layer, the mask that hides the padding of the prompts and what is
             outside of a sliding window; `None` if there is nothing to hide. With residual attention (P, 1, 1, T),
             added to the scores: 0, or -inf where hidden. Without it, the mask over all T + N keys in the form that the
@@ -144,6 +148,7 @@ class LatteFlowLayout:
 
     pos_embed: torch.Tensor
     position_embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    position_ids: torch.Tensor
     attention_mask: dict[str, Any]
 
 
@@ -241,6 +246,10 @@ class LatteFlowLayer(GradientCheckpointingLayer):
         self.attention_norm = norm("attention_norm", parts)
         self.self_attn = parts.self_attn
         self.num_key_value_groups = parts.self_attn.num_key_value_groups
+        # G and d of the keys and values of the prompt that this layer attends to.
+        num_key_value_heads = text_config.num_attention_heads // self.num_key_value_groups
+        self.context_head_shape = (num_key_value_heads, parts.self_attn.head_dim)
+        self.residual_attention = config.residual_attention
         self.has_residual = config.residual_attention is not None and not is_first
         if self.has_residual:
             num_heads = text_config.num_attention_heads
@@ -253,12 +262,6 @@ class LatteFlowLayer(GradientCheckpointingLayer):
         self.mlp_post_norm = norm("mlp_post_norm", self.attention_norm)
         self.modulation = nn.Linear(config.timestep_embed_dim, 4 * config.text_config.hidden_size)
 
-    @property
-    def context_head_shape(self) -> tuple[int, int]:
-        """G and d of the keys and values of the prompt that this layer attends to."""
-        head_dim = self.self_attn.head_dim
-        return self.self_attn.k_proj.weight.shape[0] // head_dim, head_dim
-
     def copy_from(self, source: nn.Module) -> None:
         """Copy the weights of the backbone's decoder layer."""
         for name, source_name in self.copied_modules.items():
@@ -270,8 +273,7 @@ class LatteFlowLayer(GradientCheckpointingLayer):
 
     def attend(self, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The attention function of this layer; `inputs` are those of [`attention.attend_to_context`]."""
-        mode, implementation = self.config.residual_attention, self.config._attn_implementation
-        return attend_to_context(mode, implementation, self, *inputs)
+        return attend_to_context(self.residual_attention, self, *inputs)
 
     def modulate(self, timestep_embedding: torch.Tensor) -> LatteFlowLayerModulation:
         """The modulation of this layer at the timesteps of `timestep_embedding` (S, E)."""
@@ -291,6 +293,7 @@ class LatteFlowLayer(GradientCheckpointingLayer):
         context_values: torch.Tensor,
         attention_mask: Any,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_ids: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
@@ -299,8 +302,8 @@ class LatteFlowLayer(GradientCheckpointingLayer):
             previous_scores (`torch.Tensor`, *optional*): (B, H, N, N), the attention map of the layer before.
             modulation ([`LatteFlowLayerModulation`], *optional*): computed from `timestep_embedding` if not given.
             context_keys, context_values (`torch.Tensor`): (P, G, T, d); each prompt serves B / P images in a row.
-            attention_mask (*optional*), position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): as in
-                [`LatteFlowLayout`], for this kind of layer.
+            attention_mask (*optional*), position_embeddings (`tuple[torch.Tensor, torch.Tensor]`), position_ids
+                (`torch.Tensor`): as in [`LatteFlowLayout`], for this kind of layer.
 
         Inputs that carry gradients are positional: reentrant gradient checkpointing ignores keyword arguments.
 
@@ -320,6 +323,7 @@ class LatteFlowLayer(GradientCheckpointingLayer):
         attention_output, scores = self.self_attn(
             hidden_states=normed,
             position_embeddings=position_embeddings,
+            position_ids=position_ids,
             attention_mask=attention_mask,
             context_keys=context_keys,
             context_values=context_values,
@@ -390,6 +394,7 @@ class LatteFlowTower(nn.Module):
             for index, source in enumerate(config.tower_layers)
         )
         self.windows = {layer.layer_type: sliding_window(text_config, layer.layer_type) for layer in self.layers}
+        self.max_positions = max_positions(text_config)
         self.rotates_pairs = rotates_pairs
         self.head = LatteFlowHead(config, self.layers[0].attention_norm)
 
@@ -406,8 +411,13 @@ class LatteFlowTower(nn.Module):
         )
 
     def layout(self, latents: torch.Tensor, context: LatteFlowContext) -> LatteFlowLayout:
-        """The layout of latents like these, (B, C, height, width), after the prompts of `context`."""
+        """The layout of latents like these, (B, C, height, width), after the prompts of `context`.
+
+        Raises:
+            `ValueError`: if the last position is one that the backbone has no fixed rotary frequencies for.
+        """
         height, width = (side // self.config.latent_patch_size for side in latents.shape[2:])
+        check_positions(context.next_position + max(height, width) - 1, self.max_positions)
         next_position = context.next_position.repeat_interleave(len(latents) // len(context))
 
         def position_embeddings(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -420,6 +430,7 @@ class LatteFlowTower(nn.Module):
         return LatteFlowLayout(
             sincos_pos_embed(self.config.text_config.hidden_size, height, width, latents.device, latents.dtype),
             {kind: position_embeddings(kind) for kind in self.windows},
+            next_position[:, None].expand(-1, height * width),
             {kind: self._attention_mask(height * width, latents, context, kind) for kind in self.windows},
         )
 
@@ -431,7 +442,8 @@ class LatteFlowTower(nn.Module):
         """
         visible, has_hidden = context.attention_mask, context.has_padding
         window = self.windows[kind]
-        if window is not None and visible.shape[1] >= window:
+        # With padding there is a mask anyway, and an exported program has no limit to its number of tokens.
+        if window is not None and (has_hidden or visible.shape[1] >= window):
             has_hidden = True
             # Of each token, its distance from the first token after the prompt.
             visible = visible & (visible.flip(1).cumsum(1).flip(1) < window)
@@ -465,12 +477,13 @@ class LatteFlowTower(nn.Module):
         timestep_embedding = self.timestep_embedding(timestep) if modulation is None else None
 
         hidden_states = self.latent_embedding(latents) + layout.pos_embed
-        first_layer = self.layers[self.expert_layers(expert)[0]]
+        expert_layers = self.expert_layers(expert)
+        first_layer = self.layers[expert_layers[0]]
         if first_layer.training and first_layer.gradient_checkpointing and torch.is_grad_enabled():
             # Reentrant checkpointing passes gradients on only if an input needs some, and the embedding may be frozen.
             hidden_states.requires_grad_(True)
         scores = None
-        for position, index in enumerate(self.expert_layers(expert)):
+        for position, index in enumerate(expert_layers):
             layer: Any = self.layers[index]
             hidden_states, scores = layer(
                 hidden_states,
@@ -481,6 +494,7 @@ class LatteFlowTower(nn.Module):
                 context_values=context.values[layer.source_index],
                 attention_mask=layout.attention_mask[layer.layer_type],
                 position_embeddings=layout.position_embeddings[layer.layer_type],
+                position_ids=layout.position_ids,
             )
         head_modulation = None if modulation is None else modulation.head
         return self.head(hidden_states, timestep_embedding, *latents.shape[2:], modulation=head_modulation)
@@ -572,6 +586,7 @@ def _differences_of_layers(tower: "LatteFlowTower", states: DecoderStates) -> li
             context_values=states.values[index],
             attention_mask=layout.attention_mask[layer.layer_type],
             position_embeddings=layout.position_embeddings[layer.layer_type],
+            position_ids=layout.position_ids,
         )
         expected = states.outputs[index]
         differences.append(float((output - expected).abs().max() / expected.std()))
