@@ -354,7 +354,7 @@ def test_what_is_no_vision_language_model_with_a_decoder_is_refused(vlm_config: 
 def test_a_width_without_sines_and_cosines_for_rows_and_columns_is_refused():
     vlm_config = tiny_config("llava_llama")
     vlm_config.text_config.hidden_size = 30
-    with pytest.raises(ValueError, match="hidden_size that is a multiple of 4, .* got 30"):
+    with pytest.raises(ValueError, match=r"hidden_size that is a multiple of 4, .* got 30"):
         LatteFlowConfig(vlm_config=vlm_config, **SIZES)
 
 
