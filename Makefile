@@ -1,4 +1,4 @@
-.PHONY: demo test quality style docs
+.PHONY: demo studio test quality style docs
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,6 +14,9 @@ $(BIN)/latte-flow: setup.cfg pyproject.toml constraints.txt
 
 demo: $(BIN)/latte-flow
 	$(BIN)/latte-flow demo
+
+studio: $(BIN)/latte-flow
+	$(BIN)/latte-flow studio
 
 test: $(BIN)/latte-flow
 	$(BIN)/python -m pytest

@@ -5,9 +5,13 @@ This module is not part of the package, and its verbs import the package inside.
 registers its classes with transformers and diffusers, which takes seconds; help and usage errors need none of that.
 """
 
+import contextlib
 import functools
+import json
 import re
+import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +22,6 @@ import typer
 # No rich: plain help and one-line errors, in half the time.
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -53,6 +56,9 @@ Lora = Annotated[
         metavar="PATH[:WEIGHT]",
         help="Adapter: a PEFT folder, file or hub id, and the weight of its effect, 1 if left out; may be repeated.",
     ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="For programs: one JSON object per line on stdout, everything else on stderr.")
 ]
 
 
@@ -123,7 +129,11 @@ def _extra_of(module: str | None) -> str | None:
     for extra in package.get_all("Provides-Extra") or []:
         for requirement in map(Requirement, package.get_all("Requires-Dist") or []):
             marker = requirement.marker
-            if requirement.name == module and marker is not None and marker.evaluate({"extra": extra}):
+            if (
+                requirement.name.replace("-", "_") == module
+                and marker is not None
+                and marker.evaluate({"extra": extra})
+            ):
                 return extra
     return None
 
@@ -202,7 +212,15 @@ def _check_device(device: str | None) -> str:
     return device or available[0]
 
 
-def _load(model: str | None, device: str | None, dtype: str, lora: list[str] | None = None, fast: bool = False) -> Any:
+def _load(
+    model: str | None,
+    device: str | None,
+    dtype: str,
+    lora: list[str] | None = None,
+    fast: bool = False,
+    adapter_names: dict[str, str] | None = None,
+) -> Any:
+    """The pipeline on its device, with its adapters active; what to call these is added to `adapter_names`."""
     if fast and model is not None:
         raise ValueError(f"--fast is for the embedded checkpoint, got --model {model}; give an adapter by --lora.")
     if model is not None:
@@ -222,7 +240,9 @@ def _load(model: str | None, device: str | None, dtype: str, lora: list[str] | N
     loras += lora or []
     pipe = LatteFlowPipeline.from_pretrained(model or tiny_checkpoint(), dtype=getattr(torch, dtype))
     if loras:
-        load_loras(pipe, loras)
+        paths = load_loras(pipe, loras)
+        if adapter_names is not None:
+            adapter_names.update({name: Path(path).name for name, path in paths.items()})
     if fast and not lora:
         # As part of the weights it costs no time, while PEFT would compute it beside every linear layer.
         pipe.fuse_lora()
@@ -230,12 +250,27 @@ def _load(model: str | None, device: str | None, dtype: str, lora: list[str] | N
     return pipe.to(device)
 
 
-def _read_line() -> str:
-    """The user's next line; empty at the end of the input."""
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
+def _tell(is_json: bool, text: str, event: dict[str, Any]) -> None:
+    """Print for people, or for programs."""
+    if is_json:
+        typer.echo(json.dumps(event))
+    elif text:
+        typer.echo(text)
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, or what a program sends, line by line to the end of the input. Ctrl-C ends it too."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # `input` then edits lines and remembers them.
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            typer.echo()
+            return
 
 
 @_verb
@@ -244,36 +279,60 @@ def demo(
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = "float32",
+    fast: Fast = False,
+    is_json: Json = False,
 ) -> None:
     """Generate images of a few prompts with the embedded checkpoint, and ask it about them."""
-    from latte_flow_hf.checkpoints import tiny_checkpoint, verify
+    from latte_flow_hf.checkpoints import few_step_checkpoint, tiny_checkpoint, verify
     from latte_flow_hf.evaluation.demo import DEMO_PROMPTS, contact_sheet, generate_and_ask, peak_memory_gb
     from latte_flow_hf.files import check_output, save_image
+    from latte_flow_hf.pipelines.image_metadata import record_call, record_pipeline, write_metadata
 
     check_output(output / "contact-sheet.png", replace=True)
     start = time.perf_counter()
-    verify(tiny_checkpoint())
-    pipe = _load(None, device, dtype)
-    typer.echo(f"verified and loaded the embedded checkpoint in {time.perf_counter() - start:.1f} s")
+    for folder in [tiny_checkpoint(), *([few_step_checkpoint()] if fast else [])]:
+        verify(folder)
+    names: dict[str, str] = {}
+    pipe = _load(None, device, dtype, fast=fast, adapter_names=names)
+    loaded = f"the embedded checkpoint{' and its adapter' if fast else ''}"
+    typer.echo(f"verified and loaded {loaded} in {time.perf_counter() - start:.1f} s", err=is_json)
+    record = record_pipeline(pipe, names)
     items = []
     for number, prompt in enumerate(DEMO_PROMPTS):
         start = time.perf_counter()
         item = generate_and_ask(pipe, prompt, seed + number)
         asking = time.perf_counter() - start - item.seconds
         items.append(item)
-        save_image(item.image, output / f"{number}-{prompt.replace(' ', '-')}.png")
+        path = output / f"{number}-{prompt.replace(' ', '-')}.png"
+        write_metadata(item.image, record_call(pipe, record, prompt, seed + number), path)
         verdict = "correct" if item.is_correct else "NOT correct"
-        typer.echo(f"{prompt}: {verdict} (generated in {item.seconds:.2f} s, asked in {asking:.2f} s)")
-        for question, answer in zip(item.questions, item.answers):
-            typer.echo(f"    {question.question}  {answer}  {'✓' if answer == question.answer else '✗'}")
+        lines = [f"{prompt}: {verdict} (generated in {item.seconds:.2f} s, asked in {asking:.2f} s)"]
+        answers = [
+            {"question": question.question, "answer": answer, "is_correct": answer == question.answer}
+            for question, answer in zip(item.questions, item.answers)
+        ]
+        lines += [f"    {it['question']}  {it['answer']}  {'✓' if it['is_correct'] else '✗'}" for it in answers]
+        event = {"path": str(path.absolute()), "prompt": prompt, "is_correct": item.is_correct, "answers": answers}
+        _tell(is_json, "\n".join(lines), {**event, "seconds": round(item.seconds, 3)})
     save_image(contact_sheet(items), output / "contact-sheet.png")
     num_correct = sum(item.is_correct for item in items)
-    answers = [answer == question.answer for item in items for question, answer in zip(item.questions, item.answers)]
-    typer.echo(
-        f"{num_correct} of {len(items)} images and {sum(answers)} of {len(answers)} answers are correct; "
-        f"slowest image {max(item.seconds for item in items):.2f} s, peak memory {peak_memory_gb():.2f} GB"
+    right = [answer == question.answer for item in items for question, answer in zip(item.questions, item.answers)]
+    slowest, memory = max(item.seconds for item in items), peak_memory_gb()
+    _tell(
+        is_json,
+        f"{num_correct} of {len(items)} images and {sum(right)} of {len(right)} answers are correct; "
+        f"slowest image {slowest:.2f} s, peak memory {memory:.2f} GB\n"
+        f"images: {output.absolute()}, all of them in {(output / 'contact-sheet.png').absolute()}",
+        {
+            "num_images": len(items),
+            "num_correct": num_correct,
+            "num_answers": len(right),
+            "num_correct_answers": sum(right),
+            "slowest_seconds": round(slowest, 3),
+            "peak_memory_gb": round(memory, 3),
+            "contact_sheet": str((output / "contact-sheet.png").absolute()),
+        },
     )
-    typer.echo(f"images: {output}, all of them in {output / 'contact-sheet.png'}")
 
 
 @_verb
@@ -283,14 +342,30 @@ def generate(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Text file with one prompt per line, instead of the prompt."),
     ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="PNG file of this command: generates the same image again; options that are given win over its own.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Image file, out.png if left out; with --prompts a folder, out."),
     ] = None,
     model: Model = None,
     device: Device = None,
-    dtype: Dtype = "float32",
-    seed: Seed = 0,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(
+            help="Of all weights, float32 if left out. bfloat16 takes half the memory and is faster on a GPU, but "
+            "slower on most CPUs."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of the first image's noise, 0 if left out; image i has seed + i.")
+    ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to guide away from.")] = None,
@@ -313,34 +388,47 @@ def generate(
         int, typer.Option(min=1, max=1000, help="Images per prompt; their files are numbered if several.")
     ] = 1,
     size: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="With --prompts: images per batch.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time; faster on a GPU if several.")] = 1,
     lora: Lora = None,
     fast: Fast = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="With --like: generate although the model or versions differ.")
+    ] = False,
+    is_json: Json = False,
 ) -> None:
-    """Generate images of a prompt, or of a file of prompts; of a file, existing images are not generated again."""
-    if (prompt is None) == (prompts is None):
+    """Generate images of a prompt, or of a file of prompts; of a file, existing images are not generated again.
+
+    PNG files say how they were made, and --like makes the same image again.
+    """
+    if sum(given is not None for given in (prompt, prompts)) != 1 and (like is None or prompts is not None):
         raise typer.BadParameter("give either a prompt or --prompts.")
     if prompts is not None and image:
         raise typer.BadParameter("--image goes with one prompt, not with --prompts.")
     if prompts is not None and source is not None:
         raise typer.BadParameter("--source goes with one prompt, not with --prompts.")
+    if prompts is not None and like is not None:
+        raise typer.BadParameter("--like repeats one image; it does not go with --prompts.")
     if source is None and (mask is not None or strength is not None):
         raise typer.BadParameter("--mask and --strength go with --source.")
-    call: dict[str, Any] = {
-        "negative_prompt": negative_prompt,
-        "height": size,
-        "width": size,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-    }
+    if like is None and allow_changes:
+        raise typer.BadParameter("--allow-changes goes with --like.")
     if prompts is not None:
+        call = {
+            "negative_prompt": negative_prompt,
+            "height": size,
+            "width": size,
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+        }
+        folder, first, weights = output or Path("out"), seed or 0, dtype or "float32"
         _generate_many(
-            prompts, output or Path("out"), model, device, dtype, lora, fast, seed, num_images, batch_size, call
+            prompts, folder, model, device, weights, lora, fast, first, num_images, batch_size, call, is_json
         )
         return
-    import torch
-
-    from latte_flow_hf.files import check_image_output, save_image
+    from latte_flow_hf.checkpoints import few_step_checkpoint
+    from latte_flow_hf.cli.generation import Request, check_adapters_given, check_same, repeat, use_weights
+    from latte_flow_hf.files import check_image_output
+    from latte_flow_hf.pipelines.image_metadata import read_metadata, record_pipeline
 
     output = output or Path("out.png")
     paths = [output]
@@ -348,33 +436,65 @@ def generate(
         paths = [output.with_name(f"{output.stem}-{number}{output.suffix}") for number in range(num_images)]
     for path in paths:
         check_image_output(path)
-    pipe = _load(model, device, dtype, lora, fast)
-    call["image"] = [str(path) for path in image] if image else None
-    if source is not None:
-        pipe, call = _from_source(pipe, call, source, mask, strength)
-    images = pipe(
-        prompt,
-        num_images_per_prompt=num_images,
-        generator=torch.Generator().manual_seed(seed),
-        **call,
-    ).images
-    for path, generated in zip(paths, images):
-        save_image(generated, path)
-        typer.echo(f"wrote {path} ({generated.width}x{generated.height})")
+        if like is not None and path.exists() and path.samefile(like):
+            raise ValueError(f"output {path} is the image to repeat, and would be replaced; choose another by -o.")
+    given: dict[str, Any] = {
+        "prompt": prompt,
+        "seed": seed,
+        "negative_prompt": negative_prompt,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "height": size,
+        "width": size,
+        "images": tuple(map(str, image or ())),
+        "source": None if source is None else str(source),
+        "mask": None if mask is None else str(mask),
+        "strength": strength,
+    }
+    original = None if like is None else read_metadata(like)
+    if original is None:
+        request = Request(**{**given, "seed": seed or 0})
+    else:
+        request = repeat(original, **given)
+        fast = check_adapters_given(original, model, lora, fast)
+        dtype = dtype or original.pipeline.dtype  # type: ignore[assignment]
+    adapter_names: dict[str, str] = {}
+    pipe = _load(model, device, dtype or "float32", lora, fast, adapter_names)
+    if original is not None and lora:
+        use_weights(pipe, original, [*([few_step_checkpoint()] if fast else []), *lora])
+    record = record_pipeline(pipe, adapter_names)
+    if original is not None:
+        if not allow_changes:
+            check_same(original, record, request)
+        if original.batch_size > 1:
+            typer.echo(f"{like} was generated in a batch of {original.batch_size}: the same up to rounding.", err=True)
+    for start in range(0, num_images, batch_size):
+        _generate_batch(pipe, request, record, start, paths[start : start + batch_size], is_json)
 
 
-def _from_source(
-    pipe: Any, call: dict[str, Any], source: Path, mask: Path | None, strength: float | None
-) -> tuple[Any, dict[str, Any]]:
-    """The pipeline that starts from an image, and its arguments."""
-    from latte_flow_hf import LatteFlowImg2ImgPipeline, LatteFlowInpaintPipeline
+def _generate_batch(pipe: Any, request: Any, record: Any, first: int, paths: list[Path], is_json: bool) -> None:
+    """Generate images `first`, `first` + 1, ... of a request, say how, and write them."""
+    from latte_flow_hf.files import save_image
+    from latte_flow_hf.pipelines.image_metadata import write_metadata
 
-    call = {**call, "context_image": call["image"], "image": str(source)}
-    if strength is not None:
-        call["strength"] = strength
-    if mask is None:
-        return LatteFlowImg2ImgPipeline.from_pipe(pipe), call
-    return LatteFlowInpaintPipeline.from_pipe(pipe), {**call, "mask_image": str(mask)}
+    start = time.perf_counter()
+    made = [request.record(pipe, record, first + index, len(paths)) for index in range(len(paths))]
+    seeds = f"seed {made[0].seed}" if len(made) == 1 else f"seeds {made[0].seed} to {made[-1].seed}"
+    typer.echo(
+        f"generating {request.prompt!r}: {made[0].describe_sampling()}, {seeds}; {record.model} on {record.device}",
+        err=True,
+    )
+    images = request.run(pipe, first, len(paths))
+    seconds = time.perf_counter() - start
+    for path, generated, settings in zip(paths, images, made):
+        size = f"({generated.width}x{generated.height})"
+        if path.suffix.lower() == ".png":
+            write_metadata(generated, settings, path)
+        else:
+            save_image(generated, path)
+            typer.echo(f"{path} does not say how it was made: only .png files can.", err=True)
+        event = {"path": str(path.absolute()), "seconds": round(seconds, 3), **settings.model_dump(mode="json")}
+        _tell(is_json, f"wrote {path.absolute()} {size} in {seconds:.1f} s", event)
 
 
 def _generate_many(
@@ -389,6 +509,7 @@ def _generate_many(
     num_images: int,
     batch_size: int,
     call: dict[str, Any],
+    is_json: bool,
 ) -> None:
     from accelerate import PartialState
 
@@ -396,12 +517,14 @@ def _generate_many(
 
     check_image_folder(folder)
     texts = read_prompts(prompts)
+    names: dict[str, str] = {}
     # Each process has its own accelerator, unless a device is given.
-    pipe = _load(model, "cpu" if device is None else device, dtype, lora, fast)
+    pipe = _load(model, "cpu" if device is None else device, dtype, lora, fast, names)
     pipe.set_progress_bar_config(disable=True)
-    num_new, num_existing = generate_images(pipe, texts, folder, seed, num_images, batch_size, device, **call)
+    num_new, num_existing = generate_images(pipe, texts, folder, seed, num_images, batch_size, device, names, **call)
     if PartialState().is_main_process:
-        typer.echo(f"wrote {folder}: {num_new} new images, {num_existing} existed")
+        event = {"folder": str(folder.absolute()), "num_new": num_new, "num_existing": num_existing}
+        _tell(is_json, f"wrote {folder}: {num_new} new images, {num_existing} existed", event)
 
 
 @_verb
@@ -416,35 +539,140 @@ def chat(
     dtype: Dtype = "float32",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 256,
     lora: Lora = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for images that are generated by `/paint`.")
+    ] = Path("outputs/chat"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first of these images; each has the next.")] = 0,
+    is_json: Json = False,
 ) -> None:
-    """Ask about images; answers are streamed. In a conversation, `/image PATH` shows another image."""
-    pipe = _load(model, device, dtype, lora)
-    from transformers import TextStreamer
+    """Ask about images; answers are streamed. In a conversation, `/paint PROMPT` generates an image; see `/help`."""
+    names: dict[str, str] = {}
+    pipe = _load(model, device, dtype, lora, adapter_names=names)
+    from latte_flow_hf.cli.conversation import HELP, Conversation
 
-    streamer = TextStreamer(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    shown = [str(path) for path in image or []]
-    messages: list[dict] = []
-
-    def ask(text: str) -> None:
-        (turn,) = pipe.processor.conversation(text, shown)
-        answer = pipe.chat([*messages, turn], streamer=streamer, max_new_tokens=max_new_tokens)
-        messages.extend([turn, {"role": "assistant", "content": [{"type": "text", "text": answer}]}])
-        shown.clear()
-
+    tell = functools.partial(_tell, is_json)
+    conversation = Conversation(pipe, output, tell, not is_json, max_new_tokens, seed, names)
+    conversation.shown = [str(path) for path in image or []]
     if question is not None:
-        ask(question)
+        conversation.ask(question)
         return
-    typer.echo("Type a question. `/image PATH` shows an image, an empty line ends the conversation.")
-    while text := _read_line():
-        if text.startswith("/image "):
-            path = text.removeprefix("/image ").strip()
-            try:
-                pipe.processor.conversation("", path)
-                shown.append(path)
-            except ValueError as error:
-                typer.secho(f"Error: {error}", fg="red", err=True)
-        else:
-            ask(text)
+    if not is_json:
+        typer.echo(f"Type a question, or one of these:\n{HELP}")
+    for line in _lines():
+        try:
+            if not conversation.say(line):
+                return
+        except KeyboardInterrupt:
+            typer.echo("\nstopped; the line is forgotten.", err=True)
+        except Exception as error:
+            message = _user_message(error)
+            if message is None:
+                raise
+            if is_json:
+                _tell(True, "", {"error": message})
+            else:
+                typer.secho(f"Error: {' '.join(message.split())}", fg="red", err=True)
+
+
+@_verb
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or hub id of a pipeline; the embedded checkpoint if left out.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 is a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="The name by which requests ask for the model; that of its folder if left out.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    lora: Lora = None,
+    fast: Fast = False,
+    adapters: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="Folder of adapters that requests ask for by `model:adapter`."
+        ),
+    ] = None,
+    max_adapters: Annotated[int, typer.Option(min=1, help="Adapters that are loaded at a time.")] = 8,
+    max_images: Annotated[int, typer.Option(min=1, help="Images that are generated at a time.")] = 32,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; others are told to retry.")] = 128,
+    max_size: Annotated[
+        int | None, typer.Option(min=1, help="Largest height and width in pixels; twice the default's if left out.")
+    ] = None,
+    max_steps: Annotated[int, typer.Option(min=1, help="Largest number of sampling steps.")] = 200,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="LATTE_FLOW_API_KEY",
+            metavar="KEY",
+            help="Key that requests must have; may be repeated. In the environment, other users cannot see it.",
+        ),
+    ] = None,
+    url_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST", help="Host from which images of requests may be fetched; may be repeated."),
+    ] = None,
+) -> None:
+    """Serve images and chat to many users, with the interface of OpenAI."""
+    from latte_flow_hf.serving.server import bind, create_app, run
+    from latte_flow_hf.serving.settings import ServerSettings
+
+    settings = ServerSettings(
+        model_name=name or ("tinyworld" if model is None else Path(model).name),
+        api_keys=tuple(api_key or ()),
+        max_size=max_size,
+        max_steps=max_steps,
+        url_hosts=tuple(url_host or ()),
+    )
+    # Before the model is loaded, which may take minutes.
+    listening = bind(host, port)
+    from latte_flow_hf.serving.engine import Engine
+
+    pipe = _load(model, device, dtype, lora, fast)
+    pipe.set_progress_bar_config(disable=True)
+    engine = Engine(pipe, max_images, max_waiting, adapters=adapters, max_adapters=max_adapters)
+    typer.echo(f"serving {settings.model_name} on http://{host}:{listening.getsockname()[1]}/v1")
+    run(create_app(engine, settings), listening)
+
+
+@_verb
+def studio(
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    adapters: Annotated[
+        Path | None, typer.Option(help="Folder of adapters that visitors can choose, each a PEFT folder.")
+    ] = None,
+    compare_with: Annotated[
+        list[str] | None, typer.Option(help="Another model for the tab Compare; may be repeated.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to serve; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve.")] = 7860,
+    auth: Annotated[
+        str | None,
+        typer.Option(
+            metavar="USER:PASSWORD",
+            help="Ask for them. Better set LATTE_FLOW_STUDIO_AUTH: other users of this machine see arguments.",
+        ),
+    ] = None,
+) -> None:
+    """Open the studio: a page in the browser for images, conversation, and what the experts do."""
+    from latte_flow_hf.app.app import check_port, launch, make_studio, read_auth
+
+    login = read_auth(auth)
+    check_port(host, port)
+    if adapters is not None and not adapters.is_dir():
+        raise ValueError(f"adapters must be a folder, and there is none at {adapters}.")
+    import gradio  # noqa: F401
+
+    from latte_flow_hf.checkpoints import few_step_checkpoint
+
+    others = {other: _load(other, device, dtype) for other in compare_with or []}
+    made = make_studio(_load(model, device, dtype), model or "tiny world", adapters, others)
+    if model is None:
+        made.shelf.add("few steps", Path(few_step_checkpoint()))
+    launch(made, host, port, login)
 
 
 @_verb
@@ -453,18 +681,19 @@ def info(
     check: Annotated[
         bool, typer.Option("--verify", help="Also check the weights against the hashes stored in them.")
     ] = False,
+    is_json: Json = False,
 ) -> None:
     """Show the experts of a checkpoint: their intervals, layers and sizes."""
     if model is not None:
         _check_source("model", model)
     from latte_flow_hf import tiny_checkpoint
-    from latte_flow_hf.checkpoints import describe, verify
+    from latte_flow_hf.checkpoints import describe, inspect_checkpoint, verify
 
     checkpoint = model or tiny_checkpoint()
-    for line in describe(checkpoint):
-        typer.echo(line)
-    for line in verify(checkpoint) if check else []:
-        typer.echo(line)
+    found = inspect_checkpoint(checkpoint)
+    verified = verify(checkpoint) if check else []
+    event = {**found, "verified": [line.removeprefix("verified").strip() for line in verified]} if check else found
+    _tell(is_json, "\n".join([*describe(found), *verified]), event)
 
 
 TrainedFolder = Annotated[
@@ -524,6 +753,7 @@ def _train(recipe: Path, settings: Any, output: Path, work_dir: Path | None, all
     sources = {f"model: {name}": getattr(settings.model, name) for name in ("pipeline", "backbone", "autoencoder")}
     if settings.distillation is not None:
         sources["distillation: teacher"] = settings.distillation.teacher
+        sources["distillation: student"] = settings.distillation.student
     for name, source in sources.items():
         if source not in (None, "tinyworld"):
             _check_source(f"recipe {recipe}: {name}", source)
@@ -543,6 +773,7 @@ def evaluate(
     dtype: Dtype = "float32",
     lora: Lora = None,
     fast: Fast = False,
+    is_json: Json = False,
 ) -> None:
     """Evaluate a checkpoint on the tiny world: accuracy of generated images and of answers."""
     if output is not None and output.suffix != ".json":
@@ -558,15 +789,18 @@ def evaluate(
     generation = tinyworld.evaluate_generation(pipe, tinyworld.generation_prompts(seed), seed, **call)
     variety = tinyworld.evaluate_variety(pipe, "a red circle left of a blue square", **call)
     understanding = tinyworld.evaluate_understanding(pipe, tinyworld.understanding_questions(seed))
-    for name, results in (("generation", generation), ("understanding", understanding)):
-        for kind, result in results.items():
-            typer.echo(f"{name:14}{kind:17}{result['accuracy']:7.1%} of {result['count']}")
-    typer.echo(
+    results = {"seed": seed, **call, "generation": generation, "variety": variety, "understanding": understanding}
+    lines = [
+        f"{name:14}{kind:17}{result['accuracy']:7.1%} of {result['count']}"
+        for name, kinds in (("generation", generation), ("understanding", understanding))
+        for kind, result in kinds.items()
+    ]
+    lines.append(
         f"{'variety':14}{variety['num_distinct']} of {variety['num_images']} images of one prompt are distinct, with "
         f"a mean distance of {variety['mean_distance']:.2f} of 255"
     )
+    _tell(is_json, "\n".join(lines), results)
     if output is not None:
-        results = {"seed": seed, **call, "generation": generation, "variety": variety, "understanding": understanding}
         write_json(results, output)
 
 

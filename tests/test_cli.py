@@ -3,20 +3,25 @@
 import configparser
 import copy
 import json
+import os
+import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from typer.testing import CliRunner
 
 from latte_flow_cli import _load, _user_message, app
 from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler
+from latte_flow_hf.pipelines.image_metadata import read_metadata
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +137,10 @@ def test_another_adapter_makes_other_images_of_a_file_of_prompts(folder, adapter
         (("generate", "a", "-o", "{tmp}/o.png", "--guidance", "nan"), "guidance_scale must be a finite number"),
         (("generate", "a", "-o", "{tmp}/o.png", "--size", "30"), "height must be a positive multiple"),
         (("generate", "a", "-o", "{tmp}/o.png", "--size", "100000"), "height 100000 and width 100000 need at least"),
-        (("generate", "a", "-o", "{tmp}/o.png", "--size", "1024", "--num-images", "1000"), "1000 image(s)"),
+        (
+            ("generate", "a", "-o", "{tmp}/o.png", "--size", "1024", "--num-images", "1000", "--batch-size", "1000"),
+            "1000 image(s)",
+        ),
         (("generate", "a", "-o", "{tmp}/o.png", "-m", "{tmp}/nowhere"), "nowhere"),
         (("chat", "what?", "-m", "{folder}/model_index.json"), "is a file"),
         (("info", "-m", "{tmp}/nowhere"), "nowhere"),
@@ -162,6 +170,8 @@ USAGE = [
     (("generate", "a", "--dtype", "half"), "'float32', 'bfloat16', 'float16'"),
     (("generate", "a", "--image", "none.png"), "file 'none.png' does not exist"),
     (("generate",), "either a prompt or --prompts"),
+    (("generate", "a", "--allow-changes"), "--allow-changes goes with --like"),
+    (("generate", "--like", "setup.cfg", "--prompts", "setup.cfg"), "--like repeats one image"),
     (("generate", "a", "--strength", "0.5"), "--mask and --strength go with --source"),
     (("generate", "--prompts", "setup.cfg", "--source", "setup.cfg"), "--source goes with one prompt"),
     (("chat", "what?", "-i", "none.png"), "file 'none.png' does not exist"),
@@ -356,13 +366,152 @@ def test_chat_answers_and_streams(folder, tmp_path):
     assert result.exit_code == 0 and result.stdout.strip()
 
 
-def test_a_conversation_goes_on_until_an_empty_line_or_the_end(folder, tmp_path):
+def test_a_conversation_for_programs(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
-    lines = f"hello\n/image {tmp_path}/red.png\nwhat is this?\n/image {tmp_path}/none.png\n\n"
-    for text in (lines, "hello\n"):
-        result = run("chat", "-m", folder, "--max-new-tokens", "2", input=text)
+    lines = [
+        "hello",
+        "",
+        "/image ~/red.png",
+        "what is this?",
+        "/paint a cross",
+        "/paint a cross",
+        "and these?",
+        f"/image {tmp_path}/none.png",
+        "/image",
+        "/quit now",
+        "/sing",
+        f"/save {tmp_path}/talk.txt",
+        f"/save {tmp_path}/talk.json",
+        f"/save {tmp_path}/talk.json",
+        "/reset",
+        "hello",
+        "/quit",
+        "unheard",
+    ]
+    result = run(
+        *("chat", "-m", folder, "--json", "--max-new-tokens", "2", "-o", str(tmp_path / "painted"), "--seed", "5"),
+        input="\n".join(lines),
+    )
+    assert result.exit_code == 0, result.output
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    hello, shown, red, first, second, these, *errors, saved, twice, reset, again = events
+    assert red["images"] == [shown["image"]] == [f"{tmp_path}/red.png"] and hello["images"] == []
+    assert [first["seed"], second["seed"]] == [5, 6] and these["images"] == [first["path"], second["path"]]
+    assert first["path"] == f"{tmp_path}/painted/001-a-cross.png" and "002" in second["path"]
+    assert read_metadata(second["path"]).seed == 6 and hello["answer"] == again["answer"]
+    words = ["none.png", "/image needs a path", "/quit takes nothing", "no command /sing", "writes a .json file"]
+    assert all(word in event["error"] for word, event in zip(words, errors, strict=True))
+    assert "exists" in twice["error"] and reset["reset"]
+    messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    assert saved["saved"] == f"{tmp_path}/talk.json" and len(messages) == 6
+    pipe = _load(folder, "cpu", "float32")
+    for number, event in ((1, hello), (3, red), (5, these)):
+        assert pipe.chat(messages[:number], max_new_tokens=2) == event["answer"]
+        assert messages[number]["content"][0]["text"] == event["answer"]
+
+
+def test_a_conversation_in_a_terminal(folder, tmp_path, monkeypatch, capsys):
+    """Answers are streamed, errors are one line, and Ctrl-D ends it."""
+    keyboard, terminal = os.openpty()
+    os.write(keyboard, b"hello\n/image none.png\n/help\n\x04")
+    with os.fdopen(terminal) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        app(["chat", "-m", folder, "--max-new-tokens", "2"], standalone_mode=False)
+    os.close(keyboard)
+    printed = capsys.readouterr()
+    assert printed.out.count("/paint PROMPT") == 2 and printed.out.count("> ") == 4
+    assert next(line for line in printed.err.splitlines() if "none.png" in line).startswith("Error: ")
+
+
+def test_the_pixels_again(folder, adapter, tmp_path):
+    """What made an image is in its file; options win over it; what is not in the file must be the same."""
+    rng = np.random.default_rng(0)
+    for name in ("source", "other"):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save(tmp_path / "mask.png")
+    source = ("--source", str(tmp_path / "source.png"), "--mask", str(tmp_path / "mask.png"))
+    shown = ("--image", str(tmp_path / "other.png"))
+
+    def generate(name, *arguments):
+        result = run("generate", *arguments, "-o", str(tmp_path / name), "-m", folder)
         assert result.exit_code == 0, result.output
-    assert "none.png" in run("chat", "-m", folder, "--max-new-tokens", "2", input=lines).stderr
+        return np.asarray(Image.open(tmp_path / name)), result
+
+    def refused(name, *arguments):
+        result = run("generate", "--like", str(tmp_path / name), "-o", str(tmp_path / "no.png"), *arguments)
+        assert result.exit_code == 1 and not (tmp_path / "no.png").exists()
+        return result.stderr.splitlines()[-1]
+
+    def like(name, *arguments):
+        return generate("again.png", "--like", str(tmp_path / name), *arguments)[0]
+
+    options = ("--steps", "3", "--guidance", "2.5", "--negative-prompt", "a circle", "--size", "32", "--seed", "7")
+    plain, result = generate("plain.png", "a cross", *options)
+    assert f"wrote {tmp_path}/plain.png (32x32)" in result.stdout
+    assert "3 steps of euler, guidance 2.5, 32x32, seed 7" in result.stderr
+    assert np.array_equal(plain, like("plain.png"))
+    for change in (("--seed", "8"), ("--steps", "4"), ("--guidance", "1"), ("--size", "64"), ("a circle",)):
+        assert not np.array_equal(plain, like("plain.png", *change))
+    assert np.array_equal(plain, like("plain.png", "a cross", *options))
+
+    assert "has no metadata of latte_flow_hf" in refused("source.png", "-m", folder)
+    other = refused("plain.png")
+    assert "the autoencoder and the model and the scheduler of 'tinyworld' differ" in other
+    assert "--allow-changes" in other
+    assert "dtype is float16 and was float32" in refused("plain.png", "-m", folder, "--dtype", "float16")
+    assert not np.array_equal(plain, like("plain.png", "--dtype", "float16", "--allow-changes"))
+    replaced = run("generate", "--like", str(tmp_path / "plain.png"), "-o", str(tmp_path / "plain.png"), "-m", folder)
+    assert replaced.exit_code == 1 and "would be replaced" in replaced.stderr
+
+    masked, _ = generate("masked.png", "a cross", "--steps", "4", *source, "--strength", "0.5", *shown)
+    assert np.array_equal(masked, like("masked.png", *source, *shown))
+    assert "was made from other.png; give it by --image" in refused("masked.png", "-m", folder, *source)
+    assert "made from source.png; give it by --source" in refused("masked.png", "-m", folder, *shown)
+    wrong = ("--source", str(tmp_path / "other.png"), *source[2:])
+    assert "other.png is not the image that was source.png" in refused("masked.png", "-m", folder, *wrong, *shown)
+
+    adapted, _ = generate("adapted.png", "a cross", "--steps", "2", "--lora", f"{adapter}:0.5")
+    assert np.array_equal(adapted, like("adapted.png", "--lora", str(adapter)))
+    assert not np.array_equal(adapted, like("adapted.png", "--lora", f"{adapter}:0.25"))
+    missing = refused("adapted.png", "-m", folder)
+    assert f"adapter '{adapter.name}' (weight 0.5); give each by --lora" in missing
+
+
+def test_images_of_a_file_of_prompts_can_be_repeated(folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cross\na circle")
+    arguments = ("--prompts", str(tmp_path / "prompts.txt"), "-o", str(tmp_path / "out"), "--steps", "2")
+    assert run("generate", *arguments, "-m", folder, "--json").stdout.startswith('{"folder": ')
+    path = sorted((tmp_path / "out").iterdir())[1]
+    again = run("generate", "--like", str(path), "-o", str(tmp_path / "again.png"), "-m", folder, "--json")
+    event = json.loads(again.stdout)
+    assert event["prompt"] == "a circle" and event["seed"] == 1 and event["path"] == f"{tmp_path}/again.png"
+    assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(tmp_path / "again.png")))
+
+
+def test_the_embedded_adapter_is_found_again(tmp_path):
+    assert run("generate", "a red circle", "--fast", "-o", str(tmp_path / "a.png")).exit_code == 0
+    assert run("generate", "--like", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png")).exit_code == 0
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(Image.open(tmp_path / "b.png")))
+
+
+def test_other_formats_do_not_say_how_they_were_made(folder, tmp_path):
+    result = run("generate", "a", "-o", str(tmp_path / "out.jpg"), "-m", folder, "--steps", "2")
+    assert result.exit_code == 0 and "only .png files can" in result.stderr
+    bad = run("generate", "--like", str(tmp_path / "out.jpg"), "-o", str(tmp_path / "again.png"), "-m", folder)
+    assert bad.exit_code == 1 and "has no metadata" in bad.stderr
+
+
+def test_completion_of_the_shell():
+    code = "from latte_flow_cli import app; app(prog_name='latte-flow')"
+    request = {"_LATTE_FLOW_COMPLETE": "complete_bash", "COMP_WORDS": "latte-flow generate --li", "COMP_CWORD": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **request}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["--like"]
+    assert "--install-completion" in run("--help").stdout
 
 
 def test_info_tells_experts_intervals_and_layers(folder, model):
@@ -372,6 +521,9 @@ def test_info_tells_experts_intervals_and_layers(folder, model):
     assert "sigma 1 to 0.5, layers 0 to 1" in experts[0] and "sigma 0.5 to 0, layers 2 to 3" in experts[1]
     millions = sum(p.numel() for p in model.tower.parameters()) / 1e6
     assert any(f"{millions:.2f} M parameters: 2 experts of 2 layers" in line for line in lines)
+    found = json.loads(run("info", "-m", folder, "--json").stdout)
+    assert found["tower_parameters"] == sum(p.numel() for p in model.tower.parameters())
+    assert [expert["last_layer"] for expert in found["experts"]] == [1, 3]
 
 
 def test_a_recipe_with_an_unknown_section_is_refused(tmp_path):
@@ -388,12 +540,55 @@ def test_evaluate_reports_shares_and_writes_them(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(tinyworld, "generation_prompts", lambda seed: prompts(seed, 2, 2, 2, 2))
     few = lambda seed: {k: v[:3] for k, v in questions(seed, 4).items()}  # noqa: E731
     monkeypatch.setattr(tinyworld, "understanding_questions", few)
-    result = run("evaluate", "-m", folder, "--steps", "2", "-o", str(tmp_path / "measured.json"))
+    result = run("evaluate", "-m", folder, "--steps", "2", "-o", str(tmp_path / "measured.json"), "--json")
     assert result.exit_code == 0, result.output
     measured = json.loads((tmp_path / "measured.json").read_text())
+    assert json.loads(result.stdout) == measured
     assert (
         measured["generation"]["two objects"]["accuracy"] == 0.0
         and measured["generation"]["two objects"]["count"] == 2
     )
     assert measured["understanding"]["shapes"]["accuracy"] < 0.5
     assert len(measured["generation"]["one object"]["wrong"]) == 2
+
+
+# Serving.
+
+
+def test_serve_answers_until_it_is_told_to_end(folder, monkeypatch):
+    """Everything but uvicorn's own loop, which `tests/serving` runs."""
+    served = []
+
+    def run_once(web_app, listening):
+        with TestClient(web_app, base_url="http://127.0.0.1") as client:
+            assert client.get("/v1/models").status_code == 401
+            client.headers["Authorization"] = "Bearer secret"
+            served.extend(model["id"] for model in client.get("/v1/models").json()["data"])
+            body = {"prompt": "a cross", "steps": 3}
+            assert client.post("/v1/images/generations", json=body).status_code == 200
+            assert client.post("/v1/images/generations", json={**body, "steps": 5}).status_code == 400
+            assert client.post("/v1/images/generations", json={**body, "size": "128x128"}).status_code == 400
+
+    monkeypatch.setattr("latte_flow_hf.serving.server.run", run_once)
+    monkeypatch.setenv("LATTE_FLOW_API_KEY", "secret")
+    options = ("--port", "0", "--name", "tiny", "--max-steps", "4", "--max-size", "64")
+    result = run("serve", folder, *options)
+    assert result.exit_code == 0, result.output
+    assert served == ["tiny"] and re.search(r"serving tiny on http://127.0.0.1:\d+/v1", result.stdout)
+
+
+def test_serve_refuses_in_one_line(folder, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for arguments, message in (
+            (("--port", port), f"port {port} of 127.0.0.1 cannot be used"),
+            (("--port", "0", "--name", "a:b"), "model_name must not"),
+            (("--port", "0", "--api-key", ""), "api_keys must be"),
+            (("--port", "0", "--fast"), "--fast is for the embedded checkpoint"),
+            (("--port", "0", "--host", "nowhere.invalid"), "is no address of this machine"),
+        ):
+            result = run("serve", folder, *arguments)
+            assert result.exit_code == 1 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert run("serve", str(tmp_path / "missing"), "--port", "0").exit_code == 1

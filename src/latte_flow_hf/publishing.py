@@ -19,7 +19,7 @@ from types import ModuleType
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
 
-from .checkpoints import describe
+from .checkpoints import describe, inspect_checkpoint
 from .files import atomic_write, check_hash, check_output, read_json, store_hash
 from .modeling.configuration_latte_flow import LatteFlowConfig
 from .modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
@@ -254,7 +254,7 @@ def model_card(folder: Path, repo_id: str, with_code: bool) -> ModelCard:
         if with_code
         else f'from latte_flow_hf import {name}\n\npipe = {name}.from_pretrained("{repo_id}")'
     )
-    facts = "\n".join(describe(str(folder))[1:])  # the first line holds the local path
+    facts = "\n".join(describe(inspect_checkpoint(str(folder)))[1:])  # the first line holds the local path
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {repo_id.rpartition('/')[2]}\n\n"
         "A [LaTtE-Flow](https://arxiv.org/abs/2506.06952) model: a frozen vision-language model that answers, with "

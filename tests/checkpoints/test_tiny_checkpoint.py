@@ -53,6 +53,15 @@ def test_the_demo_generates_and_answers(tiny):
     assert contact_sheet(items).width > 4 * 256
 
 
+def test_the_demo_with_four_evaluations_per_image(tmp_path):
+    result = CliRunner().invoke(app, ["demo", "--fast", "-o", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "embedded checkpoint and its adapter" in result.stdout
+    images, answers = map(int, re.search(r"(\d) of 8 images and (\d+) of 16 answers", result.stdout).groups())
+    assert images >= 7 and answers >= 14
+    assert len(list(tmp_path.glob("*.png"))) == 9
+
+
 def test_it_answers_questions_about_new_images(tiny):
     questions = tinyworld.understanding_questions(seed=2, num_scenes=60)
     selected = {

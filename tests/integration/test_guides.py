@@ -7,15 +7,20 @@ what they name must exist. `text` blocks do not run: they need several GPUs or m
 are not code.
 """
 
+import ast
 import configparser
 import json
 import re
 import shlex
 import shutil
+import socket
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import uvicorn
 import yaml
 from PIL import Image
 from typer.testing import CliRunner
@@ -39,11 +44,18 @@ LOCAL = {
     "path/to/dc-ae-f32c32": "autoencoder",
 }
 
+with socket.socket() as unused:
+    unused.bind(("127.0.0.1", 0))
+    FREE_PORT = unused.getsockname()[1]
+
 # What is replaced on a page: sizes, and names of files that the reader has. All of it must occur.
 PAGES: dict[str, dict[str, str]] = {
     "README.md": {"--output my-checkpoint": "--output my-checkpoint --work-dir runs/readme"},
     "docs/index.md": {},
     "docs/start.md": {"latent_channels=32": "latent_channels=4", "recipe.yaml": "recipes/text_to_image_folder.yaml"},
+    "docs/settings.md": {},
+    "docs/troubleshooting.md": {},
+    "docs/contributing.md": {},
     "docs/tinyworld.md": {},
     "docs/benchmarks.md": {},
     "docs/departures.md": {},
@@ -75,6 +87,7 @@ PAGES: dict[str, dict[str, str]] = {
     "docs/guides/modular.md": {},
     "docs/guides/processors.md": {},
     "docs/guides/reproducing_the_paper.md": {"--num-images 50": "--num-images 1"},
+    "docs/guides/serve.md": {"8000": str(FREE_PORT)},
     "docs/guides/solvers.md": {},
     "docs/guides/speed_and_memory.md": {},
     "docs/guides/teach_an_expert_with_lora.md": {
@@ -82,6 +95,7 @@ PAGES: dict[str, dict[str, str]] = {
         "max_steps=600": "max_steps=2",
         "per_device_train_batch_size=64": "per_device_train_batch_size=4",
     },
+    "docs/guides/studio.md": {},
     "docs/guides/threads.md": {},
     "docs/guides/train_from_a_vlm.md": {"range(720)": "range(12)"},
     "docs/guides/train_your_own.md": {"--num-images 4": "--num-images 1"},
@@ -158,6 +172,7 @@ def furnished(model, make_model, backbone, processor, vae, tmp_path_factory) -> 
     for name, replaced in {
         "tinyworld/distill": {},
         "tinyworld/distill_lora": {},
+        "tinyworld/distill_lora_again": {},
         "text_to_image_folder": {"path/to/pipeline": "with-code", "path/to/images": "images-of-recipe"},
         "imagenet256": {**LOCAL, "path: ILSVRC/imagenet-1k": "path: imagefolder\n    data_dir: classes"},
     }.items():
@@ -176,20 +191,46 @@ def workplace(furnished, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     for module in ("transformers.dynamic_module_utils", "diffusers.utils.dynamic_modules_utils"):
         monkeypatch.setattr(f"{module}.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    servers = run_servers_in_threads(monkeypatch)
     # 50 of thousands of questions and prompts.
     prompts, questions = tinyworld.generation_prompts, tinyworld.understanding_questions
     monkeypatch.setattr(tinyworld, "generation_prompts", lambda seed: prompts(seed, 2, 2, 2, 2))
     monkeypatch.setattr(
         tinyworld, "understanding_questions", lambda seed: {k: v[:3] for k, v in questions(seed, 4).items()}
     )
-    return tmp_path
+    yield tmp_path
+    for server, thread in servers:
+        server.should_exit = True
+        thread.join(timeout=60)
+
+
+def run_servers_in_threads(monkeypatch) -> list[tuple[uvicorn.Server, threading.Thread]]:
+    """`latte-flow serve` then returns as soon as its server answers."""
+    servers = []
+
+    def run(web_app, listening):
+        server = uvicorn.Server(uvicorn.Config(web_app, log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        servers.append((server, thread))
+        while thread.is_alive() and not server.started:
+            time.sleep(0.01)
+
+    monkeypatch.setattr("latte_flow_hf.serving.server.run", run)
+    return servers
 
 
 def run_command(line: str) -> None:
     """Run one line of an `sh` block, or check that it names what exists."""
     words = shlex.split(line, comments=True)
     program, *arguments = words
-    if program == "latte-flow":
+    if words[:2] == ["latte-flow", "studio"]:
+        # It would serve for ever.
+        options = CliRunner().invoke(app, ["studio", "--help"]).output
+        assert all(word in options.split() for word in arguments if word.startswith("--")), line
+    elif program == "latte-flow":
+        if arguments == ["serve"]:
+            arguments += ["--port", "0"]
         if arguments[0] in ("generate", "evaluate") and not re.search("--steps|--fast|distilled", line):
             arguments += ["--steps", "2"]
         outcome = CliRunner().invoke(app, arguments)
@@ -254,20 +295,28 @@ def test_answers_in_the_guide_to_images(workplace, capsys):
     assert "a red circle\nred\n" in printed and "[ 1,  4, 12]" in printed
 
 
-def test_the_small_server_answers(workplace):
-    from urllib.error import HTTPError
-    from urllib.request import urlopen
+def messages_of_the_source() -> list[str]:
+    """All strings of the package, without what is filled in."""
+    found = []
+    for path in [*(ROOT / "src").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
+                found.append("".join(map(str, parts)))
+    return found
 
-    names: dict = {}
-    for kind, _, block in BLOCK.findall((ROOT / "docs/guides/threads.md").read_text()):
-        if kind == "python":
-            exec(compile(block, "threads.md", "exec"), names)
-    address = f"http://127.0.0.1:{names['server'].server_port}/"
-    with urlopen(f"{address}?prompt=a%20red%20circle&seed=1") as answer:
-        assert Image.open(answer).size == (64, 64)
-    with pytest.raises(HTTPError, match="400"):
-        urlopen(address)
-    names["server"].shutdown()
+
+def test_messages_of_the_troubleshooting_page_exist():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    shown = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
+    assert len(shown) > 25 and len(shown) == len(set(shown))
+    messages = messages_of_the_source()
+    for message in shown:
+        parts = [part.strip() for part in message.replace("``", "`").split("...")]
+        pattern = re.compile(".*".join(map(re.escape, parts)), re.DOTALL)
+        assert any(pattern.search(text) for text in messages), message
 
 
 def test_all_extras_are_documented():

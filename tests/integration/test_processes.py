@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from latte_flow_hf import LatteFlowPipeline
 from latte_flow_hf.training import encode_prompts, last_checkpoint
@@ -176,6 +177,28 @@ def test_two_processes_have_the_losses_and_weights_of_one(recipe, tmp_path):
     assert any("lm_loss" in entry for entry in losses(tmp_path / "one"))
     assert_same_run(tmp_path / "one", tmp_path / "two")
     assert_same_tower(one, two)
+
+
+def test_two_processes_distil_the_trajectories_and_weights_of_one(recipe, tmp_path):
+    """Each process generates its share of the trajectories, with new noise between the steps."""
+    content = recipe(training={"max_steps": 2})
+    del content["prompt_dropout"]
+    distillation = {"teacher_steps": [2, 2], "guidance_scale": 2.0, "new_noise": [0.5, 0.0], "batch_size": 3}
+
+    def distil(folder: Path, batch_size: int) -> dict:
+        data = {**content["data"], "flip": False, "cache": str(folder / "trajectories")}
+        training = {**content["training"], "per_device_train_batch_size": batch_size}
+        return {**content, "data": data, "training": training, "distillation": distillation}
+
+    one = run(distil(tmp_path / "one", 4), tmp_path / "one")
+    two = launch(distil(tmp_path / "two", 2), tmp_path / "two", "cpu")
+    files = [sorted((tmp_path / name / "trajectories").glob("trajectories-*")) for name in ("one", "two")]
+    assert [path.name for path in files[0]] == [path.name for path in files[1]] and len(files[0]) == 6
+    for first, second in zip(*files):
+        torch.testing.assert_close(load_file(second)["states"], load_file(first)["states"], rtol=1e-5, atol=1e-5)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert_same_tower(one, two)
+    assert two.model.config.sampling == one.model.config.sampling
 
 
 def test_a_killed_sharded_run_ends_like_an_uninterrupted_process(recipe, tmp_path):

@@ -219,3 +219,23 @@ def test_bad_prompts_are_refused(model, encode, changed, message):
     inputs = {name: value for name, value in encode("a red circle").items() if name != "mm_token_type_ids"}
     with pytest.raises(ValueError, match=message):
         model.encode_context(**{**inputs, **changed})
+
+
+def test_an_expert_needs_only_the_keys_and_values_of_its_layers(model, encode):
+    context = model.encode_context(**encode("a red circle", "a longer prompt of other words"))
+    latents = noise(2, 4, 8, 8)
+    for expert, timesteps in enumerate(([900.0, 600.0], [400.0, 100.0])):
+        own = context.of_layers(model.config.context_layers(expert))
+        assert [keys.numel() > 0 for keys in own.keys] == [index // 2 == expert for index in range(4)]
+        expected = model.predict_velocity(latents, torch.tensor(timesteps), context)
+        assert torch.equal(model.predict_velocity(latents, torch.tensor(timesteps), own), expected)
+        # Through splitting and joining, and with the modulation of each image computed apart.
+        modulations = [model.modulate(torch.tensor([timestep]), expert) for timestep in timesteps]
+        found = model.predict_velocity(
+            latents,
+            torch.tensor(timesteps),
+            LatteFlowContext.cat(own.split()),
+            expert,
+            type(modulations[0]).cat(modulations),
+        )
+        torch.testing.assert_close(found, expected, **CLOSE)

@@ -13,6 +13,8 @@ from latte_flow_hf.modeling.flow_matching import (
     data_from_velocity,
     draw_expert_sigmas,
     expert_of_sigma,
+    folded_guidance_target,
+    guided_velocity,
     interpolate,
     mean_velocity,
     sigmas_per_expert,
@@ -252,3 +254,28 @@ def test_sigmas_by_expert_are_even_in_each_interval():
     np.testing.assert_allclose(found.numpy(), [1.0, 0.85, 0.575, 0.1, 0.05], atol=1e-7)
     assert sigmas_per_expert(UNEVEN, [1, 1, 1, 1]).tolist() == pytest.approx(UNEVEN[:-1])
     assert found.dtype == torch.float32
+
+
+def test_guidance_extrapolates_from_the_negative_prompt():
+    negative, prompt = torch.tensor([1.0, -2.0]), torch.tensor([2.0, 0.0])
+    assert guided_velocity(negative, prompt, 1.0).tolist() == prompt.tolist()
+    assert guided_velocity(negative, prompt, 0.0).tolist() == negative.tolist()
+    assert guided_velocity(negative, prompt, 4.0).tolist() == [5.0, 6.0]
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, 4.0])
+def test_a_model_trained_with_folded_guidance_predicts_the_guided_velocity(scale):
+    """The smallest model: one velocity for the prompt, one for the empty prompt, and targets with noise around 1 and
+    0.25. Gradient descent ends at v_0 = 0.25 and v_c = v_0 + scale * (1 - v_0)."""
+    generator = torch.Generator().manual_seed(0)
+    velocities = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    means = torch.tensor([1.0, 0.25], dtype=torch.float64)
+    for _ in range(400):
+        noise = torch.randn(256, 2, generator=generator, dtype=torch.float64)
+        targets = means + noise - noise.mean(dim=0)
+        conditional, unconditional = velocities.detach()
+        own = torch.stack([conditional, unconditional])
+        targets = folded_guidance_target(targets, own, unconditional, scale)
+        (gradient,) = torch.autograd.grad((velocities - targets).square().mean(dim=0).sum(), velocities)
+        velocities = (velocities - 0.2 * gradient).detach().requires_grad_(True)
+    assert velocities.tolist() == pytest.approx([0.25 + scale * 0.75, 0.25], abs=1e-6)

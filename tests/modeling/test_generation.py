@@ -134,6 +134,33 @@ def test_chat_answers_with_every_form_of_output(model, processor, picture):
     assert model.chat(processor, question, picture, generation_config=given) == expected
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"generation_mode": "image"}, "generation_mode must be 'text' in chat, got 'image'; use generate for images"),
+        ({"generation_config": {"max_new_tokens": 2}}, "generation_config must be a GenerationConfig, got {'max_new"),
+    ],
+)
+def test_chat_refuses_what_it_would_ignore(model, processor, arguments, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        model.chat(processor, "what is this?", **arguments)
+
+
+def test_numbers_of_numpy_are_numbers(model, processor, encode):
+    arguments = {"max_new_tokens": 4, "do_sample": True, "temperature": 0.5, "top_k": 3}
+    of_numpy = {
+        "max_new_tokens": np.int64(4),
+        "do_sample": np.bool_(True),
+        "temperature": np.float32(0.5),
+        "top_k": np.int32(3),
+    }
+    answers = []
+    for given in (arguments, of_numpy):
+        torch.manual_seed(0)
+        answers.append(model.generate(**encode("what is this?"), **given))
+    assert torch.equal(*answers)
+
+
 @pytest.mark.parametrize("several", [{"num_return_sequences": 2}, {"generation_config": 2}])
 def test_chat_refuses_several_answers(model, processor, several):
     if "generation_config" in several:

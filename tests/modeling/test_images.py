@@ -88,7 +88,7 @@ def transparent_palette() -> Image.Image:
     return image
 
 
-@pytest.mark.parametrize("background", ["white", "#00ff00", (1, 2, 3)])
+@pytest.mark.parametrize("background", ["white", "#00ff00", (1, 2, 3), tuple(np.arange(1, 4))])
 @pytest.mark.parametrize(
     ("image", "opaque"),
     [

@@ -33,6 +33,72 @@ def test_flow_loss_is_the_sum_over_experts_recomputed(model, encode, batch):
     assert output.lm_loss is None and output.logits is None
 
 
+def test_folded_guidance_changes_the_target_by_the_model_s_own_difference(model, encode):
+    prompts = ["a red circle", "a cross", "", "a handwritten seven"]
+    inputs, data, start = encode(*prompts), noise(4, 4, 4, 4, seed=1), noise(4, 4, 4, 4, seed=2)
+    context, empty = model.encode_context(**inputs), model.encode_context(**encode(""))
+    with torch.no_grad():
+        output = model(
+            **inputs,
+            latents=data,
+            noise=start,
+            generator=torch.Generator().manual_seed(7),
+            negative_context=empty,
+            guidance_scale=4.0,
+        )
+        generator, expected = torch.Generator().manual_seed(7), []
+        for expert in range(2):
+            rows = torch.tensor([expert, expert + 2])
+            sigma = draw_expert_sigmas(2, model.config.expert_boundaries[expert : expert + 2], generator)
+            s = sigma[:, None, None, None]
+            noisy = (1 - s) * data[rows] + s * start[rows]
+            velocity = model.predict_velocity(noisy, 1000 * sigma, context.select(rows))
+            uncond = model.predict_velocity(noisy, 1000 * sigma, empty.select(torch.zeros(2, dtype=torch.int64)))
+            target = start[rows] - data[rows] + 0.75 * (velocity - uncond)
+            expected.append((velocity - target).square().mean().item())
+            if expert == 0:
+                # The third prompt is the empty one: its target is that of ordinary training.
+                torch.testing.assert_close(target[1], start[2] - data[2], atol=1e-5, rtol=1e-5)
+                assert (target[0] - (start[0] - data[0])).abs().max() > 1e-3
+    assert output.expert_losses.tolist() == pytest.approx(expected, rel=1e-4)
+    # The empty prompt as the arguments of `encode_context`, as for a backbone that is trained.
+    with torch.no_grad():
+        again = model.flow_loss(
+            data, inputs, start, torch.Generator().manual_seed(7), negative_context=encode(""), guidance_scale=4.0
+        )
+    torch.testing.assert_close(again[1], output.expert_losses, atol=1e-5, rtol=1e-5)
+
+
+def test_the_added_target_has_no_gradient(model, encode):
+    """With a scale of almost 1 the gradient is that of ordinary training."""
+    data, context, empty = noise(2, 4, 4, 4), encode("a red circle", "a cross"), encode("")
+    gradients = []
+    for scale in (1.0 + 1e-12, 4.0):
+        model.zero_grad()
+        loss, _ = model.flow_loss(
+            data, context, data, torch.Generator().manual_seed(1), negative_context=empty, guidance_scale=scale
+        )
+        loss.backward()
+        gradients.append(model.tower.head.proj.bias.grad.clone())
+    assert not torch.allclose(gradients[0], gradients[1])
+    plain = model.flow_loss(data, context, data, torch.Generator().manual_seed(1))[0]
+    model.zero_grad()
+    plain.backward()
+    torch.testing.assert_close(model.tower.head.proj.bias.grad, gradients[0])
+
+
+def test_folded_guidance_that_cannot_be_learned_is_refused(model, encode):
+    data, context = noise(2, 4, 4, 4), encode("a red circle", "a cross")
+    for given, message in (
+        ({"guidance_scale": 4.0}, "together"),
+        ({"negative_context": encode("")}, "together"),
+        ({"guidance_scale": 1.0, "negative_context": encode("")}, "must be above 1"),
+        ({"guidance_scale": 4.0, "negative_context": encode("", "a cross")}, "one prompt, which serves all"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**context, latents=data, **given)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("overlap", [0.0, 0.4, 1.0])
 def test_overlap_widens_the_intervals_in_training_alone(make_model, encode, monkeypatch, overlap, training):

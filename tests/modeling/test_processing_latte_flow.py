@@ -124,6 +124,14 @@ def test_picture_of_a_part_comes_under_each_name_of_transformers(processor, pict
         ([{"role": "user", "content": [{"type": "image_url"}]}], "got NoneType"),
         ([{"role": "user", "content": [{"type": "image"}]}], "an image must be a PIL image"),
         ([{"role": "user", "content": [{"type": "image", "image": None}]}], "got NoneType"),
+        (
+            [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (8, 8)), "path": "a.png"}]}],
+            "a part of a message must have one image, got ['image', 'path']; use a part for each.",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (8, 8)), "max_pixel": 64}]}],
+            "a part of a message has the unknown size 'max_pixel'; did you mean 'max_pixels'?",
+        ),
     ],
 )
 def test_conversation_refuses(processor, messages, message):

@@ -8,6 +8,7 @@ from latte_flow_hf.modeling.sampling import (
     check_sampling,
     default_strength,
     describe_sampling,
+    guidance_of_steps,
 )
 
 
@@ -38,6 +39,10 @@ def test_valid_sampling_is_kept_without_empty_fields():
         ({"guidance_scale": "4"}, "guidance_scale must be"),
         ({"distilled_experts": [4], "steps_per_expert": [1, 1, 1, 1]}, "distilled_experts must be some"),
         ({"distilled_experts": [0]}, "must come with their steps_per_expert"),
+        ({"folded_guidance_scale": [1.0, 4.0]}, "folded_guidance_scale must be a number, or one for each"),
+        ({"new_noise": [0.5, 0.5, 0.5, 0.0]}, "new_noise is for distilled_experts"),
+        ({**DISTILLED, "new_noise": 0.5}, "new_noise must be 4 numbers from 0 to 1"),
+        ({**DISTILLED, "new_noise": [0.5, 0.5, 0.5, 1.5]}, "new_noise must be 4 numbers from 0 to 1"),
     ],
 )
 def test_invalid_sampling_is_refused(sampling, message):
@@ -105,3 +110,16 @@ def test_descriptions():
     assert describe_sampling({**DISTILLED, "guidance_scale": 1.0}, "euler") == (
         "steps per expert 1, 2, 1, 1 (euler); guidance 1; experts 0, 1, 2, 3 distilled to these steps"
     )
+    assert describe_sampling({**DISTILLED, "guidance_scale": 1.0, "new_noise": [0.5, 0, 0, 0]}).endswith(
+        "distilled to these steps; new noise 0.5, 0, 0, 0"
+    )
+    assert describe_sampling({"guidance_scale": 1.0, "folded_guidance_scale": 4.0}) == (
+        "40 steps; guidance 1, and 4 in the weights"
+    )
+
+
+def test_each_evaluation_has_its_guidance_scale():
+    experts, timesteps = [0, 0, 1, 1], [1000.0, 750.0, 500.0, 250.0]
+    assert guidance_of_steps(3.0, None, experts, timesteps) == [3.0] * 4
+    assert guidance_of_steps([4.0, 0.5], None, experts, timesteps) == [4.0, 4.0, 1.0, 1.0]
+    assert guidance_of_steps(3.0, (0.3, 0.75), experts, timesteps) == [1.0, 3.0, 3.0, 1.0]

@@ -168,6 +168,19 @@ def test_an_adapter_of_one_expert_leaves_the_noise_of_the_others(own_pipe, call,
     assert used == [[0.0, 0.25]] * 4
 
 
+def test_distilled_experts_keep_the_new_noise_they_were_trained_with(own_pipe, call, make_model, tmp_path):
+    sampling = {**SAMPLING, "new_noise": [0.5, 0.0]}
+    folder = save_few_step_adapter(make_model(), tmp_path / "noisy", sampling, [0, 1])
+    own_pipe.load_lora_weights(str(folder))
+    noisy = call(own_pipe)
+    own_pipe.fuse_lora()
+    own_pipe.unload_lora_weights()
+    assert own_pipe.scheduler.config.new_noise == [0.5, 0.0] and own_pipe.model.config.sampling == sampling
+    torch.testing.assert_close(call(own_pipe), noisy, atol=1e-4, rtol=1e-4)
+    own_pipe.scheduler = LatteFlowScheduler(expert_boundaries=own_pipe.model.config.expert_boundaries)
+    assert (call(own_pipe) - noisy).abs().mean() > 1e-2
+
+
 def test_the_mark_survives_in_the_expression(model):
     mark = sampling_mark(model.config, SAMPLING)
     assert read_sampling_mark(f"{mark}tower") == {**SAMPLING, "expert_boundaries": model.config.expert_boundaries}

@@ -4,6 +4,7 @@
 import copy
 import json
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -262,6 +263,11 @@ def test_an_adapter_has_a_weight_for_each_expert(adapters, pipe):
     assert torch.equal(generate(pipe), by_list)
     pipe.set_adapters("b", [2.0])
     assert pipe.model.adapter_weights == {"b": [2.0] * 4}
+    for weights in (np.array([0.0, 0.5, 1.0, 1.0]), torch.tensor([0.0, 0.5, 1.0, 1.0])):
+        pipe.set_adapters("b", weights)
+        assert pipe.model.adapter_weights == {"b": [0.0, 0.5, 1.0, 1.0]}
+    pipe.set_adapters("b", torch.tensor(0.25))
+    assert pipe.model.adapter_weights == {"b": [0.25] * 4}
     pipe.set_adapters("b", {"model": 0.5})
     assert pipe.model.adapter_weights == {"b": [0.5] * 4}
     for names, weights in (
@@ -360,6 +366,7 @@ def layouts(folder, base) -> dict[str, dict[str, torch.Tensor]]:
     return {
         "kohya": {kohya(key): weight for key, weight in weights.items()} | alphas,
         "diffusers": {f"transformer.{key}": weight for key, weight in scaled.items()},
+        "diffusers before transformers": {f"unet.{key}": weight for key, weight in scaled.items()},
         "old diffusers": {diffusers(key): weight for key, weight in scaled.items()},
         "distributed": {f"module.base_model.model.{key}": weight for key, weight in scaled.items()},
         "state dict of a model": {key.replace(".weight", ".default.weight"): weight for key, weight in scaled.items()},
@@ -376,7 +383,14 @@ def scaled(base, tmp_path_factory):
     return folder
 
 
-LAYOUTS = ("kohya", "diffusers", "old diffusers", "distributed", "state dict of a model")
+LAYOUTS = (
+    "kohya",
+    "diffusers",
+    "diffusers before transformers",
+    "old diffusers",
+    "distributed",
+    "state dict of a model",
+)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -432,7 +446,11 @@ def test_half_of_a_pair_is_refused_without_a_configuration(part, scaled, base, p
         ({}, "got no weights"),
         ({"tower.layers.0.mlp.up_proj.hada_w1_a": torch.zeros(2, 2)}, "only LoRA weights can be loaded"),
         ({"tower.layers.0.modulation.lora_magnitude_vector": torch.ones(2)}, "has no LoRA matrices"),
-        ({"text_encoder.layers.0.q_proj.lora_A.weight": torch.zeros(2, 2)}, "not found in the base model"),
+        (
+            {"text_encoder.layers.0.q_proj.lora_A.weight": torch.zeros(2, 2)},
+            r"1 modules that the model does not have, such as \['text_encoder",
+        ),
+        ({"tower.layers.0.mlp.up_proj.lora_A.weight": [[0.0]]}, "must be tensors, got tower.*: list"),
         ({f"tower.layers.0.mlp.up_proj.lora_A.{x}weight": torch.zeros(2, 2) for x in ("", "a.")}, "twice"),
     ],
 )
@@ -464,8 +482,10 @@ def test_a_lost_configuration_is_warned_of(scaled, base, pipe, recwarn):
     pipe.load_lora_weights(layouts(scaled, base)["diffusers"])
     pipe.unload_lora_weights()
     assert len(recwarn) == 0
-    with pytest.warns(UserWarning, match="its scale is taken to be 1"):
-        pipe.load_lora_weights(load_file(scaled / "adapter_model.safetensors"))
+    weights = load_file(scaled / "adapter_model.safetensors")
+    for prefix in ("", "module.", "_orig_mod."):
+        with pytest.warns(UserWarning, match="its scale is taken to be 1"):
+            pipe.load_lora_weights({prefix + key: weight for key, weight in weights.items()})
 
 
 def test_unknown_arguments_and_methods_are_refused(scaled, pipe):
@@ -478,6 +498,8 @@ def test_unknown_arguments_and_methods_are_refused(scaled, pipe):
         pipe.load_lora_weights(scaled, weight_name="other.safetensors")
     with pytest.raises(OSError, match="nowhere"):
         pipe.load_lora_weights("nowhere/at-all")
+    with pytest.raises(OSError, match=r"there is no adapter .*: no such file or folder"):
+        pipe.load_lora_weights(scaled / "nowhere")
 
 
 def test_fused_adapters_are_counted_and_not_lost(adapters, pipe):

@@ -680,6 +680,7 @@ BAD_CALLS = [
         {"prompt": PROMPT, "latents": torch.zeros(1, 4, 8, 9)},
         "latents must be of shape (1, 4, 8, 8), got (1, 4, 8, 9).",
     ),
+    ({"prompt": PROMPT, "latents": [0.0]}, "latents must be a tensor of shape (1, 4, 8, 8), got list."),
     (
         {"prompt": PROMPTS, "latents": torch.zeros(1, 4, 8, 8)},
         "latents must be of shape (3, 4, 8, 8), got (1, 4, 8, 8).",

@@ -273,9 +273,11 @@ def test_config_round_trip(tmp_path, boundaries):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_train_timesteps": 0}, "num_train_timesteps must be positive, got 0."),
-        ({"shift": 0.0}, "shift must be positive, got 0.0."),
-        ({"shift": -1.5}, "shift must be positive, got -1.5."),
+        ({"num_train_timesteps": 0}, "num_train_timesteps must be a positive whole number, got 0."),
+        ({"num_train_timesteps": 1000.0}, "num_train_timesteps must be a positive whole number, got 1000.0."),
+        ({"shift": 0.0}, "shift must be a positive number, got 0.0."),
+        ({"shift": -1.5}, "shift must be a positive number, got -1.5."),
+        ({"shift": float("nan")}, "shift must be a positive number, got nan."),
         ({"expert_boundaries": [1.0, 0.4, 0.6, 0.0]}, "got [1.0, 0.4, 0.6, 0.0]"),
         ({"expert_boundaries": [0.0, 0.5, 1.0]}, "got [0.0, 0.5, 1.0]; for example [1.0, 0.5, 0.0]"),
         ({"expert_boundaries": [1.0]}, "expert_boundaries must be"),

@@ -1,6 +1,8 @@
 """Runs on a small random pipeline: what is trained, what they save, and resuming after a stop."""
 
 import copy
+import json
+import logging
 import shutil
 import signal
 import subprocess
@@ -142,6 +144,30 @@ def test_adapters_and_single_experts_are_trained_and_resumed(recipe, run, pipeli
     assert hash_module(before.tower.head) == hash_module(after.tower.head)
 
 
+def test_an_adapter_is_trained_further(recipe, pipeline, tmp_path):
+    """Without a learning rate the new adapter has the weights of the old one; anything else is refused at once."""
+    first = train(Recipe.from_dict(recipe(lora={"experts": [1], "r": 2})), tmp_path / "one", tmp_path / "first")
+
+    def further(folder, **lora):
+        lora = {"experts": [1], "r": 2, "weights": str(first), **lora}
+        content = recipe(lora=lora, training={"learning_rate": 0.0, "max_steps": 1})
+        return train(Recipe.from_dict(content), tmp_path / folder / "work", tmp_path / folder / "out")
+
+    second = further("two")
+    weights, again = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
+    # Neither the configuration nor the model card tells where the base model was.
+    assert json.loads((first / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    assert not any(pipeline in path.read_text() for path in first.iterdir() if path.suffix != ".safetensors")
+    assert weights.keys() == again.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
+    for name, change in (("r", {"r": 4}), ("lora_alpha", {"lora_alpha": 4}), ("target_modules", {"experts": [0]})):
+        with pytest.raises(ValueError, match=f"lora: weights: .* has {name}"):
+            further("three", **change)
+    assert not (tmp_path / "three" / "work" / "checkpoints" / "checkpoint-1").exists()
+    with pytest.raises(ValueError, match="weights must be the folder or hub id"):
+        further("three", weights=3)
+
+
 def test_a_new_pipeline_has_the_settings_of_the_recipe(pipeline, processor, tmp_path):
     parts = Path(pipeline)
     LatteFlowPipeline.from_pretrained(pipeline).model.vlm.save_pretrained(tmp_path / "backbone")
@@ -232,6 +258,36 @@ def test_a_working_folder_belongs_to_one_starting_model(stopped, own_pipe, tmp_p
     content["model"]["pipeline"] = str(tmp_path / "other")
     with pytest.raises(ValueError, match=r"model: pipeline .*; autoencoder of the starting model"):
         train(Recipe.from_dict(content), folder, tmp_path / "out")
+
+
+def test_a_finished_run_takes_no_more_steps(finished, tmp_path):
+    content, folder = finished
+    work = tmp_path / "work"
+    shutil.copytree(folder / "work", work)
+    output = train(Recipe.from_dict(content), work, tmp_path / "again")
+    # Step 4 is in the middle of an epoch.
+    assert last_checkpoint(work / "checkpoints").name == "checkpoint-4"
+    pipes = [LatteFlowPipeline.from_pretrained(path) for path in (folder / "out", output)]
+    assert hash_module(pipes[0].model) == hash_module(pipes[1].model)
+
+
+def test_a_working_folder_belongs_to_the_same_data(stopped, images, tmp_path):
+    content, folder = stopped
+    copied = tmp_path / "images"
+    shutil.copytree(images, copied)
+    content["data"]["source"] = {"path": "imagefolder", "data_dir": str(copied)}
+    content["data"]["source"]["cache_dir"] = str(tmp_path / "datasets")
+    content["validation"] = {"source": content["data"]["source"]}
+    content["training"]["eval_strategy"] = "steps"
+    train(Recipe.from_dict(content), folder.with_name("work"), tmp_path / "first")
+    train(Recipe.from_dict(content), folder.with_name("work"), tmp_path / "again")
+    captions = (copied / "metadata.jsonl").read_text()
+    (copied / "metadata.jsonl").write_text(captions.replace("red", "blue"))
+    # The recipe is the same, and the old result would be taken for that of the new captions.
+    with pytest.raises(ValueError, match=r"data \(the files of `data`; the files of `validation`\); use another"):
+        train(Recipe.from_dict(content), folder.with_name("work"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    train(Recipe.from_dict(content), folder.with_name("work"), tmp_path / "out", allow_changes=True)
 
 
 def test_more_steps_and_other_logging_go_on_and_changes_need_a_flag(stopped, run, tmp_path):
@@ -404,3 +460,47 @@ def test_a_trained_backbone_is_resumed(recipe, run, tmp_path):
     shutil.copytree(tmp_path / "whole" / "work", tmp_path / "parts" / "work")
     shutil.rmtree(tmp_path / "parts" / "work" / "checkpoints" / "checkpoint-6")
     assert hash_module(run(content, tmp_path / "parts").model) == hash_module(whole.model)
+
+
+def test_guidance_in_the_weights_is_not_added_again(
+    recipe, run, count_layers, pipeline, caplog, monkeypatch, tmp_path
+):
+    """Guidance is trained into the weights, and the result is sampled with one evaluation per step."""
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    content = recipe(folded_guidance_scale=3.0, training={"max_steps": 2})
+    pipe = run(content, tmp_path)
+    assert pipe.model.config.sampling == {"guidance_scale": 1.0, "folded_guidance_scale": 3.0}
+    plain = run(recipe(training={"max_steps": 2}), tmp_path / "plain")
+    assert hash_module(pipe.model.tower) != hash_module(plain.model.tower)
+    call = {"num_inference_steps": 2, "output_type": "latent", "latents": torch.zeros(1, 4, 8, 8)}
+    caplog.clear()
+    images = pipe("a red circle", **call).images
+    assert not pipe.do_classifier_free_guidance
+    assert torch.equal(images, pipe("a red circle", **call, guidance_scale=1.0).images) and not caplog.records
+    pipe("a red circle", **call, guidance_scale=3.0)
+    assert len(caplog.records) == 1 and "trained or distilled into their weights" in caplog.text
+    with pytest.raises(ValueError, match=r"experts \[0, 1\] of the model were trained or distilled with guidance"):
+        model = {"pipeline": str(tmp_path / "out")}
+        train(Recipe.from_dict({**content, "model": model}), tmp_path / "again", tmp_path / "second")
+
+    adapter = train(
+        Recipe.from_dict({**content, "lora": {"experts": [1], "r": 2}}), tmp_path / "lora", tmp_path / "adapter"
+    )
+    base = LatteFlowPipeline.from_pretrained(pipeline)
+    base.load_lora_weights(str(adapter))
+    assert base.model.sampling == {"guidance_scale": [4.0, 1.0], "folded_guidance_scale": [1.0, 3.0]}
+    scheduler, used = base.scheduler, []
+    base("a red circle", **call, callback_on_step_end=lambda p, *_: used.append(p.scheduler.config) or {})
+    assert used == [scheduler.config] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"folded_guidance_scale": 1.0}, "folded_guidance_scale must be greater than 1"),
+        ({"folded_guidance_scale": 4.0, "prompt_dropout": 0.0}, "needs prompt_dropout above 0"),
+    ],
+)
+def test_guidance_that_cannot_be_learned_is_refused(recipe, change, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_dict(recipe(**change))

@@ -2,6 +2,7 @@
 """The embedded checkpoint: a small model of the tiny world, made with `recipes/tinyworld/build.py`."""
 
 from pathlib import Path
+from typing import Any
 
 from ..files import check_hash, read_json
 
@@ -20,20 +21,24 @@ def few_step_checkpoint() -> str:
     folder = Path(__file__).parent / "tinyworld_few_steps"
     if not (folder / "adapter_config.json").is_file():
         raise OSError(
-            f"the few-step adapter of the embedded checkpoint is not in {folder}. It is made by `latte-flow distill "
-            "recipes/tinyworld/distill_lora.yaml`; load yours by --lora, or generate with all steps."
+            f"the few-step adapter of the embedded checkpoint is not in {folder}. It is made by `latte-flow distill` "
+            "with recipes/tinyworld/distill_lora.yaml and distill_lora_again.yaml; load yours by --lora, or generate "
+            "with all steps."
         )
     return str(folder)
 
 
-def describe(checkpoint: str) -> list[str]:
-    """Describe the experts, intervals, layers and sizes of a checkpoint without loading its weights.
+def inspect_checkpoint(checkpoint: str) -> dict[str, Any]:
+    """The experts, intervals, layers and sizes of a checkpoint, without loading its weights.
 
     Args:
         checkpoint (`str`): folder or hub id of a pipeline, or of its model alone.
 
     Returns:
-        `list[str]`: the lines that `latte-flow info` prints.
+        `dict`: `checkpoint`, `backbone`, `backbone_parameters`, `tower_parameters`, `shared_parameters`,
+        `num_experts`, `layers` (in words), `residual_attention`, `latent_channels`, `latent_patch_size`, `sampling`
+        (in words), and `experts`, a list of dicts with `start` and `end` (sigmas), `first_layer`, `last_layer` and
+        `parameters`.
 
     Raises:
         `ValueError`: if it holds another model.
@@ -58,31 +63,59 @@ def describe(checkpoint: str) -> list[str]:
     with torch.device("meta"):
         model = LatteFlowForConditionalGeneration(config)
 
-    def millions(*modules: torch.nn.Module) -> float:
-        return sum(parameter.numel() for module in modules for parameter in module.parameters()) / 1e6
+    def count(*modules: torch.nn.Module) -> int:
+        return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
     tower, boundaries = model.tower, config.expert_boundaries
-    shared = millions(tower) - millions(*tower.layers)
-    lines = [
-        f"checkpoint  {checkpoint}",
-        f"backbone    {config.vlm_config.model_type}, {millions(model.vlm):.2f} M parameters, frozen",
-        f"tower       {millions(tower):.2f} M parameters: {config.num_experts} experts of "
-        f"{config.describe_layers()}, {shared:.2f} M shared; residual attention: {config.residual_attention}",
-        f"latents     {config.latent_channels} channels, {config.latent_patch_size**2} latent pixel(s) per token",
-    ]
     solver = None
     if is_pipeline:
         scheduler = read_json(str(cached_file(checkpoint, "scheduler_config.json", subfolder="scheduler")))
         solver = scheduler.get("solver", scheduler.get("_class_name"))
-    lines.append(f"sampling    {describe_sampling(config.sampling, solver)}")
-    for expert in range(config.num_experts):
-        layers = tower.expert_layers(expert)
-        active = millions(*(tower.layers[index] for index in layers))
-        lines.append(
-            f"expert {expert}    sigma {boundaries[expert]:.3g} to {boundaries[expert + 1]:.3g}, "
-            f"layers {layers[0]} to {layers[-1]}, {active:.2f} M parameters"
-        )
-    return lines
+    return {
+        "checkpoint": checkpoint,
+        "backbone": config.vlm_config.model_type,
+        "backbone_parameters": count(model.vlm),
+        "tower_parameters": count(tower),
+        "shared_parameters": count(tower) - count(*tower.layers),
+        "num_experts": config.num_experts,
+        "layers": config.describe_layers(),
+        "residual_attention": config.residual_attention,
+        "latent_channels": config.latent_channels,
+        "latent_patch_size": config.latent_patch_size,
+        "sampling": describe_sampling(config.sampling, solver),
+        "experts": [
+            {
+                "start": boundaries[expert],
+                "end": boundaries[expert + 1],
+                "first_layer": tower.expert_layers(expert)[0],
+                "last_layer": tower.expert_layers(expert)[-1],
+                "parameters": count(*(tower.layers[index] for index in tower.expert_layers(expert))),
+            }
+            for expert in range(config.num_experts)
+        ],
+    }
+
+
+def describe(found: dict[str, Any]) -> list[str]:
+    """What [`inspect_checkpoint`] found, as the lines that `latte-flow info` prints."""
+
+    def millions(name: str) -> str:
+        return f"{found[name] / 1e6:.2f} M"
+
+    return [
+        f"checkpoint  {found['checkpoint']}",
+        f"backbone    {found['backbone']}, {millions('backbone_parameters')} parameters, frozen",
+        f"tower       {millions('tower_parameters')} parameters: {found['num_experts']} experts of {found['layers']}, "
+        f"{millions('shared_parameters')} shared; residual attention: {found['residual_attention']}",
+        f"latents     {found['latent_channels']} channels, {found['latent_patch_size'] ** 2} latent pixel(s) per "
+        "token",
+        f"sampling    {found['sampling']}",
+        *(
+            f"expert {index}    sigma {expert['start']:.3g} to {expert['end']:.3g}, "
+            f"layers {expert['first_layer']} to {expert['last_layer']}, {expert['parameters'] / 1e6:.2f} M parameters"
+            for index, expert in enumerate(found["experts"])
+        ),
+    ]
 
 
 def verify(checkpoint: str) -> list[str]:

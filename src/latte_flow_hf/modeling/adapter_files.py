@@ -35,9 +35,11 @@ METADATA_KEY = "lora_adapter_metadata"
 DOWNLOAD_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 # What libraries put before the name of a module: PEFT, distributed training, torch.compile, diffusers, ComfyUI.
-_WRAPPERS = ("base_model", "model", "module", "_orig_mod", "transformer", "diffusion_model")
+_WRAPPERS = ("base_model", "model", "module", "_orig_mod", "transformer", "unet", "diffusion_model")
 # In kohya's scripts, a module's name has underscores in place of dots.
 _KOHYA_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_te_")
+# Of diffusers and others, where a weight without an alpha has the scale 1. In PEFT, the configuration has the scale.
+SCALED_LAYOUTS = ("transformer.", "unet.", "diffusion_model.", "model.diffusion_model.", *_KOHYA_PREFIXES)
 _RENAMED = [
     (re.compile(pattern), name)
     for pattern, name in (
@@ -86,6 +88,8 @@ def read_adapter(
         if not weight_name and (not names or names[0] in WEIGHT_NAMES[:2]):
             check_files(folder, CONFIG_NAME, "adapter_model.safetensors|adapter_model.bin")
         check_files(folder, names[0])
+    elif path.is_absolute() or len(path.parts) > 2:
+        raise OSError(f"there is no adapter {source}: no such file or folder, and no name of a hub repository.")
     else:
         names = [weight_name] if weight_name else list(WEIGHT_NAMES)
 
@@ -120,8 +124,8 @@ def convert_adapter_keys(
     """Rename the keys of an adapter to PEFT's, without a prefix and without the adapter's name.
 
     Known are those of PEFT, with or without `base_model.model.` and the name of the adapter, of diffusers
-    (`transformer.`, `lora.down`, `lora.up`), and of kohya's scripts (`lora_unet_tower_layers_0_...`, `lora_down`,
-    `lora_up`, `dora_scale`, `alpha`). A key of another kind is returned as it is.
+    (`transformer.`, `unet.`, `lora.down`, `lora.up`), and of kohya's scripts (`lora_unet_tower_layers_0_...`,
+    `lora_down`, `lora_up`, `dora_scale`, `alpha`). A key of another kind is returned as it is.
 
     Args:
         state_dict (`dict[str, torch.Tensor]`): the adapter.
@@ -131,12 +135,14 @@ def convert_adapter_keys(
         The renamed state dict, and by module the values of `alpha`, which PEFT has in its configuration.
 
     Raises:
-        `ValueError`: if two keys have the same meaning.
+        `ValueError`: if two keys have the same meaning, or a weight is no tensor.
     """
     with_underscores = {name.replace(".", "_"): name for name in module_names}
     converted: dict[str, torch.Tensor] = {}
     alphas: dict[str, float] = {}
     for key, tensor in state_dict.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"the weights of an adapter must be tensors, got {key}: {type(tensor).__name__}.")
         name = key
         while name.partition(".")[0] in _WRAPPERS:
             name = name.partition(".")[2]
@@ -156,15 +162,18 @@ def convert_adapter_keys(
     return converted, alphas
 
 
-def infer_lora_config(state_dict: Mapping[str, torch.Tensor], alphas: Mapping[str, float]) -> "peft.PeftConfig":
+def infer_lora_config(
+    state_dict: Mapping[str, torch.Tensor], alphas: Mapping[str, float], module_names: list[str]
+) -> "peft.PeftConfig":
     """The `LoraConfig` of an adapter that came without one: ranks from the shapes, the scale of a module
     alpha / rank, and 1 if it has no alpha (as in diffusers).
 
     Args:
         state_dict (`dict[str, torch.Tensor]`), alphas (`dict[str, float]`): as `convert_adapter_keys` returns them.
+        module_names (`list[str]`): the names of the model's modules.
 
     Raises:
-        `ValueError`: if it is empty, or has keys that are not those of LoRA.
+        `ValueError`: if it is empty, or has keys that are not those of LoRA, or belong to no module.
     """
 
     matches = {key: _LORA_KEY.fullmatch(key) for key in state_dict}
@@ -180,6 +189,11 @@ def infer_lora_config(state_dict: Mapping[str, torch.Tensor], alphas: Mapping[st
             ranks.setdefault(match[1], state_dict[key].shape[0 if match[2] == "lora_A.weight" else 1])
     if not ranks:
         raise ValueError(f"the adapter has no LoRA matrices, only {sorted(state_dict)[:3]}.")
+    unknown = sorted({*ranks, *alphas} - set(module_names))
+    if unknown:
+        raise ValueError(
+            f"the adapter has weights for {len(unknown)} modules that the model does not have, such as {unknown[:2]}."
+        )
     r = Counter(ranks.values()).most_common(1)[0][0]
     scaled = {module: alphas.get(module, rank) for module, rank in ranks.items()}
     return peft.LoraConfig(

@@ -25,7 +25,7 @@ from torch import nn
 from transformers.utils import is_peft_available
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from .adapter_files import DOWNLOAD_ARGUMENTS, convert_adapter_keys, infer_lora_config, read_adapter
+from .adapter_files import DOWNLOAD_ARGUMENTS, SCALED_LAYOUTS, convert_adapter_keys, infer_lora_config, read_adapter
 from .configuration_latte_flow import LatteFlowConfig
 from .module_walk import all_modules
 from .sampling import check_sampling
@@ -100,6 +100,11 @@ def read_sampling_mark(target_modules: Any) -> dict[str, Any] | None:
     """What `sampling_mark` wrote, with the key `expert_boundaries`; `None` if there is no such comment."""
     match = _SAMPLING_MARK.search(target_modules if isinstance(target_modules, str) else "")
     return None if match is None else json.loads(match[1])
+
+
+def remove_sampling_mark(target_modules: Any) -> Any:
+    """`target_modules` without what `sampling_mark` wrote."""
+    return _SAMPLING_MARK.sub("", target_modules) if isinstance(target_modules, str) else target_modules
 
 
 def check_adapter(config: LatteFlowConfig, target_modules: Any, name: str) -> None:
@@ -294,8 +299,8 @@ class LatteFlowAdapterMixin:
         state_dict, alphas = convert_adapter_keys(stored, names)
         config = self._adapter_config(peft_config if peft_config is not None else stored_config, label)
         if config is None:
-            config = infer_lora_config(state_dict, alphas)
-            if not alphas and any(key.startswith(("base_model.", "tower.", "vlm.")) for key in stored):
+            config = infer_lora_config(state_dict, alphas, names)
+            if not alphas and not any(key.startswith(SCALED_LAYOUTS) for key in stored):
                 warnings.warn(
                     f"adapter {label!r} came without a configuration: its scale is taken to be 1 (lora_alpha = r). "
                     "If it was trained with another one, give its configuration as peft_config.",

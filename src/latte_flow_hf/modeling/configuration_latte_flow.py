@@ -173,6 +173,10 @@ class LatteFlowConfig(PreTrainedConfig):
         first = sum(counts[:expert])
         return range(first, first + counts[expert])
 
+    def context_layers(self, expert: int) -> list[int]:
+        """The indices of the decoder layers whose keys and values expert `expert` reads."""
+        return [self.tower_layers[index] for index in self.expert_layers(expert)]
+
     def describe_layers(self) -> str:
         """How many layers each expert has, in words: `7 layers`, or `8, 7, 7, 6 layers`."""
         counts = self.layers_per_expert

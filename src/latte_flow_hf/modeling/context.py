@@ -5,6 +5,7 @@ Shapes: P prompts, G key-value heads, T prompt tokens, d head size.
 """
 
 import contextlib
+import functools
 import inspect
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -66,6 +67,22 @@ class LatteFlowContext:
             self.attention_mask.to(device, non_blocking=non_blocking),
             self.next_position.to(device, non_blocking=non_blocking),
             self.has_padding,
+        )
+
+    def of_layers(self, layers: Collection[int]) -> "LatteFlowContext":
+        """What an expert reads whose layers stand beside these decoder layers, `config.context_layers(expert)`.
+
+        The keys and values of all other layers keep their place in the tuples and have no elements: (P, G, T, 0).
+        """
+
+        def keep(states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return tuple(
+                layer if index in layers else layer.new_empty((*layer.shape[:3], 0))
+                for index, layer in enumerate(states)
+            )
+
+        return LatteFlowContext(
+            keep(self.keys), keep(self.values), self.attention_mask, self.next_position, self.has_padding
         )
 
     def split(self) -> list["LatteFlowContext"]:
@@ -162,16 +179,26 @@ def warn_of_long_prompts(
 
 def warn_of_unknown_words(conversations: list[list[dict]], trained_words: Collection[str] | None) -> None:
     """Warn once of words that a model of a small world never learned; `None` as its words is no small world."""
-    if trained_words is None:
-        return
     texts = [part.get("text", "") for messages in conversations for message in messages for part in message["content"]]
-    words = dict.fromkeys(word for text in texts for word in re.findall(r"\w+", text.lower()))
-    unknown = [word for word in words if word not in trained_words]
+    unknown = unknown_words(texts, trained_words)
     if unknown:
-        logger.warning_once(
+        assert trained_words is not None
+        _warn_once(
             f"The model never learned the words {unknown}: expect a wrong answer or image. It knows "
             f"{', '.join(sorted(trained_words))}."
         )
+
+
+@functools.lru_cache(256)
+def _warn_once(message: str) -> None:
+    """`logger.warning_once` keeps every message for ever, and these are made of the words of users."""
+    logger.warning(message)
+
+
+def unknown_words(texts: list[str], trained_words: Collection[str] | None) -> list[str]:
+    """The words of `texts` that a model of a small world never learned; none if `trained_words` is `None`."""
+    words = dict.fromkeys(word for text in texts for word in re.findall(r"\w+", text.lower()))
+    return [] if trained_words is None else [word for word in words if word not in trained_words]
 
 
 def prefill_context(

@@ -36,6 +36,13 @@ def data_from_velocity(noisy: torch.Tensor, velocity: torch.Tensor, sigma: torch
     return noisy - _per_example(sigma, noisy) * velocity
 
 
+def guided_velocity(
+    negative_velocity: torch.Tensor, prompt_velocity: torch.Tensor, guidance_scale: float
+) -> torch.Tensor:
+    """Classifier-free guidance: v_negative + w * (v_prompt - v_negative). (Paper: the sampler.)"""
+    return negative_velocity + guidance_scale * (prompt_velocity - negative_velocity)
+
+
 def velocity_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of the velocity over all elements, in float32. (Paper: the training objective.)"""
     return nn.functional.mse_loss(predicted.float(), target.float())
@@ -50,6 +57,19 @@ def mean_velocity(
     interval in one evaluation. (Chosen: the regression of distillation, on states of the teacher's own trajectory.)
     """
     return (start - end) / (_per_example(sigma_start, start) - _per_example(sigma_end, start))
+
+
+def folded_guidance_target(
+    target: torch.Tensor, velocity: torch.Tensor, uncond_velocity: torch.Tensor, guidance_scale: float
+) -> torch.Tensor:
+    """The target of a model that learns to be guided without a second evaluation: v + (1 - 1 / g) * (v_c - v_0).
+
+    v is the target without guidance, v_c and v_0 are the model's own velocities with the prompt and with the empty
+    one, without gradients. Where the model predicts the mean of its target, v_c = v_0 + g * (E[v] - v_0): the guided
+    velocity of scale g. With the empty prompt v_c is v_0, and the target is v. (arXiv 2502.12154, its w being
+    1 - 1 / g.)
+    """
+    return target + (1.0 - 1.0 / guidance_scale) * (velocity - uncond_velocity)
 
 
 def sigmas_per_expert(boundaries: Sequence[float], steps_per_expert: Sequence[int]) -> torch.Tensor:

@@ -6,6 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from transformers import GenerationConfig
@@ -88,12 +89,16 @@ class LatteFlowGenerationMixin:
             [`~LatteFlowProcessor.post_process_multimodal_output`].
 
         Raises:
-            `ValueError`: if there is no such mode, or the model was loaded without a pipeline.
+            `ValueError`: if there is no such mode, the model was loaded without a pipeline, or `generation_config` is
+                no `GenerationConfig`.
         """
         if generation_mode == "image":
             return self._generate_images(inputs, **kwargs)
         if generation_mode != "text":
             raise ValueError(f"generation_mode must be 'text' or 'image', got {generation_mode!r}.")
+        check_generation_config(generation_config)
+        # transformers checks for the types of Python.
+        kwargs = {name: value.item() if isinstance(value, np.generic) else value for name, value in kwargs.items()}
         # As in `GenerationMixin`. Merged here, because the backbone has another generation config than the model.
         merged = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
         if generation_config is not None:
@@ -157,9 +162,14 @@ class LatteFlowGenerationMixin:
             `str`: the answer.
 
         Raises:
-            `ValueError`: if `messages` is empty, an image cannot be read, several answers are asked for, the
-                processor is that of another backbone, or the backbone's logits are not finite.
+            `ValueError`: if `messages` is empty, an image cannot be read, several answers or an image are asked for,
+                `generation_config` is no `GenerationConfig`, the processor is that of another backbone, or the
+                backbone's logits are not finite.
         """
+        mode = generate_kwargs.pop("generation_mode", "text")
+        if mode != "text":
+            raise ValueError(f"generation_mode must be 'text' in chat, got {mode!r}; use generate for images.")
+        check_generation_config(generation_config)
         levels = [generate_kwargs]
         levels += [config.to_dict() for config in (generation_config, self.generation_config) if config is not None]
         num_answers = next((level["num_return_sequences"] for level in levels if level.get("num_return_sequences")), 1)
@@ -178,6 +188,17 @@ class LatteFlowGenerationMixin:
         tokens = getattr(output, "sequences", output)  # with `return_dict_in_generate`
         answer = tokens[0, inputs["input_ids"].shape[1] :]
         return processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def check_generation_config(generation_config: Any) -> None:
+    """
+    Raises:
+        `ValueError`: if it is neither a `GenerationConfig` nor `None`.
+    """
+    if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+        raise ValueError(
+            f"generation_config must be a GenerationConfig, got {generation_config!r}; arguments take single values."
+        )
 
 
 def _length(levels: list[dict[str, Any]]) -> dict[str, Any]:

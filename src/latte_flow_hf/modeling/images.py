@@ -100,9 +100,9 @@ def check_background(background: Any) -> tuple[int, int, int]:
                 f"background must be a colour such as 'white' or '#ffffff', got {background!r}."
             ) from error
     is_colour = isinstance(background, (list, tuple)) and len(background) == 3
-    if not is_colour or not all(isinstance(value, int) and 0 <= value <= 255 for value in background):
+    if not is_colour or not all(isinstance(value, (int, np.integer)) and 0 <= value <= 255 for value in background):
         raise ValueError(f"background must be a colour such as 'white' or (255, 255, 255), got {background!r}.")
-    red, green, blue = background
+    red, green, blue = map(int, background)
     return red, green, blue
 
 

@@ -17,6 +17,7 @@ from .distributed import randn_local_rows, rank_and_world_size
 from .flow_matching import (
     BOUNDARY_TOLERANCE,
     assign_examples_to_experts,
+    folded_guidance_target,
     interpolate,
     mean_velocity,
     velocity_loss,
@@ -61,6 +62,8 @@ class LatteFlowLossMixin:
         context: LatteFlowContext | Mapping[str, Any],
         noise: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
+        negative_context: LatteFlowContext | Mapping[str, Any] | None = None,
+        guidance_scale: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean squared error of the velocity, summed over the experts, each on timesteps of its interval. (Paper.)
 
@@ -79,6 +82,10 @@ class LatteFlowLossMixin:
                 for each expert separately, through the layers that the expert reads and no further.
             noise (`torch.Tensor`, *optional*): same shape as `latents`; drawn if not given.
             generator (`torch.Generator`, *optional*): source of the noise and the timesteps.
+            negative_context ([`LatteFlowContext`] or a mapping, *optional*):
+                The empty prompt, one for all examples, with `guidance_scale`.
+            guidance_scale (`float`, *optional*): above 1, the guidance that the weights shall contain, see
+                `flow_matching.folded_guidance_target`. It takes one more evaluation, without gradients.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: the sum (scalar), and the summands (K,), detached; 0 for an expert
@@ -93,9 +100,13 @@ class LatteFlowLossMixin:
             noisy = interpolate(latents[rows], noise[rows], sigma)
             return noisy, sigma, velocity_target(latents[rows], noise[rows])
 
+        guidance = None
+        if guidance_scale is not None or negative_context is not None:
+            guidance = _check_folded_guidance(guidance_scale, negative_context)
         overlap = self.interval_overlap if self.training else 0.0
+        sampling = self.config.timestep_sampling
         return self._expert_losses(
-            example_at, len(latents), latents.device, context, overlap, self.config.timestep_sampling, generator
+            example_at, len(latents), latents.device, context, overlap, sampling, generator, guidance
         )
 
     def trajectory_loss(
@@ -105,13 +116,15 @@ class LatteFlowLossMixin:
         context: LatteFlowContext | Mapping[str, Any],
         generator: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean squared error of the velocity from one state of a trajectory to the next, summed over the experts.
+        """The mean squared error of the velocity from the start to the end of a step, summed over the experts.
 
-        The target at x(sigma_j) is `flow_matching.mean_velocity`, which leads to x(sigma_j+1) in one step. The batch
+        The target at the start of step j is `flow_matching.mean_velocity`, which leads to its end at once. The batch
         is split over the experts as in `flow_loss`, and each example gets one of the steps of its expert.
 
         Args:
-            states (`torch.Tensor`): (B, S + 1, C, height, width), x at each of `sigmas`, on trajectories of a teacher.
+            states (`torch.Tensor`): (B, S, 2, C, height, width), on trajectories of a teacher: where each of S steps
+                starts, x(sigma_j), and where it ends, x(sigma_j+1). The next step may start elsewhere, if new noise
+                is added between them.
             sigmas (`list[float]`): S + 1, falling from 1 to 0, among them all boundaries of the experts.
             context, generator: as in `flow_loss`.
 
@@ -125,18 +138,18 @@ class LatteFlowLossMixin:
             raise ValueError(
                 f"sigmas must fall from 1 to 0 and contain the boundaries {boundaries} of the experts, got {found}."
             )
-        if states.ndim != 5 or states.shape[1] != len(found):
+        if states.ndim != 6 or states.shape[1:3] != (len(found) - 1, 2):
             raise ValueError(
-                f"states must be (batch, {len(found)}, channels, height, width), one for each of the sigmas, got "
-                f"{tuple(states.shape)}."
+                f"states must be (batch, {len(found) - 1}, 2, channels, height, width), the start and the end of each "
+                f"step between the sigmas, got {tuple(states.shape)}."
             )
-        self._check_training_latents(states[:, 0], context)
+        self._check_training_latents(states[:, 0, 0], context)
         sigma_of_state = torch.tensor(found, device=states.device)
 
         def example_at(rows: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             # The step whose interval contains sigma: the experts' own sampling spreads examples over their steps.
             step = (sigma_of_state[None, 1:-1] >= sigma[:, None]).sum(dim=1)
-            start, end = states[rows, step], states[rows, step + 1]
+            start, end = states[rows, step].unbind(dim=1)
             sigma_start, sigma_end = sigma_of_state[step], sigma_of_state[step + 1]
             return start, sigma_start, mean_velocity(start, end, sigma_start, sigma_end)
 
@@ -159,9 +172,11 @@ class LatteFlowLossMixin:
         interval_overlap: float,
         sampling: str,
         generator: torch.Generator | None,
+        guidance: tuple[float, LatteFlowContext | Mapping[str, Any]] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The losses of the experts, see `flow_loss`. `example_at` maps rows of the batch and the sigmas drawn for
-        them, both (n,), to noisy latents, their sigmas and the target velocities."""
+        them, both (n,), to noisy latents, their sigmas and the target velocities. `guidance` is the scale to fold in,
+        and the empty prompt."""
         if not isinstance(context, LatteFlowContext):
             # The patches of all images are in one tensor, which cannot be split by prompt.
             vision_inputs = [name for name in context if name.startswith(("pixel_values", "image_", "video_"))]
@@ -189,8 +204,34 @@ class LatteFlowLossMixin:
                 num_layers = self.tower.layers[self.expert_layers(examples.expert)[-1]].source_index + 1
                 expert_context = self.encode_context(**{**context, **inputs}, num_layers=num_layers)
             velocity = self.predict_velocity(noisy, 1000.0 * sigma, expert_context, expert=examples.expert)
+            if guidance is not None:
+                scale, negative = guidance
+                if not isinstance(negative, LatteFlowContext):
+                    num_layers = self.expert_layers(examples.expert).stop
+                    negative = self.encode_context(**{**negative, "num_layers": num_layers})
+                with torch.no_grad():
+                    uncond_velocity = self.predict_velocity(noisy, 1000.0 * sigma, negative, expert=examples.expert)
+                target = folded_guidance_target(target, velocity.detach(), uncond_velocity, scale)
             losses.append(examples.weight * velocity_loss(velocity, target))
         summands = torch.stack(losses)
         expert_losses = summands.new_zeros(self.config.num_experts)
         expert_losses[[examples.expert for examples in assigned]] = summands.detach()
         return summands.sum(), expert_losses
+
+
+def _check_folded_guidance(
+    guidance_scale: float | None, negative_context: LatteFlowContext | Mapping[str, Any] | None
+) -> tuple[float, LatteFlowContext | Mapping[str, Any]]:
+    """
+    Raises:
+        `ValueError`: if one of the two is missing, the scale is not above 1, or there is not exactly one prompt.
+    """
+    if guidance_scale is None or negative_context is None:
+        raise ValueError("give guidance_scale and negative_context together: the guidance to learn, and from what.")
+    if not guidance_scale > 1.0:
+        raise ValueError(f"guidance_scale must be above 1 to be learned, got {guidance_scale}.")
+    encoded = negative_context if isinstance(negative_context, LatteFlowContext) else negative_context["input_ids"]
+    num_prompts = len(encoded)
+    if num_prompts != 1:
+        raise ValueError(f"negative_context must be one prompt, which serves all examples, got {num_prompts}.")
+    return guidance_scale, negative_context

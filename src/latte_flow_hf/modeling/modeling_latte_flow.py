@@ -186,6 +186,21 @@ class LatteFlowModulation:
         ]
         return LatteFlowModulation(layers, self.head[row])
 
+    @classmethod
+    def cat(cls, modulations: Sequence["LatteFlowModulation"]) -> "LatteFlowModulation":
+        """The timesteps of several modulations of one expert, one after the other: one for each image of a batch."""
+
+        def cat_layer(layers: Sequence[LatteFlowLayerModulation]) -> LatteFlowLayerModulation:
+            gates = [layer.gate for layer in layers if layer.gate is not None]
+            return LatteFlowLayerModulation(
+                torch.cat([layer.vectors for layer in layers]), torch.cat(gates) if gates else None
+            )
+
+        return cls(
+            [cat_layer(layers) for layers in zip(*(modulation.layers for modulation in modulations))],
+            torch.cat([modulation.head for modulation in modulations]),
+        )
+
 
 class LatteFlowLayer(GradientCheckpointingLayer):
     """One generation layer, in the order of the paper's figure, with its four modulation vectors a, b, c, d.
@@ -831,6 +846,8 @@ class LatteFlowForConditionalGeneration(
         generator: torch.Generator | None = None,
         states: torch.Tensor | None = None,
         sigmas: Sequence[float] | None = None,
+        negative_context: LatteFlowContext | Mapping[str, Any] | None = None,
+        guidance_scale: float | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -853,7 +870,10 @@ class LatteFlowForConditionalGeneration(
             generator (`torch.Generator`, *optional*): source of the noise and the timesteps.
             states, sigmas (*optional*):
                 States of a teacher's trajectories, in place of `latents`, see
-                [`~LatteFlowForConditionalGeneration.trajectory_loss`].
+                [`~LatteFlowLossMixin.trajectory_loss`].
+            negative_context, guidance_scale (*optional*):
+                With `latents`, the guidance that the weights shall contain, see
+                [`~LatteFlowLossMixin.flow_loss`].
 
         Raises:
             `ValueError`: if `latents` or `states` do not fit the model or the number of prompts, `noise` has another
@@ -892,7 +912,9 @@ class LatteFlowForConditionalGeneration(
             return self.vlm(labels=labels, **inputs)
         prompts = inputs if context is None else context
         if latents is not None:
-            flow_loss, expert_losses = self.flow_loss(latents, prompts, noise, generator)
+            flow_loss, expert_losses = self.flow_loss(
+                latents, prompts, noise, generator, negative_context, guidance_scale
+            )
         else:
             assert states is not None
             flow_loss, expert_losses = self.trajectory_loss(states, sigmas, prompts, generator)

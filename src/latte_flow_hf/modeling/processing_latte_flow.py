@@ -7,6 +7,7 @@ class, which decides how images become tokens; without its video processor, whic
 
 import contextlib
 import copy
+import difflib
 import functools
 import inspect
 import math
@@ -37,6 +38,8 @@ from .processing_pixtral import PixtralProcessor
 
 # The size of an image in a message, as in Qwen's own messages.
 SIZE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+# The keys of the image in a part of a message.
+IMAGE_KEYS = ("image", "url", "path", "base64")
 
 # The characters that transformers puts around control tokens in text.
 CONTROL_TOKEN_MARKS = ("\U000f0000", "\U000f0001")
@@ -252,9 +255,10 @@ class LatteFlowProcessorMixin(ProcessorMixin):
             url = part.get("image_url")
             source = url.get("url") if isinstance(url, dict) else url
         elif part.get("type") == "image":
-            source = next((part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None), None)
+            source = next((part[key] for key in IMAGE_KEYS if part.get(key) is not None), None)
         else:
             raise ValueError(f"a part of a message must be text or an image, got {part!r}.")
+        _check_image_part(part)
         image = load_rgb_image(source, self.background)
         options = {name: part[name] for name in SIZE_OPTIONS if part.get(name) is not None}
         if options:
@@ -613,6 +617,22 @@ def check_text(text: str) -> None:
             f"text {text[:60]!r} contains half of a surrogate pair at position {error.start}, which is no character; "
             "remove it."
         ) from error
+
+
+def _check_image_part(part: dict[str, Any]) -> None:
+    """
+    Raises:
+        `ValueError`: if a part has several images, or a misspelt size, which would have no effect. Other keys are
+            ignored, same as in transformers: datasets have some of their own.
+    """
+    keys = [key for key, value in part.items() if value is not None]
+    images = [key for key in keys if key in IMAGE_KEYS]
+    if len(images) > 1:
+        raise ValueError(f"a part of a message must have one image, got {images}; use a part for each.")
+    for key in keys:
+        nearest = difflib.get_close_matches(key, SIZE_OPTIONS, n=1, cutoff=0.8)
+        if nearest and key not in SIZE_OPTIONS:
+            raise ValueError(f"a part of a message has the unknown size {key!r}; did you mean {nearest[0]!r}?")
 
 
 def check_size_options(options: dict[str, Any]) -> None:

@@ -16,7 +16,14 @@ from .flow_matching import BOUNDARY_TOLERANCE, sigmas_per_expert
 # Of a step: 0.333 means a third of three steps.
 STRENGTH_TOLERANCE = 1e-2
 
-SAMPLING_FIELDS = ("num_inference_steps", "steps_per_expert", "guidance_scale", "distilled_experts")
+SAMPLING_FIELDS = (
+    "num_inference_steps",
+    "steps_per_expert",
+    "guidance_scale",
+    "folded_guidance_scale",
+    "distilled_experts",
+    "new_noise",
+)
 
 
 def check_sampling(sampling: Any, num_experts: int) -> dict[str, Any]:
@@ -26,8 +33,12 @@ def check_sampling(sampling: Any, num_experts: int) -> dict[str, Any]:
 
             - `num_inference_steps` (`int`), or `steps_per_expert` (`list[int]`);
             - `guidance_scale` (`float`, or a list of one for each expert);
+            - `folded_guidance_scale` (`float`, or a list of one for each expert): the guidance that the weights
+              contain, so that `guidance_scale` is 1; an expert with 1 has none in its weights;
             - `distilled_experts` (`list[int]`): experts that were trained to take exactly these `steps_per_expert`,
-              without guidance.
+              without guidance;
+            - `new_noise` (`list[float]`): the share of the noise, 0 to 1, that distilled experts replace after each of
+              their steps, one for each expert. The scheduler does it; none by default.
         num_experts (`int`): K.
 
     Returns:
@@ -45,13 +56,14 @@ def check_sampling(sampling: Any, num_experts: int) -> dict[str, Any]:
         raise ValueError(f"sampling: num_inference_steps must be a positive whole number, got {number!r}.")
     if steps is not None:
         check_steps_per_expert(steps, num_experts, "sampling: steps_per_expert")
-    scale = sampling.get("guidance_scale")
-    scales = scale if isinstance(scale, (list, tuple)) else [scale] * num_experts
-    are_numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in scales)
-    if scale is not None and (len(scales) != num_experts or not are_numbers):
-        raise ValueError(
-            f"sampling: guidance_scale must be a number, or one for each of {num_experts} experts, got {scale!r}."
-        )
+    for name in ("guidance_scale", "folded_guidance_scale"):
+        scale = sampling.get(name)
+        scales = scale if isinstance(scale, (list, tuple)) else [scale] * num_experts
+        are_numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in scales)
+        if scale is not None and (len(scales) != num_experts or not are_numbers):
+            raise ValueError(
+                f"sampling: {name} must be a number, or one for each of {num_experts} experts, got {scale!r}."
+            )
     experts = sampling.get("distilled_experts")
     if experts is not None:
         if not isinstance(experts, (list, tuple)) or not set(experts) <= set(range(num_experts)):
@@ -60,6 +72,15 @@ def check_sampling(sampling: Any, num_experts: int) -> dict[str, Any]:
             )
         if experts and steps is None:
             raise ValueError("sampling: distilled_experts must come with their steps_per_expert.")
+    shares = sampling.get("new_noise")
+    if shares is not None:
+        is_list = isinstance(shares, (list, tuple)) and len(shares) == num_experts
+        if not is_list or not all(_is_share(share) for share in shares):
+            raise ValueError(
+                f"sampling: new_noise must be {num_experts} numbers from 0 to 1, one for each expert, got {shares!r}."
+            )
+        if not experts:
+            raise ValueError("sampling: new_noise is for distilled_experts; a scheduler has its own new_noise.")
     return {
         key: list(value) if isinstance(value, tuple) else value for key, value in sampling.items() if value is not None
     }
@@ -81,6 +102,10 @@ def check_steps_per_expert(steps_per_expert: Any, num_experts: int, name: str = 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0.0 <= value <= 1.0
 
 
 def check_distilled_steps(sigmas: Sequence[float], sampling: Mapping[str, Any], boundaries: Sequence[float]) -> None:
@@ -153,6 +178,37 @@ def guides_any(guidance_scale: float | Sequence[float], experts: Sequence[int]) 
     return bool(experts) and guidance_scale > 1
 
 
+def experts_with_guidance(sampling: Mapping[str, Any], num_experts: int) -> list[int]:
+    """The experts whose weights contain guidance: distilled ones, and those that were trained with it."""
+    folded = sampling.get("folded_guidance_scale", 1.0)
+    return [
+        expert
+        for expert in range(num_experts)
+        if expert in (sampling.get("distilled_experts") or []) or guides_any(folded, [expert])
+    ]
+
+
+def guidance_of_steps(
+    guidance_scale: float | Sequence[float],
+    guidance_interval: tuple[float, float] | None,
+    experts: Sequence[int],
+    timesteps: Sequence[float],
+) -> list[float]:
+    """The guidance scale of each evaluation; 1.0 where it is not guided.
+
+    Args:
+        guidance_scale (`float` or `list[float]`): one, or one for each expert.
+        guidance_interval (`tuple[float, float]`, *optional*): (low, high) sigmas between which guidance is used.
+        experts (`list[int]`): the expert of each evaluation.
+        timesteps (`list[float]`): `1000 * sigma` of each evaluation.
+    """
+    low, high = (0.0, 1.0) if guidance_interval is None else guidance_interval
+    scales = [guidance_scale[expert] if isinstance(guidance_scale, Sequence) else guidance_scale for expert in experts]
+    return [
+        scale if scale > 1 and low <= timestep / 1000.0 <= high else 1.0 for scale, timestep in zip(scales, timesteps)
+    ]
+
+
 def describe_sampling(sampling: Mapping[str, Any] | None, solver: str | None = None) -> str:
     """How a checkpoint is sampled by default, in one line: `steps per expert 1, 1, 1, 1 (euler); guidance 1`."""
     sampling = sampling or {}
@@ -162,8 +218,14 @@ def describe_sampling(sampling: Mapping[str, Any] | None, solver: str | None = N
         text = f"steps per expert {', '.join(map(str, steps))}"
     scales = scale if isinstance(scale, (list, tuple)) else [scale]
     text += f"{'' if solver is None else f' ({solver})'}; guidance {', '.join(f'{value:g}' for value in scales)}"
+    folded = sampling.get("folded_guidance_scale")
+    if folded is not None:
+        folded = folded if isinstance(folded, (list, tuple)) else [folded]
+        text += f", and {', '.join(f'{value:g}' for value in folded)} in the weights"
     if sampling.get("distilled_experts"):
         text += f"; experts {', '.join(map(str, sampling['distilled_experts']))} distilled to these steps"
+    if any(sampling.get("new_noise") or []):
+        text += f"; new noise {', '.join(f'{share:g}' for share in sampling['new_noise'])}"
     return text
 
 

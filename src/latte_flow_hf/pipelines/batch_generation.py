@@ -17,8 +17,9 @@ from diffusers.utils.torch_utils import get_device
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..files import check_output, save_image
+from ..files import check_output
 from .fingerprint import pipeline_fingerprint
+from .image_metadata import record_call, record_pipeline, write_metadata
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -66,6 +67,7 @@ def generate_images(
     num_images_per_prompt: int = 1,
     batch_size: int = 1,
     device: str | None = None,
+    adapter_names: dict[str, str] | None = None,
     **call: Any,
 ) -> tuple[int, int]:
     """Generate the images that do not exist yet. With `accelerate launch`, each process generates its share.
@@ -73,7 +75,7 @@ def generate_images(
     Image i belongs to prompt i // num_images_per_prompt and starts from the noise of seed + i, on any device. It is
     identified by its number, prompt, seed, `call`, and the pipeline itself: the weights, the active adapters and their
     strengths, the configurations of the components (see `pipeline_fingerprint`). With another adapter or scheduler,
-    images are generated beside those that exist.
+    images are generated beside those that exist. Each file says how to make it again (see [`read_metadata`]).
 
     Args:
         pipe ([`LatteFlowPipeline`]): the pipeline; it is moved to the device.
@@ -85,6 +87,7 @@ def generate_images(
             others, bit for bit; larger batches are faster on an accelerator and equal up to rounding.
         device (`str`, *optional*): where a single process runs; several processes run on the accelerator of each, or
             all of them on the CPU. Defaults to the accelerator if there is one.
+        adapter_names (`dict[str, str]`, *optional*): what to call loaded adapters in the metadata of the files.
         call: further arguments of the pipeline, numbers and strings only, e.g. `num_inference_steps=20`.
 
     Returns:
@@ -107,6 +110,7 @@ def generate_images(
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     # No process may write before all of them have listed what is missing, or their lists would differ.
     state.wait_for_everyone()
+    record = record_pipeline(pipe, adapter_names, model) if missing else None
     with state.split_between_processes(missing) as share:
         starts = range(0, len(share), batch_size)
         for start in tqdm(starts, desc="generating", disable=not state.is_local_main_process):
@@ -116,6 +120,11 @@ def generate_images(
             images = pipe([prompt_of_image[i] for i in batch], generator=generators, **call).images
             folder.mkdir(parents=True, exist_ok=True)
             for i, image in zip(batch, images):
-                save_image(image, paths[i])
+                assert record is not None
+                write_metadata(
+                    image,
+                    record_call(pipe, record, prompt_of_image[i], seed + i, batch_size=len(batch), **call),
+                    paths[i],
+                )
     state.wait_for_everyone()
     return len(missing), len(paths) - len(missing)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffusers import SchedulerMixin
 from torch import nn
 
 from .offloading import uses_shared_state
@@ -101,6 +102,11 @@ class LatteFlowCallsMixin:
     @contextlib.contextmanager
     def _new_call(self) -> Iterator[None]:
         component = self.__dict__["scheduler"]
+        if not isinstance(component, SchedulerMixin):
+            raise ValueError(
+                "scheduler must be a LatteFlowScheduler, or a flow-matching scheduler of diffusers, got "
+                f"{component!r}."
+            )
         with _GUARD:
             thread, own_copy = threading.get_ident(), copy.deepcopy(component)
         call = PipelineCall(own_copy)

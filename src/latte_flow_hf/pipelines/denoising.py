@@ -12,7 +12,13 @@ import torch
 from transformers.utils import logging
 
 from ..modeling.context import LatteFlowContext
-from ..modeling.sampling import check_distilled_steps, check_distilled_strength, default_strength
+from ..modeling.flow_matching import guided_velocity
+from ..modeling.sampling import (
+    check_distilled_steps,
+    check_distilled_strength,
+    default_strength,
+    guidance_of_steps,
+)
 from ..schedulers.steps import (
     distilled_scheduler,
     experts_of_steps,
@@ -40,7 +46,7 @@ class DenoisingSteps:
         model_timesteps (`torch.Tensor`): (n,), `1000 * sigma`, which the model takes.
         sigmas (`list[float]`): n + 1 falling sigmas, where each evaluation starts and where the last one ends, 0.
         experts (`list[int]`): the expert of each.
-        is_guided (`list[bool]`): whether each may be guided.
+        scales (`list[float]`): the guidance scale of each; up to 1, it is not guided.
     """
 
     first: int
@@ -48,7 +54,56 @@ class DenoisingSteps:
     model_timesteps: torch.Tensor
     sigmas: list[float]
     experts: list[int]
-    is_guided: list[bool]
+    scales: list[float]
+
+    @property
+    def is_guided(self) -> list[bool]:
+        """Whether each may be guided."""
+        return [scale > 1 for scale in self.scales]
+
+
+def prepare_steps(
+    scheduler: Any,
+    config: Any,
+    sampling: dict[str, Any],
+    guidance_scale: float | list[float],
+    guidance_interval: tuple[float, float] | None,
+    source: SourceImages | None,
+    starts_from_noise: bool,
+    **arguments: Any,
+) -> DenoisingSteps:
+    """Set the timesteps of a scheduler and find the expert of each.
+
+    Args:
+        scheduler: the scheduler, which is changed; that of `distilled_scheduler` for a distilled model.
+        config ([`LatteFlowConfig`]): the configuration of the model.
+        sampling (`dict`): how the model, with its active adapters, is sampled.
+        guidance_scale, guidance_interval: see the call.
+        source ([`SourceImages`], *optional*): the images to start from, and the share of the steps to take.
+        starts_from_noise (`bool`): whether the first sigma must be (almost) 1.
+        arguments: the arguments of [`schedulers.steps.set_timesteps`].
+
+    Raises:
+        `ValueError`: if the scheduler or the steps cannot lead to right images.
+    """
+    boundaries = config.expert_boundaries
+    set_timesteps(scheduler, starts_from_noise=starts_from_noise, **arguments)
+    first = 0
+    if source is not None:
+        n = num_steps(scheduler)
+        strength = default_strength(n, sampling) if source.strength is None else source.strength
+        first = first_evaluation(scheduler, strength)
+        scheduler.set_begin_index(first)
+    sigmas = scheduler.sigmas.tolist()[first:]
+    check_distilled_steps(sigmas, sampling, boundaries)
+    experts = experts_of_steps(scheduler, boundaries)[first:]
+    if source is not None:
+        check_distilled_strength(strength, n, experts[0], sampling)
+    model_times = model_timesteps(scheduler)[first:]
+    scales = guidance_of_steps(guidance_scale, guidance_interval, experts, model_times.tolist())
+    # `finish_step` takes the last step of every scheduler to 0.
+    sigmas[-1] = 0.0
+    return DenoisingSteps(first, scheduler.timesteps[first:], model_times, sigmas, experts, scales)
 
 
 class LatteFlowDenoisingMixin:
@@ -96,47 +151,22 @@ class LatteFlowDenoisingMixin:
         starts_from_noise: bool,
         **arguments: Any,
     ) -> DenoisingSteps:
-        """Set the timesteps of the call's scheduler and find the expert of each.
-
-        Args:
-            sampling (`dict`): how the model, with its active adapters, is sampled.
-            guidance_interval (`tuple[float, float]`, *optional*): see the call.
-            source ([`SourceImages`], *optional*): the images to start from, and the share of the steps to take.
-            starts_from_noise (`bool`): whether the first sigma must be (almost) 1.
-            arguments: the arguments of [`schedulers.steps.set_timesteps`].
-
-        Raises:
-            `ValueError`: if the scheduler or the steps cannot lead to right images.
-        """
-        boundaries = self.model.config.expert_boundaries
+        """Same as `prepare_steps`, for the scheduler and the guidance of the call."""
         if sampling != (self.model.config.sampling or {}):
             # The pipeline's scheduler belongs to the model without the adapter that is active.
             self._running_call.scheduler = distilled_scheduler(self.scheduler, sampling, self.model.config)
-        set_timesteps(self.scheduler, starts_from_noise=starts_from_noise, **arguments)
-        first = 0
-        if source is not None:
-            n = num_steps(self.scheduler)
-            strength = default_strength(n, sampling) if source.strength is None else source.strength
-            first = first_evaluation(self.scheduler, strength)
-            self.scheduler.set_begin_index(first)
-        sigmas = self.scheduler.sigmas.tolist()[first:]
-        check_distilled_steps(sigmas, sampling, boundaries)
-        experts = experts_of_steps(self.scheduler, boundaries)[first:]
-        if source is not None:
-            check_distilled_strength(strength, n, experts[0], sampling)
-        model_times = model_timesteps(self.scheduler)[first:]
-        self._num_timesteps = len(model_times)
-        scales = self._guidance_scale
-        if not isinstance(scales, list):
-            scales = [scales] * self.model.config.num_experts
-        low, high = (0.0, 1.0) if guidance_interval is None else guidance_interval
-        is_guided = [
-            scales[expert] > 1 and low <= timestep / 1000.0 <= high
-            for expert, timestep in zip(experts, model_times.tolist())
-        ]
-        # `finish_step` takes the last step of every scheduler to 0.
-        sigmas[-1] = 0.0
-        return DenoisingSteps(first, self.scheduler.timesteps[first:], model_times, sigmas, experts, is_guided)
+        steps = prepare_steps(
+            self.scheduler,
+            self.model.config,
+            sampling,
+            self._guidance_scale,
+            guidance_interval,
+            source,
+            starts_from_noise,
+            **arguments,
+        )
+        self._num_timesteps = len(steps.experts)
+        return steps
 
     def _denoise(
         self,
@@ -193,7 +223,7 @@ class LatteFlowDenoisingMixin:
                         torch.cat([latents, latents]), t, guided_context, layout=guided_layout, **shared
                     )
                     uncond_velocity, cond_velocity = velocity.chunk(2)
-                    velocity = uncond_velocity + self.guidance_scale * (cond_velocity - uncond_velocity)
+                    velocity = guided_velocity(uncond_velocity, cond_velocity, self.guidance_scale)
                 else:
                     velocity = self.model.predict_velocity(latents, t, context, layout=layout, **shared)
 

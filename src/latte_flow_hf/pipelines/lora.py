@@ -15,6 +15,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 from safetensors.torch import save_file
@@ -113,7 +114,7 @@ class LatteFlowLoraMixin(LoraBaseMixin):
 
         Args:
             adapter_names (`str` or `list[str]`): their names.
-            adapter_weights (`float`, `list` or `dict`, *optional*):
+            adapter_weights (`float`, `list`, array or `dict`, *optional*):
                 With a list of names, one weight for all, or a list of one for each; with one name, its weight. A
                 weight multiplies the adapter's effect and is a number, or a list of one number for each expert, e.g.
                 `set_adapters("style", [0.0, 0.5, 1.0, 1.0])`. Defaults to 1. With 0, an adapter is not run.
@@ -123,6 +124,8 @@ class LatteFlowLoraMixin(LoraBaseMixin):
                 or it is of a method that knows no weights, see [`modeling.adapters.SCALABLE_METHODS`].
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if isinstance(adapter_weights, (np.ndarray, torch.Tensor)):
+            adapter_weights = adapter_weights.tolist()
         if adapter_weights is None or isinstance(adapter_weights, (Real, Mapping)):
             weights = [adapter_weights] * len(names)
         elif isinstance(adapter_names, str) and len(adapter_weights) != 1:
@@ -216,9 +219,10 @@ class LatteFlowLoraMixin(LoraBaseMixin):
         self._merged_adapters = self.fused_loras
         before = self.model.config.sampling
         self.model.unload_adapters()
-        if self.model.config.sampling != before:
+        sampling = self.model.config.sampling or {}
+        if sampling != (before or {}):
             # The weights are now those of a model distilled to few steps.
-            self.scheduler = distilled_scheduler(self.scheduler, self.model.config.sampling, self.model.config)
+            self.scheduler = distilled_scheduler(self.scheduler, sampling, self.model.config)
 
     def set_lora_device(self, adapter_names: list[str], device: torch.device | str | int) -> None:
         """Refused: adapters are as small as an expert's modulation, and an adapter elsewhere could not be run."""
@@ -277,7 +281,16 @@ class LatteFlowLoraMixin(LoraBaseMixin):
         return list(getattr(self.model, "peft_config", None) or {})
 
 
-def load_loras(pipe: Any, loras: Sequence[str]) -> None:
+def parse_lora(lora: str) -> tuple[str, float | None]:
+    """Split `"outputs/style:0.8"` into the path and the weight; `None` if there is no weight."""
+    if not Path(lora).exists():
+        path, _, weight = lora.rpartition(":")
+        with contextlib.suppress(ValueError):  # A colon may be part of the path.
+            return path or lora, float(weight)
+    return lora, None
+
+
+def load_loras(pipe: Any, loras: Sequence[str]) -> dict[str, str]:
     """Load adapters and activate all of them.
 
     Args:
@@ -285,18 +298,21 @@ def load_loras(pipe: Any, loras: Sequence[str]) -> None:
         loras (`list[str]`): of each the folder, file or hub id, and after a colon its weight (1 if left out), e.g.
             `"outputs/style:0.8"`.
 
+    Returns:
+        `dict[str, str]`: by the names of the loaded adapters, their folders, files or hub ids.
+
     Raises:
         `ValueError`, `OSError`: same as `load_lora_weights` and `set_adapters`.
     """
     weights = []
+    paths = {}
     for lora in loras:
-        path, weight = lora, 1.0
-        if not Path(lora).exists():
-            with contextlib.suppress(ValueError):  # A colon may be part of the path.
-                path, weight = lora.rpartition(":")[0] or lora, float(lora.rpartition(":")[2])
+        path, weight = parse_lora(lora)
         pipe.load_lora_weights(path)
-        weights.append(weight)
-    pipe.set_adapters(pipe._adapters()[-len(weights) :], weights)
+        paths[pipe._adapters()[-1]] = path
+        weights.append(1.0 if weight is None else weight)
+    pipe.set_adapters([*paths], weights)
+    return paths
 
 
 def _check_components(components: Sequence[str]) -> None:

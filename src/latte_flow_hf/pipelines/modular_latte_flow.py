@@ -28,7 +28,7 @@ from diffusers.modular_pipelines import (
 from ..modeling.context import LatteFlowContext
 from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration, LatteFlowLayer
 from ..modeling.processing_latte_flow import LatteFlowProcessor
-from ..modeling.sampling import DEFAULT_GUIDANCE_SCALE, check_distilled_steps
+from ..modeling.sampling import DEFAULT_GUIDANCE_SCALE, check_distilled_steps, experts_with_guidance
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
 from ..schedulers.steps import (
     distilled_scheduler,
@@ -143,7 +143,7 @@ def check_guided_steps(guider: BaseGuidance, model: Any, scheduler: Any) -> None
     """Check a guider of a call (see [`call_guider`]) against the steps of that call.
 
     Raises:
-        `ValueError`: if it guides experts whose guidance was distilled into their weights, or skips no layer where it
+        `ValueError`: if it guides experts whose weights contain guidance, or skips no layer where it
             should.
     """
     name = type(guider).__name__
@@ -158,11 +158,11 @@ def check_guided_steps(guider: BaseGuidance, model: Any, scheduler: Any) -> None
         if isinstance(guider, SkipLayerGuidance) and guider._is_slg_enabled():
             with_hooks.add(expert)
     guider.set_state(step=0, num_inference_steps=None, timestep=None)
-    twice = sorted(guided & set(model.sampling.get("distilled_experts") or []))
+    twice = sorted(guided & set(experts_with_guidance(model.sampling, model.config.num_experts)))
     if twice:
         raise ValueError(
-            f"guider {name} would guide the experts {twice} a second time: their guidance was distilled into the "
-            "weights. Call pipe.guider.disable(), or set its `start` and `stop`."
+            f"guider {name} would guide the experts {twice} a second time: guidance was trained or distilled "
+            "into their weights. Call pipe.guider.disable(), or set its `start` and `stop`."
         )
     if isinstance(guider, AutoGuidance):
         _check_skipped_layers(name, guider.auto_guidance_config, "auto_guidance_config", model, with_hooks)
@@ -328,7 +328,7 @@ class LatteFlowSetTimestepsStep(ModularPipelineBlocks):
         model, sampling = pipe.model, pipe.model.sampling
         s.call_scheduler = copy.deepcopy(components.scheduler)
         if sampling != (model.config.sampling or {}):
-            s.call_scheduler = distilled_scheduler(components.scheduler, sampling, model.config)
+            s.call_scheduler = distilled_scheduler(s.call_scheduler, sampling, model.config)
         set_timesteps(
             s.call_scheduler,
             s.num_inference_steps,

@@ -23,7 +23,7 @@ from ..modeling.context import LatteFlowContext, warn_of_unknown_words
 from ..modeling.flow_matching import interpolate
 from ..modeling.images import load_rgb_images
 from ..modeling.processing_latte_flow import adapt, check_processor
-from ..modeling.sampling import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_STEPS, guides_any
+from ..modeling.sampling import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_STEPS, experts_with_guidance, guides_any
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler, check_num_inference_steps
 from ..schedulers.steps import MIN_FIRST_SIGMA
 from .calls import LatteFlowCallsMixin, one_thread_at_a_time, own_call
@@ -246,10 +246,11 @@ class LatteFlowPipeline(
             guidance_scale = sampling.get("guidance_scale", DEFAULT_GUIDANCE_SCALE)
         else:
             check_guidance(guidance_scale, None, self.model.config.num_experts)
-            if guides_any(guidance_scale, distilled_experts):
+            guided_experts = experts_with_guidance(sampling, self.model.config.num_experts)
+            if guides_any(guidance_scale, guided_experts):
                 logger.warning(
-                    f"guidance_scale {guidance_scale} guides experts {distilled_experts} a second time: their "
-                    "guidance was distilled into the weights. Leave guidance_scale out, or use 1 for them."
+                    f"guidance_scale {guidance_scale} guides experts {guided_experts} a second time: guidance was "
+                    "trained or distilled into their weights. Leave guidance_scale out, or use 1 for them."
                 )
         means_own_steps = num_inference_steps is None or (
             bool(distilled_experts) and num_inference_steps == sum(own_steps or [])
@@ -338,12 +339,14 @@ class LatteFlowPipeline(
         """Noise of shape (batch, channels, height / f, width / f), or the given latents on the right device.
 
         Raises:
-            `ValueError`: if `latents` has another shape.
+            `ValueError`: if `latents` has another shape or is no tensor.
         """
         scale = self.vae_scale_factor
         shape = (batch_size, self.model.config.latent_channels, height // scale, width // scale)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        if not isinstance(latents, torch.Tensor):
+            raise ValueError(f"latents must be a tensor of shape {shape}, got {type(latents).__name__}.")
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents must be of shape {shape}, got {tuple(latents.shape)}.")
         return latents.to(device=device, dtype=dtype)
@@ -669,7 +672,7 @@ class LatteFlowPipeline(
             return encode_pixels(self.vae, pixels)
 
     def chat(self, messages: str | list[dict], images: Any = None, **kwargs: Any) -> str:
-        """Ask the model about images or anything else. Same as [`LatteFlowForConditionalGeneration.chat`], with the
+        """Ask the model about images or anything else. Same as [`~LatteFlowGenerationMixin.chat`], with the
         pipeline's processor and device."""
         self._require("processor")
         with one_thread_at_a_time(self.model, self.vae):

@@ -5,6 +5,7 @@ For equal sigmas, Euler gives the numbers of `FlowMatchEulerDiscreteScheduler` b
 boundaries, the expert of each step, a number of steps for each expert, shares of new noise, and Heun's solver.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,10 +94,10 @@ class LatteFlowScheduler(SchedulerMixin, ConfigMixin):
                 f"solver must be one of {list(SOLVERS)}, got {solver!r}. For others, give the pipeline a scheduler of "
                 "diffusers, e.g. UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type='flow_prediction')."
             )
-        if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps must be positive, got {num_train_timesteps}.")
-        if shift <= 0:
-            raise ValueError(f"shift must be positive, got {shift}.")
+        if not isinstance(num_train_timesteps, (int, np.integer)) or num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps must be a positive whole number, got {num_train_timesteps!r}.")
+        if not isinstance(shift, (int, float, np.number)) or not 0 < shift < math.inf:
+            raise ValueError(f"shift must be a positive number, got {shift!r}.")
         boundaries = uniform_boundaries(4) if expert_boundaries is None else list(expert_boundaries)
         self.register_to_config(expert_boundaries=check_boundaries(boundaries, len(boundaries) - 1))
         self.noise_shares = self._check_new_noise(new_noise, stochastic_sampling)

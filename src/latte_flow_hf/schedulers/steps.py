@@ -7,6 +7,7 @@ they would run without an error and lead to wrong images.
 """
 
 import copy
+import functools
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -81,18 +82,21 @@ def set_timesteps(
         )
 
 
-def distilled_scheduler(scheduler: Any, sampling: Mapping[str, Any], config: Any) -> LatteFlowScheduler:
-    """The scheduler for a model that was distilled to few steps: Euler, without new noise in the distilled experts,
-    whose steps are those of a deterministic path.
+def distilled_scheduler(scheduler: Any, sampling: Mapping[str, Any], config: Any) -> Any:
+    """The scheduler for a model that was distilled to few steps: Euler, with the new noise that the distilled experts
+    were trained with, which is none if `sampling` does not tell. Without distilled experts it is the scheduler itself.
 
     Args:
         scheduler: the scheduler of the model before distillation.
         sampling (`dict`): `distilled_experts` and more, see [`modeling.sampling.check_sampling`].
         config ([`LatteFlowConfig`]): the configuration of the model.
     """
-    shares = getattr(scheduler, "noise_shares", [0.0] * config.num_experts)
     distilled = sampling.get("distilled_experts") or ()
-    new_noise = [0.0 if expert in distilled else share for expert, share in enumerate(shares)]
+    if not distilled:
+        return scheduler
+    shares = getattr(scheduler, "noise_shares", [0.0] * config.num_experts)
+    trained = sampling.get("new_noise") or [0.0] * config.num_experts
+    new_noise = [trained[expert] if expert in distilled else share for expert, share in enumerate(shares)]
     own = scheduler.config if isinstance(scheduler, LatteFlowScheduler) else {}
     changes = {"expert_boundaries": config.expert_boundaries, "stochastic_sampling": None, "solver": "euler"}
     return LatteFlowScheduler.from_config(own, **changes, new_noise=new_noise if any(new_noise) else 0.0)
@@ -204,4 +208,11 @@ def _end_of_straight_path(scheduler: Any) -> torch.Tensor:
 
 def generator_kwargs(scheduler: Any, generator: Any) -> dict[str, Any]:
     """The argument `generator` for `scheduler.step`, if it takes one: schedulers with new noise draw from it."""
-    return {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    scheduler_class: Any = type(scheduler)
+    return {"generator": generator} if _takes_generator(scheduler_class) else {}
+
+
+@functools.cache
+def _takes_generator(scheduler_class: Any) -> bool:
+    # Kept, because reading a signature takes as long as a step of the solver for one image.
+    return "generator" in inspect.signature(scheduler_class.step).parameters

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..modeling.adapters import adapter_mark, check_adapter_config
+from ..modeling.adapter_files import read_adapter
+from ..modeling.adapters import adapter_mark, check_adapter_config, remove_sampling_mark
 
 
 if TYPE_CHECKING:
@@ -66,6 +67,35 @@ def expert_lora_config(
     )
     check_adapter_config(model, config, "default")
     return config
+
+
+def read_starting_weights(source: str, config: "LoraConfig") -> dict[str, Any]:
+    """The weights of a saved adapter from which a new one with `config` is trained further.
+
+    Args:
+        source (`str`): the folder or hub id of the saved adapter.
+        config (`LoraConfig`): of the new adapter, from `expert_lora_config`.
+
+    Returns:
+        `dict`: for `peft.set_peft_model_state_dict`.
+
+    Raises:
+        `ValueError`: if the saved adapter belongs to another model, or to other layers, or has another rank or scale.
+        `OSError`: if a file is missing or damaged.
+    """
+    weights, saved = read_adapter(source)
+    if saved is None:
+        raise ValueError(f"lora: weights: {source} has no adapter_config.json, which tells what its weights are.")
+    own = config.to_dict()
+    for name in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules"):
+        values = [own[name], saved.get(name)]
+        if name == "target_modules":
+            values = [remove_sampling_mark(value) for value in values]
+        if values[0] != values[1]:
+            raise ValueError(
+                f"lora: weights: {source} has {name} {values[1]!r}, but the adapter that is trained has {values[0]!r}."
+            )
+    return weights
 
 
 def train_only_experts(

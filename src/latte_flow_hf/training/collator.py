@@ -79,6 +79,8 @@ class TextToImageCollator:
         conversation_collator ([`ConversationCollator`], *optional*): required with `conversations`.
         conversation_share (`float`, defaults to 0.25): the number of conversations per image of the batch; at least
             one per batch.
+        folded_guidance_scale (`float`, *optional*): the guidance that the weights shall contain; batches then have
+            the empty prompt as `negative_context`, too.
     """
 
     contexts: LatteFlowContext | Callable[[list[str]], LatteFlowContext | Mapping[str, torch.Tensor]]
@@ -87,6 +89,7 @@ class TextToImageCollator:
     conversations: Sequence[dict] | None = None
     conversation_collator: ConversationCollator | None = None
     conversation_share: float = 0.25
+    folded_guidance_scale: float | None = None
 
     def __call__(self, examples: list[dict]) -> dict[str, Any]:
         prompts = [example["prompt"] for example in examples]
@@ -106,6 +109,13 @@ class TextToImageCollator:
             batch["context"] = self.contexts.select(index.to(self.contexts.next_position.device))
         else:
             batch["context"] = self.contexts(["" if drop else prompt for drop, prompt in zip(is_dropped, prompts)])
+        if self.folded_guidance_scale is not None:
+            batch["guidance_scale"] = self.folded_guidance_scale
+            batch["negative_context"] = (
+                self.contexts.select(self.contexts.next_position.new_tensor([len(self.contexts) - 1]))
+                if isinstance(self.contexts, LatteFlowContext)
+                else self.contexts([""])
+            )
         if "name" in examples[0]:
             batch["names"] = [example["name"] for example in examples]
         if self.conversations is not None:

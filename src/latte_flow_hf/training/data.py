@@ -354,6 +354,11 @@ class ConversationDataset(Dataset):
     def __init__(self, dataset: Any, conversation: Callable, unreadable: UnreadableImages):
         self.dataset, self.conversation, self.unreadable = dataset, conversation, unreadable
 
+    @property
+    def fingerprint(self) -> str:
+        """Differs between datasets with different rows."""
+        return self.dataset._fingerprint
+
     def __len__(self) -> int:
         return len(self.dataset)
 

@@ -302,7 +302,7 @@ class DistillationSettings(Settings):
     """The section `distillation`: a student with few steps learns the trajectories of a teacher.
 
     The student's velocity at the start of a step is regressed on the one that leads to the end of the step in the
-    teacher's own guided trajectory, see [`~LatteFlowForConditionalGeneration.trajectory_loss`]. Only the prompts of
+    teacher's own guided trajectory, see [`~LatteFlowLossMixin.trajectory_loss`]. Only the prompts of
     the section `data` are used, not its images; its `cache` is the folder of the trajectories and contexts, by default
     `trajectories` in the working folder.
 
@@ -310,12 +310,18 @@ class DistillationSettings(Settings):
         teacher (`str`, *optional*): folder or hub id of a pipeline; defaults to the pipeline that is trained. It must
             have the same autoencoder, experts and boundaries.
         teacher_lora (`str`, *optional*): an adapter for the teacher.
+        student, student_lora (`str`, *optional*): an earlier result for the same steps, a pipeline or an adapter for
+            the pipeline that is trained. Each step of a trajectory then starts where the steps of that student lead,
+            and the teacher goes on from there. Without one it starts where the teacher's step ended.
         teacher_steps (`list[int]`): the number of steps of the teacher in the interval of each expert.
         solver (`str`, defaults to `"heun"`): of the teacher: `"heun"` or `"euler"`, without new noise.
         guidance_scale (`float` or `list[float]`, defaults to 4.0): of the teacher: one, or one for each expert. The
             student needs none.
         steps_per_expert (`list[int]`, *optional*): the number of steps of the student in the interval of each expert,
             a divisor of that of the teacher; defaults to one.
+        new_noise (`float` or `list[float]`, *optional*): the share of the noise, 0 to 1, that is replaced after each
+            step of the student, in the trajectories and when the result is sampled: one, or one for each expert.
+            Defaults to that of the scheduler of the pipeline that is trained.
         num_trajectories (`int`, *optional*): how many trajectories there are; trajectory i has prompt i of the data,
             starting again after the last one. Defaults to one for each prompt.
         batch_size (`int`, defaults to 64): the number of trajectories that are generated at once, and are in a file.
@@ -323,10 +329,13 @@ class DistillationSettings(Settings):
 
     teacher: str | None = None
     teacher_lora: str | None = None
+    student: str | None = None
+    student_lora: str | None = None
     teacher_steps: list[int]
     solver: Literal["heun", "euler"] = "heun"
     guidance_scale: Number | list[Number] = 4.0
     steps_per_expert: list[int] | None = None
+    new_noise: Number | list[Number] | None = None
     num_trajectories: int | None = Field(None, ge=1)
     batch_size: int = Field(64, ge=1)
 
@@ -340,6 +349,14 @@ class DistillationSettings(Settings):
                 f"teacher stops where the student does, got {self.teacher_steps} and {steps}"
             )
         return self
+
+    @field_validator("new_noise")
+    @classmethod
+    def _check_new_noise(cls, new_noise: float | list[float] | None) -> float | list[float] | None:
+        shares = new_noise if isinstance(new_noise, list) else [new_noise]
+        if new_noise is not None and not all(0.0 <= share <= 1.0 for share in shares if share is not None):
+            raise ValueError(f"must be from 0 to 1, or one such value for each expert, got {new_noise!r}")
+        return new_noise
 
     @property
     def student_steps(self) -> list[int]:
@@ -365,7 +382,11 @@ class Recipe(Settings):
         trainable (`str` or `list[int]`, defaults to `"experts"`): `"experts"`, the whole tower; a list of experts,
             only their layers and not what all experts share; or `"vlm"`, the tower and the backbone's language model.
         lora (`dict`, *optional*): instead of `trainable`: arguments of `expert_lora_config`. The result is an adapter.
+            `weights`, the folder or hub id of an adapter of the same experts and rank, is where its training starts.
         prompt_dropout (`float`, defaults to 0.1): the share of prompts replaced by the empty one, 0 to 1.
+        folded_guidance_scale (`float`, *optional*): above 1: the weights learn to contain guidance of this scale, so
+            that the result needs one evaluation per step instead of two, see `flow_matching.folded_guidance_target`.
+            A step of the training takes one more evaluation without gradients.
         interval_warmup_steps (`int`, defaults to 0): see [`IntervalWarmupCallback`]; 0 is without, as in the paper.
         understanding ([`UnderstandingSettings`], *optional*): conversations.
         ema ([`EMASettings`], *optional*): moving average of the weights.
@@ -383,6 +404,7 @@ class Recipe(Settings):
     trainable: Annotated[str | list[int], BeforeValidator(_check_trainable)] = "experts"
     lora: dict | None = None
     prompt_dropout: Number = Field(0.1, ge=0, le=1)
+    folded_guidance_scale: Number | None = Field(None, gt=1)
     interval_warmup_steps: int = Field(0, ge=0)
     understanding: UnderstandingSettings | None = None
     ema: EMASettings | None = None
@@ -394,7 +416,8 @@ class Recipe(Settings):
     def _check_distillation(self) -> Self:
         if self.distillation is None:
             return self
-        unused = {"prompt_dropout", "interval_warmup_steps", "understanding", "validation"} & self.model_fields_set
+        names = {"prompt_dropout", "folded_guidance_scale", "interval_warmup_steps", "understanding", "validation"}
+        unused = names & self.model_fields_set
         if unused:
             raise ValueError(f"{sorted(unused)} cannot be given with `distillation`, which does not use them")
         if self.trains_backbone:
@@ -403,6 +426,15 @@ class Recipe(Settings):
             raise ValueError("`distillation` starts from a trained model: give `pipeline` in the section `model`")
         if self.data.source.get("streaming"):
             raise ValueError("`distillation` numbers its prompts: leave out `streaming` in the source of `data`")
+        return self
+
+    @model_validator(mode="after")
+    def _check_folded_guidance(self) -> Self:
+        if self.folded_guidance_scale is not None and self.prompt_dropout == 0:
+            raise ValueError(
+                "folded_guidance_scale needs prompt_dropout above 0: guidance is learned from the difference to the "
+                "empty prompt"
+            )
         return self
 
     @property
@@ -427,7 +459,9 @@ class Recipe(Settings):
 
             arguments = {"model", "lora_config", "target_modules"}
             known = {*inspect.signature(expert_lora_config).parameters, *inspect.signature(LoraConfig).parameters}
-            check_names(lora, known - arguments)
+            check_names(lora, known - arguments | {"weights"})
+            if not isinstance(lora.get("weights", ""), str):
+                raise ValueError(f"weights must be the folder or hub id of an adapter, got {lora['weights']!r}")
         return lora
 
     @model_validator(mode="after")

@@ -27,12 +27,13 @@ from ..modeling.backbone import read_vlm_config
 from ..modeling.configuration_latte_flow import LatteFlowConfig
 from ..modeling.modeling_latte_flow import LatteFlowForConditionalGeneration
 from ..modeling.processing_latte_flow import LatteFlowProcessor
+from ..modeling.sampling import DEFAULT_GUIDANCE_SCALE, experts_with_guidance
 from ..pipelines.fingerprint import pipeline_fingerprint
 from ..pipelines.loading import check_autoencoder
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
 from ..schedulers.steps import distilled_scheduler
-from .adapters import expert_lora_config, set_trainable
+from .adapters import expert_lora_config, read_starting_weights, set_trainable
 from .cache import CachedContexts, CachedImageDataset, build_cache
 from .callbacks import (
     CheckpointCallback,
@@ -47,14 +48,22 @@ from .collator import ConversationCollator, ImagePromptEncoder, PromptTokenizer,
 from .data import (
     CaptionedImageDataset,
     CaptionedImageStream,
+    ConversationDataset,
     DataSettings,
+    ImageRows,
     UnreadableImages,
     load_conversations,
     load_image_rows,
 )
 from .recipe import DistillationSettings, ModelSettings, Recipe, ValidationSettings
 from .sharding import UnshardedBackboneCallback, check_sharding, full_tensor, is_sharded, save_sharded_pipeline
-from .trajectories import TrajectoryCollator, TrajectoryDataset, build_trajectories, trajectory_sigmas
+from .trajectories import (
+    TrajectoryCollator,
+    TrajectoryDataset,
+    build_trajectories,
+    student_new_noise,
+    trajectory_sigmas,
+)
 from .working_folder import RUN_FILE, check_run, lock_folder
 
 
@@ -67,18 +76,18 @@ def train(recipe: Recipe, work_dir: Path, output_dir: Path, allow_changes: bool 
     Args:
         recipe ([`Recipe`]): what is trained, on what, and how.
         work_dir (`Path`): the folder for checkpoints, sample images and `log.json`, all logged values. It belongs to
-            one recipe, one starting model and one process at a time.
+            one recipe, one starting model, the same data, and one process at a time.
         output_dir (`Path`): the folder for the result, which must not exist.
-        allow_changes (`bool`, defaults to `False`): whether to resume although the recipe or the starting model has
-            changed since the run in `work_dir` began. More steps, and other settings of logging, saving and samples,
-            are allowed in any case; which weights are trained cannot change.
+        allow_changes (`bool`, defaults to `False`): whether to resume although the recipe, the starting model or the
+            data has changed since the run in `work_dir` began. More steps, and other settings of logging, saving and
+            samples, are allowed in any case; which weights are trained cannot change.
 
     Returns:
         `Path`: `output_dir`, a pipeline, or with `lora` a PEFT adapter. It is written atomically.
 
     Raises:
         `ValueError`: if `output_dir` exists, the recipe does not fit the model, the data cannot be used, or `work_dir`
-            belongs to another recipe or starting model.
+            belongs to another recipe, starting model or data.
         `OSError`: if a file is missing or damaged, another process uses `work_dir`, or a checkpoint cannot be saved;
             the earlier ones are kept.
         `FloatingPointError`: if a loss is not finite, with the step, the expert and the batch.
@@ -101,7 +110,27 @@ def _train(
         remove_incomplete_checkpoints(run_dir)
     PartialState().wait_for_everyone()
     resume_from = last_checkpoint(run_dir)
-    run = {"recipe": recipe.model_dump(mode="json"), "starting_model": pipeline_fingerprint(pipe)}
+    unreadable = UnreadableImages(recipe.data.max_unreadable)
+    # Loaded before the check: files can change while the recipe, which has their folder, stays the same.
+    rows = load_image_rows(set_image_size(recipe.data, pipe), recipe.seed)
+    validation_rows = None
+    if recipe.validation is not None:
+        validation_rows = load_validation_rows(recipe, recipe.validation, pipe)
+    conversations = None
+    if recipe.understanding is not None:
+        checked = pipe.processor.training_conversation
+        conversations = load_conversations(recipe.understanding.source, recipe.seed, checked, unreadable)
+    sections = {"data": rows, "validation": validation_rows, "understanding": conversations}
+    run = {
+        "recipe": recipe.model_dump(mode="json"),
+        "starting_model": pipeline_fingerprint(pipe),
+        # Conversations of the tiny world have none: the recipe decides them.
+        "data": {
+            name: data.fingerprint
+            for name, data in sections.items()
+            if isinstance(data, (ImageRows, ConversationDataset))
+        },
+    }
     if resume_from is not None:
         check_run(resume_from, run, arguments.max_steps, allow_changes)
     PartialState().wait_for_everyone()
@@ -111,20 +140,22 @@ def _train(
             weights = [*pipe.model.state_dict().values(), *pipe.vae.state_dict().values()]
             check_output(output_dir, sum(weight.nbytes for weight in weights))
     pipe.to(arguments.device)
-    unreadable = UnreadableImages(recipe.data.max_unreadable)
     dataset: Dataset
     collator: Any
+    if recipe.lora is not None:
+        # An error before the data are prepared.
+        load_lora(recipe.lora, pipe.model)
     if recipe.distillation is not None:
         # Of the model without an adapter, so that runs with and without one can share the trajectories.
-        dataset, collator = load_trajectories(recipe, recipe.distillation, pipe, work_dir, unreadable)
+        dataset, collator = load_trajectories(recipe, recipe.distillation, pipe, rows, work_dir, unreadable)
     model = prepare_model(recipe, pipe)
     if recipe.distillation is None:
-        dataset, collator = load_data(recipe, pipe, arguments, unreadable, resume_from)
+        dataset, collator = load_data(recipe, pipe, rows, unreadable, conversations, arguments, resume_from)
     validation: dict[str, Any] = {}
-    if recipe.validation is not None:
-        validation = dict(
-            zip(("eval_dataset", "eval_collator"), load_validation(recipe, recipe.validation, pipe, unreadable))
-        )
+    if validation_rows is not None:
+        update = {"seed": recipe.seed + 1, "understanding": None, "prompt_dropout": 0.0}
+        evaluated = load_data(recipe.model_copy(update=update), pipe, validation_rows, unreadable)
+        validation = dict(zip(("eval_dataset", "eval_collator"), evaluated))
     trainer = RecipeTrainer(model, arguments, train_dataset=dataset, data_collator=collator, **validation)
     checkpoints = add_callbacks(trainer, recipe, pipe, work_dir)
     try:
@@ -182,6 +213,13 @@ class RecipeTrainer(Trainer):
         for group, rate in zip(self.optimizer.param_groups, rates):
             group["lr"] = rate
         self.lr_scheduler._last_lr = rates
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Same as in `Trainer`, which takes another step if a finished run is resumed in the middle of an epoch."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         collator = self.data_collator
@@ -278,7 +316,8 @@ def load_pipeline(settings: ModelSettings) -> LatteFlowPipeline:
 
 
 def prepare_model(recipe: Recipe, pipe: LatteFlowPipeline) -> Any:
-    """Make trainable what the recipe names; with `distillation`, the pipeline is then sampled with few steps.
+    """Make trainable what the recipe names; the pipeline is then sampled as the result shall be: with few steps after
+    `distillation`, without guidance if it is in the weights.
 
     Returns:
         `pipe.model`, or the `PeftModel` around it.
@@ -288,24 +327,46 @@ def prepare_model(recipe: Recipe, pipe: LatteFlowPipeline) -> Any:
     """
     model = pipe.model
     if recipe.lora is not None:
-        from peft import get_peft_model
+        from peft import get_peft_model, set_peft_model_state_dict
 
-        config = expert_lora_config(model, **recipe.lora)
+        config, weights = load_lora(recipe.lora, model)
+        experts, sampling = sorted(set(recipe.lora["experts"])), None
         if recipe.distillation is not None:
-            sampling = student_sampling(recipe.distillation, sorted(set(recipe.lora["experts"])))
+            sampling = student_sampling(recipe.distillation, experts, pipe)
+        elif recipe.folded_guidance_scale is not None:
+            sampling = guided_sampling(recipe.folded_guidance_scale, experts, pipe)
+        if sampling is not None:
             config.target_modules = f"{sampling_mark(model.config, sampling)}{config.target_modules}"
-        return get_peft_model(model, config)
+        peft_model = get_peft_model(model, config)
+        if weights is not None:
+            set_peft_model_state_dict(peft_model, weights)
+        return peft_model
     set_trainable(model, recipe.trainable)
+    if recipe.folded_guidance_scale is not None:
+        model.config.sampling = guided_sampling(recipe.folded_guidance_scale, model.training_experts, pipe)
     if recipe.distillation is not None:
-        model.config.sampling = student_sampling(recipe.distillation, model.training_experts)
+        model.config.sampling = student_sampling(recipe.distillation, model.training_experts, pipe)
         pipe.scheduler = distilled_scheduler(pipe.scheduler, model.config.sampling, model.config)
     return model
+
+
+def load_lora(settings: dict, model: LatteFlowForConditionalGeneration) -> tuple[Any, dict | None]:
+    """The configuration of the adapter to train, and the weights it starts from, if they are given.
+
+    Raises:
+        `ValueError`: if an expert does not exist, a setting cannot be used, or the weights do not fit.
+        `OSError`: if a file of the weights is missing or damaged.
+    """
+    config = expert_lora_config(model, **{name: value for name, value in settings.items() if name != "weights"})
+    source = settings.get("weights")
+    return config, None if source is None else read_starting_weights(source, config)
 
 
 def load_trajectories(
     recipe: Recipe,
     settings: DistillationSettings,
     pipe: LatteFlowPipeline,
+    rows: ImageRows,
     work_dir: Path,
     unreadable: UnreadableImages,
 ) -> tuple[Dataset, TrajectoryCollator]:
@@ -315,17 +376,22 @@ def load_trajectories(
         `ValueError`: if the teacher does not fit the student, or there are other trajectories in the folder.
         `OSError`: if a file is missing or damaged.
     """
-    data = set_image_size(recipe.data, pipe)
+    data = rows.settings
     folder = work_dir / "trajectories" if data.cache is None else Path(data.cache)
-    teacher = pipe
-    if settings.teacher is not None or settings.teacher_lora is not None:
-        source = {"pipeline": settings.teacher or recipe.model.pipeline}
-        teacher = load_pipeline(recipe.model.model_copy(update=source)).to(pipe.device)
-        teacher.set_progress_bar_config(disable=True)
-        if settings.teacher_lora is not None:
-            teacher.load_lora_weights(settings.teacher_lora)
-    rows = load_image_rows(data, recipe.seed)
-    build_trajectories(folder, teacher, pipe, rows, settings, recipe.seed, unreadable, data.cache_contexts)
+
+    def load(source: str | None, lora: str | None) -> LatteFlowPipeline | None:
+        if source is None and lora is None:
+            return None
+        model = recipe.model.model_copy(update={"pipeline": source or recipe.model.pipeline})
+        other = load_pipeline(model).to(pipe.device)
+        other.set_progress_bar_config(disable=True)
+        if lora is not None:
+            other.load_lora_weights(lora)
+        return other
+
+    teacher = load(settings.teacher, settings.teacher_lora) or pipe
+    earlier = load(settings.student, settings.student_lora)
+    build_trajectories(folder, teacher, pipe, rows, settings, recipe.seed, unreadable, data.cache_contexts, earlier)
     num_trajectories = settings.num_trajectories or len(rows.dataset)
     dataset = TrajectoryDataset(folder, num_trajectories, settings.batch_size, recipe.seed)
     encoder = ImagePromptEncoder(pipe, data.encode_batch_size)
@@ -334,7 +400,7 @@ def load_trajectories(
     return dataset, TrajectoryCollator(contexts, sigmas)
 
 
-def student_sampling(settings: DistillationSettings, experts: list[int]) -> dict[str, Any]:
+def student_sampling(settings: DistillationSettings, experts: list[int], pipe: LatteFlowPipeline) -> dict[str, Any]:
     """How the student is sampled, see [`modeling.sampling.check_sampling`]. Experts that are not distilled keep the
     steps and the guidance of the teacher."""
     num_experts = len(settings.teacher_steps)
@@ -342,28 +408,62 @@ def student_sampling(settings: DistillationSettings, experts: list[int]) -> dict
     scales = scale if isinstance(scale, list) else [scale] * num_experts
     is_distilled = [expert in experts for expert in range(num_experts)]
     steps = zip(is_distilled, settings.student_steps, settings.teacher_steps)
+    shares = student_new_noise(settings, pipe)
+    new_noise = [share if distilled else 0.0 for distilled, share in zip(is_distilled, shares)]
     return {
         "steps_per_expert": [few if distilled else many for distilled, few, many in steps],
         "guidance_scale": 1.0 if all(is_distilled) else [1.0 if d else own for d, own in zip(is_distilled, scales)],
         "distilled_experts": list(experts),
+        **({"new_noise": new_noise} if any(new_noise) else {}),
+    }
+
+
+def guided_sampling(scale: float, experts: list[int], pipe: LatteFlowPipeline) -> dict[str, Any]:
+    """How a model is sampled whose `experts` were trained with guidance in their weights. The others keep the guidance
+    of the model.
+
+    Raises:
+        `ValueError`: if the weights contain guidance already.
+    """
+    num_experts, sampling = pipe.model.config.num_experts, pipe.model.sampling
+    guided = [expert for expert in experts_with_guidance(sampling, num_experts) if expert in experts]
+    if guided:
+        raise ValueError(
+            f"folded_guidance_scale: experts {guided} of the model were trained or distilled with guidance in their "
+            "weights already; start from a model that is sampled with guidance."
+        )
+    if len(experts) == num_experts:
+        return {**sampling, "guidance_scale": 1.0, "folded_guidance_scale": scale}
+    own, folded = (
+        value if isinstance(value, list) else [value] * num_experts
+        for value in (
+            sampling.get("guidance_scale", DEFAULT_GUIDANCE_SCALE),
+            sampling.get("folded_guidance_scale", 1.0),
+        )
+    )
+    return {
+        **sampling,
+        "guidance_scale": [1.0 if expert in experts else own[expert] for expert in range(num_experts)],
+        "folded_guidance_scale": [scale if expert in experts else folded[expert] for expert in range(num_experts)],
     }
 
 
 def load_data(
     recipe: Recipe,
     pipe: LatteFlowPipeline,
-    arguments: TrainingArguments | None,
+    rows: ImageRows,
     unreadable: UnreadableImages,
-    resume_from: Path | None,
+    conversations: Dataset | None = None,
+    arguments: TrainingArguments | None = None,
+    resume_from: Path | None = None,
 ) -> tuple[Dataset, TextToImageCollator]:
-    """Load the dataset and its collator; the cache is filled first, if there is one.
+    """The dataset of `rows` and its collator; the cache is filled first, if there is one.
 
     Raises:
         `ValueError`: if the data cannot be used.
         `OSError`: if a file is missing.
     """
-    settings = set_image_size(recipe.data, pipe)
-    rows = load_image_rows(settings, recipe.seed)
+    settings = rows.settings
     encoder = ImagePromptEncoder(pipe, settings.encode_batch_size)
     contexts: Any = PromptTokenizer(pipe.processor) if recipe.trains_backbone else encoder.contexts
     dataset: Any
@@ -380,31 +480,34 @@ def load_data(
         dataset = CaptionedImageStream(rows, recipe.seed, unreadable, start=num_steps * batch_size)
     else:
         dataset = CaptionedImageDataset(rows, recipe.seed, unreadable)
-    conversations: dict = {}
+    understanding: dict = {}
     if recipe.understanding is not None:
-        source, share = recipe.understanding.source, recipe.understanding.share
-        conversations = {
-            "conversations": load_conversations(source, recipe.seed, pipe.processor.training_conversation, unreadable),
+        understanding = {
+            "conversations": conversations,
             "conversation_collator": ConversationCollator(pipe.processor),
-            "conversation_share": share,
+            "conversation_share": recipe.understanding.share,
         }
-    return dataset, TextToImageCollator(contexts, recipe.prompt_dropout, encoder.latents, **conversations)
+    collator = TextToImageCollator(
+        contexts,
+        recipe.prompt_dropout,
+        encoder.latents,
+        **understanding,
+        folded_guidance_scale=recipe.folded_guidance_scale,
+    )
+    return dataset, collator
 
 
-def load_validation(
-    recipe: Recipe, validation: ValidationSettings, pipe: LatteFlowPipeline, unreadable: UnreadableImages
-) -> tuple[Dataset, TextToImageCollator]:
-    """Load the images of the section `validation` and their collator, without flips and prompt dropout.
+def load_validation_rows(recipe: Recipe, validation: ValidationSettings, pipe: LatteFlowPipeline) -> ImageRows:
+    """Load the images of the section `validation`, without flips.
 
     Raises:
         `ValueError`: if the data cannot be used.
         `OSError`: if a file is missing.
     """
-    data = {"source": validation.source, "cache": validation.cache, "flip": False}
+    update = {"source": validation.source, "cache": validation.cache, "flip": False}
+    settings = set_image_size(recipe.data.model_copy(update=update), pipe)
     # Other scenes of the tiny world than those of the training, which have the seed of the recipe.
-    update = {"data": recipe.data.model_copy(update=data), "seed": recipe.seed + 1, "understanding": None}
-    settings = recipe.model_copy(update={**update, "prompt_dropout": 0.0})
-    return load_data(settings, pipe, None, unreadable, None)
+    return load_image_rows(settings, recipe.seed + 1)
 
 
 def set_image_size(settings: DataSettings, pipe: LatteFlowPipeline) -> DataSettings:
@@ -453,8 +556,11 @@ def save_result(pipe: LatteFlowPipeline, peft_model: Any, output_dir: Path, orig
             if sharded:
                 trained = {name: weight for name, weight in peft_model.named_parameters() if weight.requires_grad}
                 weights = {name: full_tensor(weight) for name, weight in trained.items()}
+            # Don't store local paths: PEFT writes that of the base model into the configuration and the model card.
+            base = peft_model.get_base_model()
+            if Path(base.name_or_path).is_dir():
+                base.name_or_path = base.config.name_or_path = ""
             for config in peft_model.peft_config.values():
-                # Don't store local paths.
                 if Path(config.base_model_name_or_path or "").is_dir():
                     config.base_model_name_or_path = None
             if process.is_main_process:

@@ -2,13 +2,19 @@
 """Trajectories of a teacher from noise to data, stored on disk: what a student with few steps learns from.
 
 A folder is filled and resumed as in `cache.py`: shards that are written atomically and contain their hash, and a
-`fingerprint.json` with what the numbers depend on. Only the states where a step of the student starts or ends are
+`fingerprint.json` with what the numbers depend on. Only the states where a step of the student starts and ends are
 stored. They are states of the teacher's own sampling: at the start of an expert's interval the student then sees what
 the expert before it was trained to reach, and not an interpolation of data and noise.
+
+The teacher adds no noise within a step of the student, so that the end follows from the start. Between two steps it
+replaces the share of the noise that the student will replace, with the same formula.
+
+With an earlier student, each step starts where the steps of that student lead, and the teacher goes on from there:
+the new student then learns from the errors that the steps before it make.
 """
 
 import json
-import math
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +22,7 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import Dataset
 
-from ..modeling.flow_matching import sigmas_per_expert
+from ..modeling.flow_matching import mean_velocity, sigmas_per_expert
 from ..pipelines.fingerprint import hash_module, hash_processor, pipeline_fingerprint
 from ..schedulers.scheduling_latte_flow import LatteFlowScheduler
 from .cache import (
@@ -34,9 +40,21 @@ from .data import ImageRows, UnreadableImageError, UnreadableImages, draw_prompt
 from .recipe import DistillationSettings
 
 
+# Changes with what is stored.
+TRAJECTORY_FORMAT = 2
+
+
 def trajectory_sigmas(boundaries: list[float], steps_per_expert: list[int]) -> list[float]:
-    """The S + 1 sigmas at which the states of a trajectory are stored: where a step of the student starts, and 0."""
+    """The S + 1 sigmas between which the student takes its S steps: where each starts, and 0."""
     return [*sigmas_per_expert(boundaries, steps_per_expert).tolist(), 0.0]
+
+
+def student_new_noise(settings: DistillationSettings, student: Any) -> list[float]:
+    """The share of the noise that the student replaces after a step of each expert."""
+    shares = settings.new_noise
+    if shares is None:
+        shares = getattr(student.scheduler, "noise_shares", 0.0)
+    return list(shares) if isinstance(shares, list) else [shares] * student.model.config.num_experts
 
 
 def check_teacher(teacher: Any, student: Any, settings: DistillationSettings) -> None:
@@ -60,27 +78,50 @@ def check_teacher(teacher: Any, student: Any, settings: DistillationSettings) ->
         raise ValueError(
             "distillation: teacher was distilled to few steps itself; use the model that it was distilled from."
         )
-    scale = settings.guidance_scale
+    scale, new_noise = settings.guidance_scale, settings.new_noise
     for name, values in (
         ("teacher_steps", settings.teacher_steps),
         ("steps_per_expert", settings.student_steps),
         ("guidance_scale", scale if isinstance(scale, list) else None),
+        ("new_noise", new_noise if isinstance(new_noise, list) else None),
     ):
         if values is not None and len(values) != own.num_experts:
             raise ValueError(f"distillation: {name} must be one for each of {own.num_experts} experts, got {values}.")
 
 
-def trajectory_fingerprint(teacher: Any, rows: ImageRows, settings: DistillationSettings, seed: int) -> dict[str, str]:
+def check_earlier_student(earlier: Any, student: Any, settings: DistillationSettings) -> None:
+    """
+    Raises:
+        `ValueError`: if the model whose steps lead to the starts was not distilled to the steps of the student.
+    """
+    config, own, sampling = earlier.model.config, student.model.config, earlier.model.sampling
+    for name, value, expected in (
+        ("expert_boundaries", config.expert_boundaries, own.expert_boundaries),
+        ("latent_channels", config.latent_channels, own.latent_channels),
+        ("steps_per_expert", sampling.get("steps_per_expert"), settings.student_steps),
+        ("distilled_experts", sampling.get("distilled_experts"), list(range(own.num_experts))),
+    ):
+        if value != expected:
+            raise ValueError(f"distillation: the earlier student has {name} {value}, but expected is {expected}.")
+    if hash_module(earlier.vae) != hash_module(student.vae):
+        raise ValueError("distillation: the earlier student has another autoencoder: its latents differ.")
+
+
+def trajectory_fingerprint(
+    teacher: Any, student: Any, rows: ImageRows, settings: DistillationSettings, seed: int, earlier: Any = None
+) -> dict[str, str]:
     """What the stored numbers depend on, by name."""
     parts = pipeline_fingerprint(teacher)
     return {
-        "format": f"trajectories {CACHE_FORMAT}",
+        "format": f"trajectories {TRAJECTORY_FORMAT}, cache {CACHE_FORMAT}",
         "teacher": parts["model"],
         "autoencoder": parts["autoencoder"],
         "processor": parts["processor"],
         "solver": settings.solver,
         "teacher_steps": json.dumps(settings.teacher_steps),
         "guidance_scale": json.dumps(settings.guidance_scale),
+        "new_noise": json.dumps(student_new_noise(settings, student)),
+        "earlier student": "none" if earlier is None else hash_module(earlier.model),
         "expert_boundaries": json.dumps(teacher.model.config.expert_boundaries),
         "steps_per_expert": json.dumps(settings.student_steps),
         "num_trajectories": str(settings.num_trajectories),
@@ -100,6 +141,7 @@ def build_trajectories(
     seed: int,
     unreadable: UnreadableImages,
     with_contexts: bool = True,
+    earlier: Any = None,
 ) -> None:
     """Fill the folder, keeping finished shards, which are checked. All processes must call it.
 
@@ -112,13 +154,17 @@ def build_trajectories(
         seed (`int`): of the noise, and of the choice between several captions of an image.
         unreadable ([`UnreadableImages`]): collects the rows that have no caption.
         with_contexts (`bool`, defaults to `True`): whether to store the contexts of the prompts, too.
+        earlier ([`LatteFlowPipeline`], *optional*): an earlier student, whose steps lead to the starts.
 
     Raises:
-        `ValueError`: if the teacher does not fit the student, or the folder has other trajectories.
+        `ValueError`: if the teacher or the earlier student does not fit the student, or the folder has other
+            trajectories.
         `OSError`: with the file, if a shard is damaged or cannot be written.
     """
     check_teacher(teacher, student, settings)
-    fingerprint = trajectory_fingerprint(teacher, rows, settings, seed)
+    if earlier is not None:
+        check_earlier_student(earlier, student, settings)
+    fingerprint = trajectory_fingerprint(teacher, student, rows, settings, seed, earlier)
     if with_contexts:
         fingerprint |= {"backbone": hash_module(student.model.vlm), "tokenizer": hash_processor(student.processor)}
     with PartialState().main_process_first():
@@ -129,7 +175,8 @@ def build_trajectories(
         prompts = [trajectory_prompt(rows, index, seed, unreadable) for index in indices]
         seeds = [trajectory_seed(seed, index) for index in indices]
         assert rows.settings.size is not None
-        states = generate_trajectories(teacher, prompts, seeds, rows.settings.size, settings)
+        new_noise = student_new_noise(settings, student)
+        states = generate_trajectories(teacher, prompts, seeds, rows.settings.size, settings, new_noise, earlier)
         if not torch.isfinite(states).all():
             raise ValueError("distillation: teacher generates values that are not finite; use dtype float32.")
         write_shard({"states": states}, {"prompts": prompts}, path)
@@ -171,9 +218,15 @@ def trajectory_seed(seed: int, index: int) -> int:
 
 @torch.no_grad()
 def generate_trajectories(
-    teacher: Any, prompts: list[str], seeds: list[int], size: int, settings: DistillationSettings
+    teacher: Any,
+    prompts: list[str],
+    seeds: list[int],
+    size: int,
+    settings: DistillationSettings,
+    new_noise: list[float],
+    earlier: Any = None,
 ) -> torch.Tensor:
-    """Sample the teacher, and keep the states at `trajectory_sigmas`.
+    """Sample the teacher, and keep the states where a step of the student starts and ends.
 
     Args:
         teacher ([`LatteFlowPipeline`]): the teacher.
@@ -181,25 +234,41 @@ def generate_trajectories(
         seeds (`list[int]`): of the noise; drawn on the CPU, so that it is the same for every device.
         size (`int`): height and width in pixels.
         settings ([`DistillationSettings`]): the settings.
+        new_noise (`list[float]`): see `student_new_noise`.
+        earlier ([`LatteFlowPipeline`], *optional*): an earlier student, whose steps lead to the starts.
 
     Returns:
-        `torch.Tensor`: (B, S + 1, C, height, width), float32, on the CPU.
+        `torch.Tensor`: (B, S, 2, C, height, width), float32, on the CPU: the start and the end of each step.
     """
     config = teacher.model.config
     side = size // teacher.vae_scale_factor
-    noise = torch.stack(
-        [torch.randn(config.latent_channels, side, side, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    )
-    sigmas = trajectory_sigmas(config.expert_boundaries, settings.student_steps)
-    states: dict[int, torch.Tensor] = {0: noise}
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.stack([torch.randn(config.latent_channels, side, side, generator=g) for g in generators])
+    steps = LatteFlowScheduler(expert_boundaries=config.expert_boundaries, new_noise=new_noise)
+    steps.set_timesteps(steps_per_expert=settings.student_steps)
+    evaluations = _evaluations_at_ends(settings)
+    context = None if earlier is None else earlier.encode_prompt(prompts, do_classifier_free_guidance=False)[0]
+    starts: list[torch.Tensor] = [noise]
+    ends: list[torch.Tensor] = []
 
-    def keep(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
-        reached = float(pipe.scheduler.sigmas[step + 1])
-        for index, sigma in enumerate(sigmas):
-            if math.isclose(reached, sigma, abs_tol=1e-6):
-                # Heun reaches a sigma twice: the corrected state replaces the predicted one.
-                states[index] = tensors["latents"].float().cpu()
-        return {}
+    def keep(pipe: Any, evaluation: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        if evaluation not in evaluations:
+            return {}
+        step, latents = len(ends), tensors["latents"]
+        ends.append(latents.float().cpu())
+        if step + 1 == len(evaluations):
+            return {}
+        # The step of the student that leads there, or that of the earlier student, with the student's own scheduler.
+        if earlier is None:
+            velocity = mean_velocity(starts[step], ends[step], steps.sigmas[step], steps.sigmas[step + 1])
+        else:
+            start = starts[step].to(latents.device)
+            velocity = earlier.model.predict_velocity(
+                start, 1000.0 * float(steps.sigmas[step]), context, expert=steps.experts[step]
+            )
+            velocity = velocity.float().cpu()
+        starts.append(steps.step(velocity, steps.timesteps[step], starts[step], generators).prev_sample)
+        return {"latents": starts[-1].to(latents)}
 
     scheduler = teacher.scheduler
     teacher.scheduler = LatteFlowScheduler(expert_boundaries=config.expert_boundaries, solver=settings.solver)
@@ -216,7 +285,19 @@ def generate_trajectories(
         )
     finally:
         teacher.scheduler = scheduler
-    return torch.stack([states[index] for index in range(len(sigmas))], dim=1)
+    return torch.stack([torch.stack(starts, dim=1), torch.stack(ends, dim=1)], dim=2)
+
+
+def _evaluations_at_ends(settings: DistillationSettings) -> list[int]:
+    """The evaluations of the teacher, numbered from 0, after which it is where a step of the student ends."""
+    teacher_steps = [
+        many // few for many, few in zip(settings.teacher_steps, settings.student_steps) for _ in range(few)
+    ]
+    ends = list(accumulate(teacher_steps))
+    if settings.solver == "euler":
+        return [end - 1 for end in ends]
+    # Heun evaluates twice in each step but the last one of all.
+    return [*(2 * end - 1 for end in ends[:-1]), 2 * ends[-1] - 2]
 
 
 class TrajectoryDataset(Dataset):
@@ -255,7 +336,7 @@ class TrajectoryCollator:
 
     Args:
         contexts (`Callable`): maps a list of prompts to their contexts, such as [`CachedContexts`].
-        sigmas (`list[float]`): those of the states, see `trajectory_sigmas`.
+        sigmas (`list[float]`): see `trajectory_sigmas`.
     """
 
     def __init__(self, contexts: Any, sigmas: list[float]):

@@ -1,5 +1,6 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""The working folder of a training run belongs to one process at a time, and to one recipe and one starting model."""
+"""The working folder of a training run belongs to one process at a time, and to one recipe, one starting model and the
+same data."""
 
 import os
 import socket
@@ -69,7 +70,7 @@ def check_run(resume_from: Path, run: dict[str, Any], max_steps: int, allow_chan
 
     Args:
         resume_from (`Path`): the checkpoint; `run.json` beside it was written when the run began.
-        run (`dict`): `recipe` and `starting_model` of now.
+        run (`dict`): `recipe`, `starting_model` and `data` of now.
         max_steps (`int`): of the recipe; -1 if it gives epochs.
         allow_changes (`bool`): see `train`.
 
@@ -82,13 +83,16 @@ def check_run(resume_from: Path, run: dict[str, Any], max_steps: int, allow_chan
     changes = _changes(before["recipe"], run["recipe"])
     parts = [part for part, value in run["starting_model"].items() if before["starting_model"].get(part) != value]
     changes += [f"{part} of the starting model" for part in parts]
+    # Missing in a folder of an earlier version.
+    data = before.get("data", {})
+    changes += [f"the files of `{part}`" for part, value in run["data"].items() if data.get(part, value) != value]
     fixed = [change for change in changes if change.startswith(("trainable", "lora", "ema"))]
     if fixed:
         raise ValueError(f"{folder} holds a run with other weights or averages ({'; '.join(fixed)}); {other}.")
     if changes and not allow_changes:
         raise ValueError(
-            f"{folder} holds a run of another recipe or starting model ({'; '.join(changes)}); {other}, or go on from "
-            f"{resume_from.name} with the new settings by --allow-changes."
+            f"{folder} holds a run of another recipe, starting model or data ({'; '.join(changes)}); {other}, or "
+            f"go on from {resume_from.name} with what is new by --allow-changes."
         )
     step = int(resume_from.name.removeprefix("checkpoint-"))
     if 0 < max_steps < step:
