@@ -5,11 +5,11 @@ import io
 
 import pytest
 import torch
-from backbones import prompt_inputs, tiny_backbone
+from backbones import prompt_inputs, tiny_config
 from diffusers.hooks import apply_layerwise_casting
 from helpers import CLOSE, fill, noise
 
-from latte_flow_hf import LatteFlowForConditionalGeneration
+from latte_flow_hf import LatteFlowConfig, LatteFlowForConditionalGeneration
 from latte_flow_hf.modeling.export import ExpertVelocity, export_expert
 from latte_flow_hf.training import expert_lora_config
 
@@ -117,12 +117,18 @@ def test_tower_of_some_layers_and_unequal_experts(make_model, encode):
     check(make_model(num_experts=2, sample_size=4, tower_layers=[0, 2, 3], layers_per_expert=[1, 2]), 1, encode)
 
 
-def test_a_program_of_a_layer_with_a_sliding_window():
-    """Of 12 tokens: prompts may be shorter and longer."""
-    model = LatteFlowForConditionalGeneration.from_vlm(
-        tiny_backbone("gemma3"), num_experts=4, latent_channels=4, sample_size=4, timestep_frequency_dim=16
+def test_a_program_of_a_layer_with_a_sliding_window_and_dynamic_frequencies():
+    """A window of 12 tokens: prompts may be shorter and longer."""
+    vlm_config = tiny_config("gemma3")
+    settings = vlm_config.text_config.rope_parameters["sliding_attention"]
+    settings |= {"rope_type": "dynamic", "factor": 2.0}
+    vlm_config.text_config.max_position_embeddings = 32
+    model = LatteFlowForConditionalGeneration(
+        LatteFlowConfig(
+            vlm_config=vlm_config, num_experts=4, latent_channels=4, sample_size=4, timestep_frequency_dim=16
+        )
     ).eval()
-    fill(model.tower, seed=3, std=0.25)
+    fill(model, seed=3, std=0.25)
     assert model.tower.layers[0].layer_type == "sliding_attention"
     program = export_expert(model, 0).module()
     latents = noise(2, 4, 4, 4)
@@ -132,3 +138,6 @@ def test_a_program_of_a_layer_with_a_sliding_window():
             expected = model.predict_velocity(latents, 900.0, context)
             found = program(**ExpertVelocity(model, 0).inputs(latents, 900.0, context))
         torch.testing.assert_close(found, expected, **CLOSE)
+    context = model.encode_context(**prompt_inputs("gemma3", (29, 3)))
+    with pytest.raises(ValueError, match=r"need 33 positions, but .* change beyond 31"):
+        ExpertVelocity(model, 0).inputs(latents, 900.0, context)

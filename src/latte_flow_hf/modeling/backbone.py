@@ -204,6 +204,14 @@ def check_positions(positions: torch.Tensor, limit: int | None) -> None:
         )
 
 
+def with_fixed_frequencies(rotary_emb: Any) -> nn.Module:
+    """A rotary embedding with the same frequencies that does not look for a reason to change them in every call."""
+    fixed = copy.copy(rotary_emb)
+    kinds = rotary_emb.rope_type
+    fixed.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
+    return fixed
+
+
 def copied_modules(layer: nn.Module, kind: str = LAYER_TYPES[0]) -> dict[str, str]:
     """The parts of a decoder layer that the tower copies: their names there, by their names in the tower's layer.
 

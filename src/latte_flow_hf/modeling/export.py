@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .backbone import check_positions, with_fixed_frequencies
 from .context import LatteFlowContext
 
 
@@ -28,7 +29,10 @@ class ExpertVelocity(nn.Module):
         tower._modules = {
             **model.tower._modules,
             "layers": nn.ModuleList(model.tower.layers[index] for index in self.layers),
+            "rotary_emb": with_fixed_frequencies(model.tower.rotary_emb),
         }
+        # Checked outside of the program, since it depends on the data.
+        self.max_positions, tower.max_positions = tower.max_positions, None
         # Of a model with this expert alone.
         tower.config = copy.copy(model.tower.config)
         tower.config.num_experts = 1
@@ -37,7 +41,13 @@ class ExpertVelocity(nn.Module):
         self.tower = tower
 
     def inputs(self, latents: torch.Tensor, timestep: float, context: LatteFlowContext) -> dict[str, Any]:
-        """The arguments of `forward` for the arguments of `predict_velocity`."""
+        """The arguments of `forward` for the arguments of `predict_velocity`.
+
+        Raises:
+            `ValueError`: if prompt and latents are so long that dynamic rotary frequencies would change.
+        """
+        side = max(latents.shape[2:]) // self.tower.config.latent_patch_size
+        check_positions(context.next_position + side - 1, self.max_positions)
         return {
             "latents": latents,
             "timestep": torch.full((len(latents),), float(timestep), device=latents.device),
