@@ -65,6 +65,7 @@ def test_an_added_gate_changes_no_attention(pipeline_folder, model, tmp_path, en
         "context_values": context.values[2],
         "attention_mask": None,
         "position_embeddings": layout.position_embeddings[layer.layer_type],
+        "position_ids": layout.position_ids,
     }
     previous_scores = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():

@@ -45,7 +45,7 @@ def test_modules_are_joined_from_the_package_s_own(carried):
         optional = [node for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)]
         required = [node for node in imports if node not in optional]
         names = [getattr(node, "module", None) or node.names[0].name for node in required]
-        needed = {"PIL", "diffusers", "numpy", "safetensors", "torch", "transformers", "yaml"}
+        needed = {"PIL", "diffusers", "jinja2", "numpy", "safetensors", "torch", "transformers", "yaml"}
         assert {name.partition(".")[0] for name in names} <= needed | sys.stdlib_module_names
     joined = (carried / "model" / "modeling_latte_flow.py").read_text()
     package = Path(latte_flow_hf.__file__).parent

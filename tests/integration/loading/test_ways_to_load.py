@@ -182,7 +182,11 @@ def test_weights_of_another_architecture_are_refused(saved, tmp_path, load_with)
     (folder / "config.json").write_text(json.dumps({**config, "residual_attention": None}))
     with pytest.raises(ValueError, match=r"4 weights are not of this model, .*residual_gate"):
         load_with.from_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({**config, "num_experts": 1, "expert_boundaries": None}))
+    (folder / "config.json").write_text(json.dumps({**config, "num_experts": 1}))
+    with pytest.raises(ValueError, match=r"layers_per_expert must be num_experts = 1 positive numbers"):
+        load_with.from_pretrained(folder)
+    one = {"num_experts": 1, "layers_per_expert": None, "expert_boundaries": None}
+    (folder / "config.json").write_text(json.dumps({**config, **one}))
     with pytest.raises(ValueError, match=r"weights are missing, .*layers\.2\.self_attn\.residual_gate"):
         load_with.from_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({**config, "latent_channels": 8}))
