@@ -120,9 +120,22 @@ def time_parts(suite: Suite, name: str) -> dict[str, float]:
         raise ValueError(f"parts can be timed of the scenarios {list(scenarios)}, got {name!r}.")
     if torch.device(suite.device).type != "cpu":
         raise ValueError(f"parts can be timed on the device cpu, got {suite.device!r}; use torch.profiler on a GPU.")
-    if suite.num_threads:
-        torch.set_num_threads(suite.num_threads)
-    scenario = scenarios[name]
+    with num_threads(suite.num_threads):
+        return _time_parts(suite, scenarios[name])
+
+
+@contextlib.contextmanager
+def num_threads(number: int | None) -> Iterator[None]:
+    """Use this number of threads inside the block; torch's own number if `None`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _time_parts(suite: Suite, scenario: LatteFlow) -> dict[str, float]:
     networks = scenario.build_networks()
     materialize(networks, {}, suite.device, getattr(torch, suite.dtype))
     generate = scenario.prepare(networks, compiled=scenario.compile)
