@@ -419,13 +419,13 @@ def test_the_adapter_that_was_not_used_for_longest_is_dropped(adapted, adapters)
     engine = Engine(pipe, adapters=adapters, max_adapters=2)
     for name in ("early", "late", "early", "both"):
         run(engine, [latents_of(prompt="a cross", adapter=name)])
-    assert engine.shelf.loaded == ["early", "both"] and set(pipe._adapters()) == {"early", "both"}
+    assert engine.adapter_cache.loaded == ["early", "both"] and set(pipe._adapters()) == {"early", "both"}
     # Those in use are not dropped: the third waits until there is room.
     requests = [latents_of(prompt="a cross", adapter=name, seed=1) for name in ("early", "both", "late")]
     found = run(engine, requests)
     for request, images in zip(requests, found, strict=True):
         assert_same(images, expected(request))
-    assert len(engine.shelf.loaded) == 2 and "late" in engine.shelf.loaded
+    assert len(engine.adapter_cache.loaded) == 2 and "late" in engine.adapter_cache.loaded
 
 
 def test_adapters_of_the_pipeline_stay_active_beside_others(adapted, adapters, alone):

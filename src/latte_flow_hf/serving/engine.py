@@ -19,7 +19,7 @@ import torch
 from transformers.utils import logging
 
 from ..pipelines.offloading import has_forward_hooks
-from .adapter_shelf import AdapterShelf
+from .adapter_cache import AdapterCache
 from .chat import ChatAnswer, ChatRequest, ChatStoppedError, run_chat
 from .expert_batches import ExpertBatches
 from .running_image import ImageRequest, RunningImage, start_images
@@ -124,7 +124,7 @@ class Engine:
         max_waiting (`int`, defaults to 128): how many requests may wait.
         max_chats (`int`, defaults to 4): how many answers are generated at a time.
         patience (`int`, defaults to 32): see [`ExpertBatches`].
-        adapters (`Path`, *optional*): a folder of adapters, see [`AdapterShelf`].
+        adapters (`Path`, *optional*): a folder of adapters, see [`AdapterCache`].
         max_adapters (`int`, defaults to 8): how many adapters are loaded at a time.
 
     Raises:
@@ -149,7 +149,7 @@ class Engine:
             raise ValueError("the engine needs a pipeline without off-loading, or with enable_expert_offload alone.")
         self.pipe, self.max_images, self.max_waiting, self.max_chats = pipe, max_images, max_waiting, max_chats
         self.batches = ExpertBatches(pipe.model, patience)
-        self.shelf = AdapterShelf(pipe, adapters, max_adapters, on_drop=self.batches.forget_adapter)
+        self.adapter_cache = AdapterCache(pipe, adapters, max_adapters, on_drop=self.batches.forget_adapter)
         self.on_step: Callable[[int, int, float], None] = lambda expert, num_images, seconds: None
         self._job_of: dict[RunningImage, _Job] = {}
         self._chats: set[_Job] = set()
@@ -194,7 +194,7 @@ class Engine:
 
     def adapters(self) -> list[str]:
         """The adapters that a request may name."""
-        return self.shelf.names()
+        return self.adapter_cache.names()
 
     def submit(
         self, request: ImageRequest | ChatRequest, on_event: Callable[[Any], None] = lambda event: None
@@ -302,7 +302,7 @@ class Engine:
             if needed > self.max_images or (is_chat and len(self._chats) >= self.max_chats):
                 break
             try:
-                if not self.shelf.acquire(job.request.adapter):
+                if not self.adapter_cache.acquire(job.request.adapter):
                     break
             except Exception as error:
                 self._waiting.popleft()
@@ -321,7 +321,7 @@ class Engine:
 
     def _start_images(self, adapter: str | None, jobs: Sequence[_Job]) -> None:
         try:
-            self.shelf.activate(adapter)
+            self.adapter_cache.activate(adapter)
             outcomes = start_images(self.pipe, [job.request for job in jobs])
         except Exception as error:
             outcomes = [GenerationError(str(error) or type(error).__name__) for _ in jobs]
@@ -337,7 +337,7 @@ class Engine:
 
     def _step(self, batch: Sequence[RunningImage]) -> None:
         start, expert = time.perf_counter(), batch[0].expert
-        self.shelf.activate(batch[0].adapter)
+        self.adapter_cache.activate(batch[0].adapter)
         errors = self.batches.step(batch)
         for image, error in errors.items():
             self._fail(image, error)
@@ -390,7 +390,7 @@ class Engine:
         self.batches.remove(job.images)
         for image in job.images:
             self._job_of.pop(image, None)
-        self.shelf.release(job.request.adapter)
+        self.adapter_cache.release(job.request.adapter)
         _resolve(job.future, result, error)
 
     # Chats.
@@ -404,20 +404,20 @@ class Engine:
             self._turns.__enter__()
             if job.future.cancelled():
                 raise ChatStoppedError
-            self.shelf.activate(adapter)
+            self.adapter_cache.activate(adapter)
 
         answer: ChatAnswer | None = None
         error: Exception | None = None
         with self._turns:
             try:
-                self.shelf.activate(adapter)
+                self.adapter_cache.activate(adapter)
                 _notify(job, None)
                 answer = run_chat(self.pipe, job.request, lambda text: _notify(job, text), give_turn)
             except ValueError as invalid:
                 error = invalid
             except Exception as failure:
                 error = GenerationError(str(failure) or type(failure).__name__)
-            self.shelf.release(adapter)
+            self.adapter_cache.release(adapter)
         _resolve(job.future, answer, error)
         with self._wake:
             self._chats.discard(job)

@@ -18,10 +18,10 @@ logger = logging.get_logger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
-class AdapterShelf:
+class AdapterCache:
     """The adapters of a folder, some of them loaded in the pipeline.
 
-    The adapters that were active when the shelf was made stay active beside each of them.
+    The adapters that were active when the cache was made stay active beside each of them.
 
     Args:
         pipe ([`LatteFlowPipeline`]): the pipeline.
@@ -69,7 +69,7 @@ class AdapterShelf:
         return names
 
     def acquire(self, name: str | None) -> bool:
-        """Load an adapter if it is not loaded, and keep it until [`~AdapterShelf.release`].
+        """Load an adapter if it is not loaded, and keep it until [`~AdapterCache.release`].
 
         Returns:
             `bool`: `False` if there is no room for it before another adapter is released.
@@ -94,7 +94,7 @@ class AdapterShelf:
         return True
 
     def release(self, name: str | None) -> None:
-        """The counterpart of [`~AdapterShelf.acquire`]; the adapter stays loaded as long as there is room."""
+        """The counterpart of [`~AdapterCache.acquire`]; the adapter stays loaded as long as there is room."""
         if name is not None:
             self._users[name] -= 1
 
