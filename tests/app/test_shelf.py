@@ -94,6 +94,7 @@ def test_uploads_belong_to_a_session(shelf, style):
     assert shelf.pipe._adapters() == ["you-adapter_model"]
 
 
+@pytest.mark.filterwarnings("ignore:adapter .* came without a configuration")
 def test_a_file_alone_is_read_as_lora(shelf, style):
     plain = image(shelf.pipe)
     adapter = shelf.upload([str(style / "adapter_model.safetensors")], "me")
@@ -130,6 +131,7 @@ def test_bad_uploads_are_refused_and_leave_nothing(shelf, style, tmp_path):
         small.upload([str(weights)], "me")
 
 
+@pytest.mark.filterwarnings("ignore:adapter .* came without a configuration")
 def test_limits_of_a_visitor(shelf, style, tmp_path):
     shelf.max_uploads = 1
     shelf.add("style", style)

@@ -39,7 +39,7 @@ def test_gradients_are_the_same_and_layers_run_twice(make_model, encode, mode, u
     calls = count_attentions(model)
     loss, gradients = loss_and_gradients(model, inputs)
     assert calls == dict.fromkeys(range(4), 1)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
     calls.clear()
     again, recomputed = loss_and_gradients(model, inputs)
     assert calls == dict.fromkeys(range(4), 2)
@@ -47,7 +47,7 @@ def test_gradients_are_the_same_and_layers_run_twice(make_model, encode, mode, u
     assert all(gradient.abs().max() > 0 for name, gradient in gradients.items()), "a weight has no gradient"
     for name, gradient in gradients.items():
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-4, atol=1e-6)
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     calls.clear()
     loss_and_gradients(model, inputs)
     assert calls == dict.fromkeys(range(4), 1)
@@ -80,7 +80,7 @@ def test_gradients_are_the_same_where_the_embedding_is_frozen(make_model, encode
     inputs = encode("a red circle", "a blue square", "a small green cross above a handwritten seven", "")
     loss, gradients = loss_and_gradients(model, inputs)
     calls = count_attentions(model)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
     again, recomputed = loss_and_gradients(model, inputs)
     assert calls == dict.fromkeys(range(4), 2) and torch.equal(again, loss)
     trained = [name for name, parameter in model.tower.named_parameters() if parameter.requires_grad]
@@ -109,7 +109,7 @@ def test_a_trained_backbone_is_checkpointed_too(make_model, encode, use_reentran
     model.train()
     assert decoder.training
     loss, expected, plain_runs = gradients()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
     again, recomputed, checkpointed_runs = gradients()
     torch.testing.assert_close(again, loss)
     assert checkpointed_runs == {index: count + 1 for index, count in plain_runs.items()} and len(plain_runs) == 4
@@ -125,7 +125,7 @@ def test_a_frozen_backbone_stays_in_evaluation_mode(make_model):
 
 def test_nothing_is_recomputed_without_training(make_model, encode):
     model = make_model()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     calls = count_attentions(model.eval())
     loss_and_gradients(model, encode("a red circle", "a blue square", "a green cross", ""))
     assert calls == dict.fromkeys(range(4), 1)
@@ -146,7 +146,7 @@ def test_the_trainer_has_the_same_losses(model, processor, tmp_path):
             remove_unused_columns=False,
             disable_tqdm=True,
             save_strategy="no",
-            gradient_checkpointing=checkpointing,
+            activation_checkpointing=checkpointing,
         )
         latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         data = [{"latents": item, "prompt": 0} for item in latents] * 3

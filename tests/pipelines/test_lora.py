@@ -393,6 +393,7 @@ LAYOUTS = (
 )
 
 
+@pytest.mark.filterwarnings("ignore:adapter .* came without a configuration")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_other_layouts_are_converted(layout, scaled, base, pipe, tmp_path):
     pipe.load_lora_weights(scaled)

@@ -95,11 +95,11 @@ def test_accumulation_and_checkpointing_give_the_gradients_of_the_plain_step(mod
     for checkpointing in (False, True):
         trained = copy.deepcopy(model).train()
         arguments = TrainingArguments(
-            gradient_checkpointing=checkpointing, gradient_accumulation_steps=2, report_to=[]
+            activation_checkpointing=checkpointing, gradient_accumulation_steps=2, report_to=[]
         )
         trainer = Trainer(trained, arguments)
         if checkpointing:
-            trained.gradient_checkpointing_enable()
+            trained.activation_checkpointing_enable()
         trainer.current_gradient_accumulation_steps = 2
         torch.manual_seed(0)
         loss = trainer.training_step(trained, dict(batch), num_items_in_batch=None)

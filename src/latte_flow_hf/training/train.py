@@ -251,6 +251,8 @@ def training_arguments(recipe: Recipe, run_dir: Path) -> TrainingArguments:
         "report_to": [],
         # Without it, processes without an accelerator do not find each other.
         "use_cpu": get_device() == "cpu",
+        # torch warns of pinned memory where there is no device to copy to.
+        "dataloader_pin_memory": get_device() != "cpu",
         **recipe.training,
         "output_dir": str(run_dir),
         "seed": recipe.seed,
