@@ -273,7 +273,7 @@ def run(folder: Path, name: str, shard_size: str, steps: int) -> None:
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", choices=BACKBONES, default="qwen2_vl", help="whose shapes the backbone has")
     parser.add_argument("--work-dir", type=Path, help="where the temporary folder is made; the system's if left out")
@@ -286,3 +286,7 @@ if __name__ == "__main__":
     else:
         with tempfile.TemporaryDirectory(dir=arguments.work_dir) as temporary:
             run(Path(temporary), arguments.backbone, arguments.shard_size, arguments.steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,8 +4,8 @@
     python benchmarks/precision.py
     python benchmarks/precision.py --model FOLDER
 
-The error is relative: |found - expected| / |expected|, the largest of five timesteps, on a CPU. The last row is the change
-when the prompt changes instead, the smallest of the five.
+The error is relative: |found - expected| / |expected|, the largest of five timesteps, on a CPU. The last row is the
+change when the prompt changes instead, the smallest of the five.
 """
 
 import argparse
@@ -75,7 +75,9 @@ def measure(folder: str) -> list[tuple[str, float, float | None]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-m", "--model", default=None, help="Folder of a pipeline; the embedded checkpoint if left out.")
+    parser.add_argument(
+        "-m", "--model", default=None, help="Folder of a pipeline; defaults to the embedded checkpoint."
+    )
     options = parser.parse_args()
     print("| Weights | Error of the velocity | Size of the tower |\n|---|---|---|")
     for name, error, share in measure(options.model or tiny_checkpoint()):

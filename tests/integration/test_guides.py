@@ -51,6 +51,8 @@ with socket.socket() as unused:
 # What is replaced on a page: sizes, and names of files that the reader has. All of it must occur.
 PAGES: dict[str, dict[str, str]] = {
     "README.md": {"--output my-checkpoint": "--output my-checkpoint --work-dir runs/readme"},
+    "benchmarks/README.md": {},
+    "benchmarks/RESULTS.md": {"generation_prompts(2, one=1000)": "generation_prompts(2)"},
     "docs/index.md": {},
     "docs/start.md": {"latent_channels=32": "latent_channels=4", "recipe.yaml": "recipes/text_to_image_folder.yaml"},
     "docs/settings.md": {},
@@ -252,7 +254,7 @@ def run_command(line: str) -> None:
 
 def test_every_page_is_run():
     pages = [ROOT / "README.md"]
-    for folder in ("docs", "docs/guides", "docs/concepts"):
+    for folder in ("benchmarks", "docs", "docs/guides", "docs/concepts"):
         pages += (ROOT / folder).glob("*.md")
     assert {page.relative_to(ROOT).as_posix() for page in pages} == PAGES.keys()
 

@@ -66,7 +66,7 @@ def test_velocities_are_close_and_weights_small(storage_dtype, dtype, own, model
 
 
 def test_embedded_checkpoint():
-    """The numbers in the guide: 42% of the memory in float32, and velocities within 3%."""
+    """benchmarks/precision.py prints such numbers."""
     pipe = LatteFlowPipeline.from_pretrained(tiny_checkpoint())
     context, _ = pipe.encode_prompt("a red circle")
     latents = noise(1, 4, 8, 8)
