@@ -152,6 +152,7 @@ def train_adapter(
     trainer = Trainer(
         pipe.model,
         TrainingArguments(
+            dataloader_pin_memory=torch.accelerator.is_available(),
             output_dir=str(folder.with_name(folder.name + ".run")),
             seed=settings.seed,
             save_strategy="no",

@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""benchmarks/precision.py on a random pipeline: the more bits, the smaller the error; sizes are those of the weights."""
+"""The benchmark of precision on a random pipeline: the more bits, the smaller the error."""
 
 import pytest
 

@@ -172,6 +172,7 @@ def test_training_step(family, make_pipe, tmp_path):
         }
     arguments = TrainingArguments(
         str(tmp_path),
+        dataloader_pin_memory=False,
         max_steps=12,
         per_device_train_batch_size=2,
         learning_rate=3e-3,

@@ -137,6 +137,7 @@ def test_the_trainer_has_the_same_losses(model, processor, tmp_path):
         trained = copy.deepcopy(model)
         contexts = encode_prompts(trained, processor, ["a red circle", ""])
         arguments = TrainingArguments(
+            dataloader_pin_memory=False,
             output_dir=str(tmp_path),
             max_steps=3,
             per_device_train_batch_size=4,

@@ -29,6 +29,7 @@ class TwoImages(Dataset):
 def train(model, processor, folder, max_steps, resume=None, callbacks=(), **settings):
     contexts = encode_prompts(model, processor, ["a red circle", "a blue square", ""])
     arguments = TrainingArguments(
+        dataloader_pin_memory=False,
         output_dir=str(folder),
         max_steps=max_steps,
         per_device_train_batch_size=4,
@@ -109,7 +110,13 @@ def test_images_reach_the_backbone_with_the_trainer_s_defaults(model, processor,
     example = {**{name: values[0] for name, values in inputs.items() if name != "pixel_values"}}
     example |= {"labels": example["input_ids"], "pixel_values": inputs["pixel_values"]}
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=2, per_device_train_batch_size=1, report_to=[], disable_tqdm=True, save_strategy="no"
+        str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=1,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        dataloader_pin_memory=False,
     )
     assert arguments.remove_unused_columns
     seen = []

@@ -41,6 +41,7 @@ def contexts(four, processor):
 
 def train(model, contexts, folder, max_steps=3):
     arguments = TrainingArguments(
+        dataloader_pin_memory=False,
         output_dir=str(folder),
         max_steps=max_steps,
         per_device_train_batch_size=4,
