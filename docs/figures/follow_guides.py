@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 from latte_flow_cli import app
 from latte_flow_hf import LatteFlowPipeline
@@ -45,7 +44,8 @@ def follow(guide: str) -> None:
                 program, *arguments = shlex.split(line, comments=True)
                 if program != "latte-flow":
                     raise ValueError(f"{guide} has the command {line!r}; only latte-flow runs here.")
-                CliRunner().invoke(app, arguments, catch_exceptions=False)
+                if app(arguments, standalone_mode=False):
+                    raise RuntimeError(f"{guide}: {line!r} failed.")
 
 
 def generate(pipe: LatteFlowPipeline, prompts: list[str], first_seed: int = 0) -> list[Image.Image]:
