@@ -449,9 +449,7 @@ def _activations_of_layers(
 ) -> list[int]:
     layers = zip(tower.experts[expert], gradients_of_layers(tower, expert, checkpointing))
     return [
-        layer_activations(
-            layer, tower.residual_attention, tower.is_fused, examples, precision, gradients, position
-        )
+        layer_activations(layer, tower.residual_attention, tower.is_fused, examples, precision, gradients, position)
         for position, (layer, gradients) in enumerate(layers)
     ]
 
@@ -576,3 +574,16 @@ def optimizer_work_bytes(optimizer: str, shapes: Sequence[tuple[int, ...]], widt
         return width * sum(sizes)
     # Weight by weight: its update, and one intermediate of the same size.
     return 0 if optimizer in ("adamw_torch_fused", "sgd") else 2 * width * max(sizes, default=0)
+
+
+def update_traffic(trained: int, state: int, clips: bool, averages: bool) -> int:
+    """Bytes that the step of an optimizer reads and writes in the memory of a device.
+
+    Args:
+        trained (`int`): bytes of the weights that are trained.
+        state (`int`): bytes of the state of the optimizer.
+        clips (`bool`): whether gradients are limited by their norm (`max_grad_norm`): read once, then scaled.
+        averages (`bool`): whether averages of the weights are on the device.
+    """
+    # Weights and state are read and written, gradients read; averages are read and written, and weights read again.
+    return 3 * trained + 2 * state + 3 * trained * clips + 3 * trained * averages

@@ -1,5 +1,5 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Accelerators: memory and peak speed, from the data sheets of their makers."""
+"""Accelerators: memory, its bandwidth and peak speed, from the data sheets of their makers."""
 
 from dataclasses import dataclass
 
@@ -11,33 +11,37 @@ class Device:
     Args:
         name (`str`): its name.
         memory (`float`): bytes of memory. Data sheets give GB, here 10^9 bytes; some devices have a little more.
+        bandwidth (`float`, *optional*): bytes per second that its memory reads or writes.
         bfloat16, tf32, float32 (`float`): peak operations per second of dense matrix products, without sparsity.
         source (`str`): where the numbers are from.
     """
 
     name: str
     memory: float
+    bandwidth: float | None
     bfloat16: float
     tf32: float
     float32: float
     source: str
 
 
-def _device(name: str, memory: float, bfloat16: float, tf32: float, float32: float, source: str) -> Device:
-    return Device(name, memory * 1e9, bfloat16 * 1e12, tf32 * 1e12, float32 * 1e12, source)
+def _device(
+    name: str, memory: float, bandwidth: float, bfloat16: float, tf32: float, float32: float, source: str
+) -> Device:
+    return Device(name, memory * 1e9, bandwidth * 1e12, bfloat16 * 1e12, tf32 * 1e12, float32 * 1e12, source)
 
 
-# GB and TFLOP/s. Where a data sheet gives the speed with sparsity alone, half of it.
+# GB, TB/s and TFLOP/s. Where a data sheet gives the speed with sparsity alone, half of it.
 DEVICES = {
     device.name: device
     for device in (
-        _device("a100-40gb", 40, 312, 156, 19.5, "data sheet of NVIDIA A100"),
-        _device("a100-80gb", 80, 312, 156, 19.5, "data sheet of NVIDIA A100"),
-        _device("b200", 180, 2250, 1100, 75, "data sheet of NVIDIA HGX B200, one of 8"),
-        _device("h100", 80, 989, 494, 67, "data sheet of NVIDIA H100 SXM"),
-        _device("h200", 141, 989, 494, 67, "data sheet of NVIDIA H200 SXM"),
-        _device("l40s", 48, 362, 183, 91.6, "data sheet of NVIDIA L40S"),
-        _device("rtx4090", 24, 165.2, 82.6, 82.6, "NVIDIA Ada architecture paper, GeForce RTX 4090"),
+        _device("a100-40gb", 40, 1.555, 312, 156, 19.5, "data sheet of NVIDIA A100 SXM"),
+        _device("a100-80gb", 80, 2.039, 312, 156, 19.5, "data sheet of NVIDIA A100 SXM"),
+        _device("b200", 180, 7.7, 2250, 1100, 75, "data sheet of NVIDIA HGX B200, one of 8"),
+        _device("h100", 80, 3.35, 989, 494, 67, "data sheet of NVIDIA H100 SXM"),
+        _device("h200", 141, 4.8, 989, 494, 67, "data sheet of NVIDIA H200 SXM"),
+        _device("l40s", 48, 0.864, 362, 183, 91.6, "data sheet of NVIDIA L40S"),
+        _device("rtx4090", 24, 1.008, 165.2, 82.6, 82.6, "NVIDIA Ada architecture paper, GeForce RTX 4090"),
     )
 }
 
@@ -66,6 +70,7 @@ def find_device(name: str, memory_gb: float | None = None, tflops: float | None 
         given.append("numbers given by you")
     memory = known.memory if memory_gb is None and known is not None else 1e9 * float(memory_gb or 0)
     if tflops is not None:
-        return Device(name, memory, *[tflops * 1e12] * 3, ", ".join(given))
+        bandwidth = None if known is None else known.bandwidth
+        return Device(name, memory, bandwidth, *[tflops * 1e12] * 3, ", ".join(given))
     assert known is not None
-    return Device(name, memory, known.bfloat16, known.tf32, known.float32, ", ".join(given))
+    return Device(name, memory, known.bandwidth, known.bfloat16, known.tf32, known.float32, ", ".join(given))

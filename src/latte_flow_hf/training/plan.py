@@ -27,7 +27,7 @@ from ..pipelines.pipeline_latte_flow import spatial_compression
 from ..tinyworld.datasets import TinyWorldImages
 from .adapters import expert_lora_config, set_trainable
 from .collator import ImagePromptEncoder
-from .costs import Examples, Flops, context_bytes, expert_flops, optimizer_bytes, prefill_flops
+from .costs import Examples, Flops, context_bytes, expert_flops, optimizer_bytes, prefill_flops, update_traffic
 from .devices import Device
 from .memory import Memory, ModelShape, Setup, device_memory, rows_per_expert, without_memory
 from .published import AUTOENCODERS, BACKBONES
@@ -36,13 +36,15 @@ from .shapes import decoder_shape, tower_shape
 from .train import training_arguments
 
 
-# (Chosen: of well-tuned training runs of transformers, 0.3 to 0.5 are reported; small batches for each expert are less.)
+# (Chosen: well-tuned training runs of transformers report 0.3 to 0.5; a batch split over experts has smaller matrices.)
 DEFAULT_UTILISATION = 0.35
 # (Chosen: the prompt of benchmarks/flops.py has 27 tokens with the chat template of Qwen2-VL.)
 DEFAULT_PROMPT_TOKENS = 32
 # The share of a device's memory that stays free. (Chosen: the CUDA context, workspaces of libraries and fragmentation
 # are in no formula.)
 RESERVE = 0.1
+# Bytes per second from a device to main memory. (Chosen: about what PCIe 4.0 x16 reaches, of 32 GB/s.)
+BUS_BANDWIDTH = 25e9
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ class Plan:
         flops (`dict[str, int]`): `step`, of all devices, `run`, `latents`, `contexts` and `trajectories`: what is
             prepared once.
         steps (`int`): steps of the run.
-        hours (`dict[str, float]`): by the same names, and `total`, with all devices at work.
+        hours (`dict[str, float]`): `training`, the operations of all steps; `update`, the weights that the optimizer
+            reads and writes in them; `averages`, those copied to the CPU; what is prepared once; and `total`, with all
+            devices at work.
         device_hours (`float`): `total`, times the number of devices.
         disk (`dict[str, int]`): `latents`, `contexts`, `trajectories` and `checkpoints`.
         notes (`list[str]`): what is not counted, or not known.
@@ -137,7 +141,7 @@ def make_plan(
         raise ValueError("trainable: the memory of a backbone that is trained is not known here with --fsdp.")
     arguments = plan_arguments(recipe)
     model, vae = build_models(recipe, backbone_config, autoencoder_config)
-    shape = model_shape(recipe, model, vae)
+    shape = model_shape(model, vae, recipe.model.attn_implementation)
     source = recipe.data.source
     if num_images is None and source.get("path") == "tinyworld":
         num_images = source.get("num_images", inspect.signature(TinyWorldImages).parameters["num_images"].default)
@@ -150,7 +154,7 @@ def make_plan(
     if size < multiple or size % multiple:
         raise ValueError(f"data: size must be a positive multiple of {multiple}, got {size}.")
     num_latents = vae.config.latent_channels * (size // scale) ** 2
-    contexts = _where_contexts_are(recipe)
+    contexts, max_contexts = _where_contexts_are(recipe), ImagePromptEncoder.max_contexts
     setup = Setup(
         num_devices=num_devices,
         is_sharded=is_sharded,
@@ -164,13 +168,20 @@ def make_plan(
         has_ema=recipe.ema is not None,
         ema_on_device=recipe.ema is not None and recipe.ema.device is None,
         contexts=contexts,
-        num_kept_contexts=min(num_prompts or math.inf, ImagePromptEncoder.max_contexts) if contexts == "memory" else 0,
+        num_kept_contexts=min(num_prompts or max_contexts, max_contexts) if contexts == "memory" else 0,
     )
     available = (1 - RESERVE) * device.memory
     memory, rows = busiest_device(shape, setup)
     switches, together = ([], []) if memory.peak <= available else find_switches(shape, setup, available)
 
     notes = _not_counted(recipe)
+    if memory.host:
+        on_device = memory.peak + memory.host
+        verdict = "fits" if on_device <= available else "does not fit"
+        notes.append(
+            f"averages on the CPU: {memory.host / 1e9:.2f} GB are copied from each device to main memory at every "
+            f"step; with averages on the device the peak is {on_device / 1e9:.2f} GB, which {verdict}."
+        )
     if len(set(rows)) > 1 or setup.batch_size < len(shape.experts):
         notes.append(
             f"a batch of {setup.batch_size} per device is split unevenly over {len(shape.experts)} experts ({rows} "
@@ -182,7 +193,7 @@ def make_plan(
     is_distilled = recipe.distillation is not None
     encode = 0 if is_distilled else encode_flops(vae, size)
     prompt = prefill_flops(shape.decoder, 1, prompt_tokens)
-    is_kept = contexts == "memory" and num_prompts is not None and num_prompts <= ImagePromptEncoder.max_contexts
+    is_kept = contexts == "memory" and num_prompts is not None and num_prompts <= max_contexts
     is_prepared = {"latents": recipe.data.cache is not None, "contexts": contexts == "cache" or is_kept}
     if contexts == "memory" and num_prompts is None:
         notes.append("prompts are taken to be all different: give --num-prompts.")
@@ -229,7 +240,14 @@ def make_plan(
         notes.append("the teacher is taken to have the shapes of the student.")
     disk["checkpoints"] = checkpoint_bytes(recipe, shape, setup)
     speeds = {"latents": "latents", "contexts": "contexts", "trajectories": "contexts"}
-    hours = {"training": num_steps * step_seconds / 3600}
+    hours = {"training": num_steps * step_seconds / 3600, "update": 0.0}
+    if device.bandwidth is None:
+        notes.append("the memory traffic of the optimizer is not counted: the bandwidth of the device is not known.")
+    else:
+        clips = bool(arguments.max_grad_norm)
+        traffic = update_traffic(memory.gradients, memory.optimizer, clips, setup.ema_on_device)
+        hours["update"] = num_steps * traffic / device.bandwidth / 3600
+    hours["averages"] = num_steps * memory.host / BUS_BANDWIDTH / 3600
     for name, amount in prepared.items():
         hours[name] = amount * seconds_per_flop[speeds[name]] / num_devices / 3600
     hours["total"] = sum(hours.values())
@@ -248,6 +266,8 @@ def make_plan(
             "memory": device.memory,
             "reserve": RESERVE,
             "peak_flops": peaks,
+            "bandwidth": device.bandwidth,
+            "bus_bandwidth": BUS_BANDWIDTH,
             "utilisation": utilisation,
             "num_devices": num_devices,
             "parallelism": "FSDP2" if is_sharded else "data parallel" if num_devices > 1 else "one device",
@@ -298,7 +318,7 @@ def _check_counts(
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}.")
     if not 0 < utilisation <= 1:
-        raise ValueError(f"--utilisation must be above 0 and at most 1, the share of the peak speed, got {utilisation}.")
+        raise ValueError(f"--utilisation is a share of the peak speed, above 0 and at most 1, got {utilisation}.")
 
 
 def plan_arguments(recipe: Recipe) -> TrainingArguments:
@@ -353,14 +373,15 @@ def build_models(
         else:
             from peft import get_peft_model
 
+            if recipe.lora.get("use_dora"):
+                raise ValueError("lora: use_dora: its costs are not known here; plan without it.")
             arguments = {name: value for name, value in recipe.lora.items() if name != "weights"}
             get_peft_model(model, expert_lora_config(model, **arguments))
             others = [
                 name for name, weight in model.named_parameters() if weight.requires_grad and ".lora_" not in name
             ]
-            others += [name for name, _ in model.named_parameters() if "lora_magnitude" in name]
             if others:
-                raise ValueError(f"lora: the costs of {others[0]} are not known here: plan without it.")
+                raise ValueError(f"lora: the costs of {others[0]} are not known here; plan without it.")
     return model, vae
 
 
@@ -434,12 +455,14 @@ def _read_autoencoder_config(source: str, **kwargs: Any) -> dict[str, Any]:
     return config
 
 
-def model_shape(recipe: Recipe, model: LatteFlowForConditionalGeneration, vae: Any) -> ModelShape:
-    """The shapes of a model that is prepared for training, and of its autoencoder."""
+def model_shape(
+    model: LatteFlowForConditionalGeneration, vae: torch.nn.Module, attn_implementation: str | None = None
+) -> ModelShape:
+    """The shapes of a model that is prepared for training, and of its autoencoder. The attention implementation is
+    that of the model, if none is given: this machine may not have the one that the recipe names."""
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    attention = recipe.model.attn_implementation or model.config._attn_implementation
     tower = tower_shape(model)
-    if attention == "eager":
+    if attn_implementation == "eager":
         tower = replace(tower, is_fused=False)
     return ModelShape(
         tower=tower,
@@ -610,7 +633,7 @@ def _num_steps(arguments: TrainingArguments, num_images: int | None, setup: Setu
 
 def _not_counted(recipe: Recipe) -> list[str]:
     """What a run does and no formula counts."""
-    notes = ["reading and decoding images, saving, and waiting for other devices are not counted."]
+    notes = ["reading and decoding images, exchanging gradients between devices, logging and saving are not counted."]
     if recipe.samples is not None:
         notes.append("images of `samples` are not counted.")
     if recipe.validation is not None:

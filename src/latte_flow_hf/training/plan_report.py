@@ -46,6 +46,8 @@ def plan_text(plan: Plan, name: str = "recipe") -> str:
             ("peak, encoding images", f"{peaks['latents']} TFLOP/s", "outside of mixed precision"),
             ("peak, encoding prompts", f"{peaks['contexts']} TFLOP/s", "outside of mixed precision"),
             ("utilisation", f"{given['utilisation']:.0%}", "of the peak"),
+            ("bandwidth of memory", _bandwidth(given["bandwidth"]), "all of it"),
+            ("bandwidth to the CPU", _bandwidth(given["bus_bandwidth"]), ""),
             ("images", _count(given["num_images"]), f"{given['latent_tokens']} latent tokens each"),
             ("prompts", _count(given["num_prompts"]), f"{given['prompt_tokens']} tokens each"),
             ("optimizer", given["optimizer"], ""),
@@ -85,10 +87,16 @@ def plan_text(plan: Plan, name: str = "recipe") -> str:
                 section(title, [(s.setting, _bytes(s.peak), text) for s, text in zip(switches, verdicts)])
         if not any(switch.fits for switch in [*plan.switches, *plan.together]):
             lines.extend(["", "No switch is enough: use a device with more memory, or a smaller backbone."])
-    rows = [("step", _flops(plan.flops["step"]), "all devices"), ("run", _flops(plan.flops["run"]), f"{plan.steps:,} steps")]
+    rows = [
+        ("step", _flops(plan.flops["step"]), "all devices"),
+        ("run", _flops(plan.flops["run"]), f"{plan.steps:,} steps"),
+    ]
     rows += [(part, _flops(plan.flops[part]), "once") for part in _once(plan)]
     section("Operations", rows)
-    rows = [("training", _hours(plan.hours["training"]), "")]
+    rows = [("training", _hours(plan.hours["training"]), "operations")]
+    for part, comment in (("update", "the optimizer reads and writes weights"), ("averages", "copied to the CPU")):
+        if plan.hours[part]:
+            rows.append((part, _hours(plan.hours[part]), comment))
     rows += [(part, _hours(plan.hours[part]), "once") for part in _once(plan)]
     rows.append(("total", _hours(plan.hours["total"]), f"{plan.device_hours:,.2f} device hours"))
     section("Hours", rows)
@@ -107,6 +115,10 @@ def _listed(experts: list[int]) -> str:
 
 def _count(number: int | None) -> str:
     return "not given" if number is None else f"{number:,}"
+
+
+def _bandwidth(amount: float | None) -> str:
+    return "not known" if amount is None else f"{amount / 1e9:,.0f} GB/s"
 
 
 def _bytes(amount: float) -> str:
