@@ -121,7 +121,7 @@ def plan(
         "autoencoder": None if autoencoder_config else settings.model.autoencoder,
     }
     for name, source in sources.items():
-        if source not in (None, "tinyworld", *BACKBONES, *AUTOENCODERS):
+        if source is not None and source not in ("tinyworld", *BACKBONES, *AUTOENCODERS):
             check_source(f"recipe {recipe}: model: {name}", source)
     result = make_plan(
         settings,

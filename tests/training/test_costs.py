@@ -227,5 +227,5 @@ def test_optimizers_of_eight_bits():
 
 
 def test_an_optimizer_that_is_not_known():
-    with pytest.raises(ValueError, match="'galore_adamw': the memory .* not known"):
+    with pytest.raises(ValueError, match=r"'galore_adamw': the memory .* not known"):
         optimizer_bytes("galore_adamw", [(4, 4)], 4)

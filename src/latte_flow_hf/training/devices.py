@@ -70,7 +70,7 @@ def find_device(name: str, memory_gb: float | None = None, tflops: float | None 
         given.append("numbers given by you")
     memory = known.memory if memory_gb is None and known is not None else 1e9 * float(memory_gb or 0)
     if tflops is not None:
-        bandwidth = None if known is None else known.bandwidth
-        return Device(name, memory, bandwidth, *[tflops * 1e12] * 3, ", ".join(given))
+        bandwidth, peak = None if known is None else known.bandwidth, tflops * 1e12
+        return Device(name, memory, bandwidth, peak, peak, peak, ", ".join(given))
     assert known is not None
     return Device(name, memory, known.bandwidth, known.bfloat16, known.tf32, known.float32, ", ".join(given))
