@@ -85,6 +85,7 @@ PAGES: dict[str, dict[str, str]] = {
     "docs/guides/images_in_prompts.md": {},
     "docs/guides/loading_and_publishing.md": {'"user/name"': '"with-code"', "my-latte-flow": "vanilla"},
     "docs/guides/modular.md": {},
+    "docs/guides/plan.md": {},
     "docs/guides/processors.md": {},
     "docs/guides/reproducing_the_paper.md": {"--num-images 50": "--num-images 1"},
     "docs/guides/serve.md": {"8000": str(FREE_PORT)},

@@ -36,7 +36,7 @@ from .shapes import decoder_shape, tower_shape
 from .train import training_arguments
 
 
-# (Chosen: well-tuned training runs of transformers report 0.3 to 0.5; a batch split over experts has smaller matrices.)
+# (Chosen: well-tuned training runs of transformers report 0.3 to 0.5; a batch split over experts has small matrices.)
 DEFAULT_UTILISATION = 0.35
 # (Chosen: the prompt of benchmarks/flops.py has 27 tokens with the chat template of Qwen2-VL.)
 DEFAULT_PROMPT_TOKENS = 32
