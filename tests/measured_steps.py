@@ -44,9 +44,9 @@ class LiveBytes(TorchDispatchMode):
 
 
 @dataclass
-class MeasuredStep:
-    """Bytes: of weights, of gradients, of the optimizer's state, of what the forward pass leaves, and the most at
-    once, all of these included. Operations: of the forward pass, and of both passes."""
+class MeasuredBytes:
+    """Bytes of a step: of weights, of what is given to it, of gradients and of the optimizer's state, what the forward
+    pass leaves, and the most at once, all of these included."""
 
     weights: int
     inputs: int
@@ -54,8 +54,6 @@ class MeasuredStep:
     optimizer: int
     kept: int
     peak: int
-    forward_flops: int
-    flops: int
 
 
 def new_model(
@@ -106,47 +104,43 @@ def new_batch(
     return {"latents": latents, "context": model.encode_context(**prompts) if cached else prompts}
 
 
-def measured_step(
-    model: Any, batch: dict[str, Any], is_mixed: bool = False, optimizer: torch.optim.Optimizer | None = None
-) -> MeasuredStep:
-    """Measure a training step, after one that makes the state of the optimizer."""
+def measured_bytes(model: Any, batch: dict[str, Any], is_mixed: bool = False) -> MeasuredBytes:
+    """Measure a training step with AdamW, after one that makes the state of the optimizer."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = optimizer or torch.optim.AdamW(trained, fused=True)
-
-    def forward() -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16) if is_mixed else nullcontext():
-            return model(**batch).loss
-
-    forward().backward()
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    for weight in trained:
+        weight.grad = torch.zeros_like(weight)
     optimizer.step()
     optimizer.zero_grad()
     states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    inputs = list(_tensors(batch))
-    weights = [*model.parameters(), *model.buffers()]
+    inputs, weights = list(_tensors(batch)), [*model.parameters(), *model.buffers()]
     with LiveBytes([*weights, *states, *inputs]) as live:
-        loss = forward()
+        with torch.autocast("cpu", torch.bfloat16) if is_mixed else nullcontext():
+            loss = model(**batch).loss
         kept = live.live
         loss.backward()
         del loss
         gradients = _bytes(weight.grad for weight in trained if weight.grad is not None)
         optimizer.step()
     optimizer.zero_grad()
-    with count_flops() as counter:
-        loss = forward()
-        forward_flops = counter.get_total_flops()
-        loss.backward()
-    optimizer.zero_grad()
     resident = [_bytes(weights), _bytes(inputs), _bytes(states)]
-    return MeasuredStep(
+    return MeasuredBytes(
         weights=resident[0],
         inputs=resident[1],
         gradients=gradients,
         optimizer=resident[2],
         kept=kept,
         peak=sum(resident) + live.peak,
-        forward_flops=forward_flops,
-        flops=counter.get_total_flops(),
     )
+
+
+def measured_flops(model: Any, batch: dict[str, Any]) -> tuple[int, int]:
+    """Operations of a training step: of the forward pass, and of both passes."""
+    with count_flops() as counter:
+        loss = model(**batch).loss
+        forward = counter.get_total_flops()
+        loss.backward()
+    return forward, counter.get_total_flops()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from measured_steps import LiveBytes, measured_step, new_batch, new_model
+from measured_steps import LiveBytes, measured_bytes, new_batch, new_model
 from peft import get_peft_model
 
 from latte_flow_hf.modeling.flow_matching import assign_examples_to_experts
@@ -47,8 +47,8 @@ def predict(model, setup):
     return device_memory(model_shape(model, NO_VAE), setup, rows)
 
 
-def check(model, batch, setup, selected=0.0):
-    measured, memory = measured_step(model, batch, setup.is_mixed), predict(model, setup)
+def check(model, batch, setup):
+    measured, memory = measured_bytes(model, batch, setup.is_mixed), predict(model, setup)
     assert memory.backbone + memory.tower == pytest.approx(measured.weights, rel=0.1)
     assert memory.gradients == measured.gradients
     assert memory.optimizer == pytest.approx(measured.optimizer, rel=0.1)

@@ -247,7 +247,7 @@ def test_arguments_that_are_refused(recipe, arguments, message):
         ({"training": {"deepspeed": "zero.json"}}, "deepspeed: its costs are not known"),
         ({"training": {"activation_checkpointing_kwargs": {"offload": True}}}, "'offload'"),
         ({"lora": {"experts": [0], "use_dora": True}}, "use_dora: its costs are not known"),
-        ({"lora": {"experts": [0], "modules_to_save": ["proj"]}}, "lora: the costs of .*proj.* are not known"),
+        ({"lora": {"experts": [0], "modules_to_save": ["linear_1"]}}, "lora: the costs of .*linear_1.* are not known"),
         ({"lora": {"experts": [7]}}, "experts must be a list of some of"),
         ({"data": {"size": 33}}, "size must be a positive multiple of 8, got 33"),
         ({"trainable": [9]}, "experts must be"),
