@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from measured_steps import LiveBytes
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
@@ -18,7 +19,7 @@ from latte_flow_hf.training.plan import build_models, make_plan, plan_arguments
 from latte_flow_hf.training.plan_report import plan_text
 from latte_flow_hf.training.recipe import Recipe
 from latte_flow_hf.training.shapes import decoder_shape, tower_shape
-from latte_flow_hf.training.train import load_pipeline, prepare_model
+from latte_flow_hf.training.train import RecipeTrainer, load_pipeline, prepare_model, train
 
 
 ROOT = Path(__file__).parents[2]
@@ -131,6 +132,45 @@ def test_vanilla_costs_four_times_as_much(imagenet):
     assert vanilla.flops["step"] / imagenet.flops["step"] == pytest.approx(28.3 / 7.08, rel=0.03)
     assert vanilla.parameters["trained"] == pytest.approx(imagenet.parameters["trained"], rel=0.001)
     assert vanilla.parameters["active"] == vanilla.parameters["tower"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"training": {"bf16": True}},
+        {"training": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 32}},
+        {"training": {"activation_checkpointing": True}},
+        {"training": {"optim": "adafactor"}},
+        {"lora": {"experts": [0, 1], "r": 20}},
+        {"data": {"cache": None}},
+    ],
+    ids=str,
+)
+def test_the_peak_of_a_run(changes, tmp_path, monkeypatch):
+    """A run of `latte-flow train` on the tiny world, with its data loader, averages and callbacks."""
+    content = yaml.safe_load((ROOT / "recipes" / "tinyworld" / "experts.yaml").read_text())
+    del content["samples"]
+    content["data"].update(cache=str(tmp_path / "cache"), source={"path": "tinyworld", "num_images": 128})
+    content["training"].update(max_steps=3, save_steps=100)
+    for name, values in changes.items():
+        content[name] = {**content.get(name, {}), **values}
+    settings, measured = Recipe.from_dict(content), []
+    original = RecipeTrainer.train
+
+    def train_measured(trainer, *arguments, **kwargs):
+        weights = [*trainer.model.parameters(), *trainer.model.buffers()]
+        with LiveBytes(weights) as live:
+            result = original(trainer, *arguments, **kwargs)
+        measured.append(live.peak + sum(weight.nbytes for weight in weights))
+        return result
+
+    monkeypatch.setattr(RecipeTrainer, "train", train_measured)
+    train(settings, tmp_path / "work", tmp_path / "output")
+    # The longest prompts of the tiny world have 28 tokens with the chat template.
+    memory = make_plan(settings, H100, prompt_tokens=28).memory
+    assert memory.peak - memory.autoencoder == pytest.approx(measured[0], rel=0.1)
 
 
 @pytest.mark.slow

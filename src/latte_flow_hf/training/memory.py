@@ -1,6 +1,8 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """Memory of one device while a recipe trains, by part: pure functions of shapes and settings."""
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -123,14 +125,25 @@ class Memory:
 def rows_per_expert(batch_size: int, num_experts: int, rank: int = 0, world_size: int = 1) -> list[int]:
     """How many examples of one process each expert computes, as `flow_matching.assign_examples_to_experts` splits
     the batch of all processes: example i to expert i mod K, at least one each."""
-    num_examples = world_size * batch_size
-    first = rank * batch_size
-    rows = [index % num_examples for index in range(max(num_examples, num_experts))]
+    num_examples, first = world_size * batch_size, rank * batch_size
+    # A batch smaller than the number of experts is repeated from its start.
+    starts = range(0, max(num_examples, num_experts), num_examples)
     counts = []
     for expert in range(num_experts):
-        own = [row for row in rows[expert::num_experts] if first <= row < first + batch_size]
-        counts.append(max(len(own), 1))
+        rows = range(expert, max(num_examples, num_experts), num_experts)
+        own = sum(_num_between(rows, start + first, start + first + batch_size) for start in starts)
+        counts.append(max(own, 1))
     return counts
+
+
+def _num_between(numbers: range, low: int, high: int) -> int:
+    """How many of rising `numbers` are in [low, high)."""
+    return bisect_left(numbers, high) - bisect_left(numbers, low)
+
+
+def rows_of_devices(batch_size: int, num_experts: int, num_devices: int) -> Counter[tuple[int, ...]]:
+    """The different results of [`rows_per_expert`], and how many devices have each."""
+    return Counter(tuple(rows_per_expert(batch_size, num_experts, rank, num_devices)) for rank in range(num_devices))
 
 
 def device_memory(model: ModelShape, setup: Setup, rows: Sequence[int]) -> Memory:

@@ -6,7 +6,7 @@ Models are made on the meta device from their configurations: a plan needs no we
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from .adapters import expert_lora_config, set_trainable
 from .collator import ImagePromptEncoder
 from .costs import Examples, Flops, context_bytes, expert_flops, optimizer_bytes, prefill_flops, update_traffic
 from .devices import Device
-from .memory import Memory, ModelShape, Setup, device_memory, rows_per_expert, without_memory
+from .memory import Memory, ModelShape, Setup, device_memory, rows_of_devices, without_memory
 from .published import AUTOENCODERS, BACKBONES
 from .recipe import ModelSettings, Recipe
 from .shapes import decoder_shape, tower_shape
@@ -200,12 +200,12 @@ def make_plan(
     passes = setup.accumulation
     per_device: dict[str, int] = {"training": 0, "latents": 0, "contexts": 0}
     of_all = 0
-    for rank in range(num_devices):
-        counts = rows_per_expert(setup.batch_size, len(shape.experts), rank, num_devices)
-        flops = step_flops(shape, setup, counts, recipe)
-        in_step = prompt_flops_of_step(model, shape, setup, counts, recipe) if contexts == "step" else 0
+    for split, number in rows_of_devices(setup.batch_size, len(shape.experts), num_devices).items():
+        flops = step_flops(shape, setup, split, recipe)
+        in_step = prompt_flops_of_step(model, shape, setup, split, recipe) if contexts == "step" else 0
+        # Each step waits for the slowest device.
         per_device["training"] = max(per_device["training"], passes * flops.total)
-        of_all += passes * (flops.total + in_step)
+        of_all += number * passes * (flops.total + in_step)
         per_device["contexts"] = max(per_device["contexts"], passes * in_step)
     if not is_prepared["latents"] and not is_distilled:
         per_device["latents"] = passes * setup.batch_size * encode
@@ -486,11 +486,8 @@ def _num_weights(module: torch.nn.Module) -> int:
 
 def busiest_device(shape: ModelShape, setup: Setup) -> tuple[Memory, list[int]]:
     """The memory of the device that needs most, and the images of each expert there."""
-    found = {
-        tuple(rows_per_expert(setup.batch_size, len(shape.experts), rank, setup.num_devices))
-        for rank in range(setup.num_devices)
-    }
-    memory = {rows: device_memory(shape, setup, rows) for rows in sorted(found)}
+    splits = rows_of_devices(setup.batch_size, len(shape.experts), setup.num_devices)
+    memory = {rows: device_memory(shape, setup, rows) for rows in sorted(splits)}
     rows = max(memory, key=lambda key: memory[key].peak)
     return memory[rows], list(rows)
 
@@ -519,7 +516,7 @@ def find_switches(shape: ModelShape, setup: Setup, available: float) -> tuple[li
     return [found for found in alone if found.peak < before], together
 
 
-def step_flops(shape: ModelShape, setup: Setup, rows: list[int], recipe: Recipe) -> Flops:
+def step_flops(shape: ModelShape, setup: Setup, rows: Sequence[int], recipe: Recipe) -> Flops:
     """Operations of the tower for one pass on one device."""
     evaluations = 0 if recipe.folded_guidance_scale is None else 1
     flops = Flops()
@@ -530,7 +527,7 @@ def step_flops(shape: ModelShape, setup: Setup, rows: list[int], recipe: Recipe)
 
 
 def prompt_flops_of_step(
-    model: LatteFlowForConditionalGeneration, shape: ModelShape, setup: Setup, rows: list[int], recipe: Recipe
+    model: LatteFlowForConditionalGeneration, shape: ModelShape, setup: Setup, rows: Sequence[int], recipe: Recipe
 ) -> int:
     """Operations of the prompts that a pass on one device encodes inside of the step: those of each expert, through
     the layers that it reads and no further."""
