@@ -24,6 +24,7 @@ from latte_flow_hf.training.train import RecipeTrainer, load_pipeline, prepare_m
 
 ROOT = Path(__file__).parents[2]
 IMAGENET = ROOT / "recipes" / "imagenet256.yaml"
+PAGE = ROOT / "docs" / "guides" / "plan.md"
 H100 = find_device("h100")
 
 
@@ -132,6 +133,8 @@ def test_vanilla_costs_four_times_as_much(imagenet):
     assert vanilla.flops["step"] / imagenet.flops["step"] == pytest.approx(28.3 / 7.08, rel=0.03)
     assert vanilla.parameters["trained"] == pytest.approx(imagenet.parameters["trained"], rel=0.001)
     assert vanilla.parameters["active"] == vanilla.parameters["tower"]
+    steps = [f"{plan.flops['step'] / 1e12:.1f}" for plan in (vanilla, imagenet)]
+    assert f"{steps[0]} TFLOP instead of {steps[1]}" in PAGE.read_text()
 
 
 @pytest.mark.slow
@@ -200,8 +203,12 @@ def test_an_image_costs_what_the_benchmarks_count():
 
 
 def test_the_page_shows_the_plan(imagenet):
-    page = (ROOT / "docs" / "guides" / "plan.md").read_text()
-    assert plan_text(imagenet, "imagenet256.yaml") in page
+    assert plan_text(imagenet, "imagenet256.yaml") in PAGE.read_text()
+    settings = Recipe.from_yaml(IMAGENET)
+    assert settings.ema is not None
+    on_device = settings.model_copy(update={"ema": settings.ema.model_copy(update={"device": None})})
+    total = make_plan(on_device, H100, 8, num_images=1_281_167, num_prompts=1000).hours["total"]
+    assert f"the total is then {total:.1f} hours" in PAGE.read_text()
 
 
 def test_what_does_not_fit_and_the_switch_that_helps():
@@ -286,6 +293,7 @@ def test_arguments_that_are_refused(recipe, arguments, message):
         ({"training": {"optim": "adamm"}}, "training: .*adamm"),
         ({"training": {"deepspeed": "zero.json"}}, "deepspeed: its costs are not known"),
         ({"training": {"activation_checkpointing_kwargs": {"offload": True}}}, "'offload'"),
+        ({"training": {"accelerator_config": {"split_batches": True}}}, "split_batches: its costs are not known"),
         ({"lora": {"experts": [0], "use_dora": True}}, "use_dora: its costs are not known"),
         ({"lora": {"experts": [0], "modules_to_save": ["linear_1"]}}, "lora: the costs of .*linear_1.* are not known"),
         ({"lora": {"experts": [7]}}, "experts must be a list of some of"),

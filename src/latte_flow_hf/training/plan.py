@@ -330,6 +330,8 @@ def plan_arguments(recipe: Recipe) -> TrainingArguments:
     for name in ("deepspeed", "fsdp"):
         if recipe.training.get(name):
             raise ValueError(f"training: {name}: its costs are not known here; plan with --fsdp instead.")
+    if (recipe.training.get("accelerator_config") or {}).get("split_batches"):
+        raise ValueError("training: accelerator_config: split_batches: its costs are not known here; leave it out.")
     kwargs = {
         name: value
         for part in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
