@@ -7,6 +7,7 @@ evaluator reads it, while `np.load` would hold all of it in memory.
 
 import itertools
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +165,7 @@ def _open_npz(path: Path, name: str) -> ImageSet:
                     size = count * height * width * 3
                     try:
                         content = member.read(size)
-                    except (zipfile.BadZipFile, EOFError) as error:
+                    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                         raise OSError(
                             f"{path} is truncated or damaged ({error}); make or download it again."
                         ) from error
@@ -199,7 +200,7 @@ def _read_header(archive: zipfile.ZipFile, path: Path, key: str) -> tuple[Any, t
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, is_fortran, dtype = read_header(member)
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise OSError(f"{path} is truncated or damaged: `{key}` cannot be read ({error}).") from error
     if is_fortran:
         raise ValueError(f"{path}: `{key}` is in Fortran order; save it with `np.ascontiguousarray`.")
