@@ -95,7 +95,8 @@ class TinyWorldExtractor:
     The tower was trained to tell colours, shapes, digits and relations apart, and frozen before any image was
     generated. It only knows the tiny world, and its distances mean something only there: they compare models of the
     tiny world with each other, and not with numbers from papers. (Chosen: its last layer before the patches are
-    merged, because fewer features need fewer images.)
+    merged, because fewer features need fewer images, after the norm that the merger starts with, because features
+    around 1 suit the kernel distance.)
 
     Args:
         device (`str`, defaults to `"cpu"`): where it runs.
@@ -126,7 +127,8 @@ class TinyWorldExtractor:
     def features(self, images: np.ndarray) -> torch.Tensor:
         inputs = self.image_processor(images=_to_pil(images), return_tensors="pt").to(self.device)
         output = self.tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
-        return output.last_hidden_state.view(len(images), -1, self.num_features).mean(dim=1)
+        patches = self.tower.merger.ln_q(output.last_hidden_state)
+        return patches.view(len(images), -1, self.num_features).mean(dim=1)
 
     def log_probabilities(self, images: np.ndarray) -> torch.Tensor:
         raise ValueError("the extractor of the tiny world has no classes; the Inception Score needs Inception.")
