@@ -293,8 +293,8 @@ def describe_comparison(results: dict[str, Any]) -> list[str]:
         lines += [
             f"{'nearest training':20}{nearest['median_generated']:.4f} from generated images, "
             f"{nearest['median_held_out']:.4f} from held-out ones (medians)",
-            f"{'':20}a generated image is the closer one with probability {nearest['share_closer']:.3f} "
-            f"(p = {nearest['p_value']:.2g} that none is)",
+            f"{'':20}probability {nearest['share_closer']:.3f} that a generated image is closer than a held-out one "
+            f"(one-sided p = {nearest['p_value']:.2g})",
         ]
         closest = nearest["closest"][0]
         lines.append(f"{'':20}closest: {closest['generated']} to {closest['training']} ({closest['distance']:.4f})")
