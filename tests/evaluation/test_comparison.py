@@ -135,14 +135,16 @@ def test_what_cannot_be_computed_is_refused(sets, extractor, number, size, metri
         check_comparison(number, size, size, open_reference(sets / "real.npz"), extractor, metrics)
 
 
-def test_images_are_not_compared_with_themselves(sets, extractor):
+def test_images_are_not_compared_with_themselves_or_another_world(sets, extractor):
     for arguments in ({"generated": sets / "real.npz"}, {"generated": sets / "generated.npz", "training": "real"}):
         if "training" in arguments:
             arguments["training"] = sets / "real.npz"
         with pytest.raises(ValueError, match="reference must be other images than the"):
             compare_images(reference=open_reference(sets / "real.npz"), extractor=extractor, **arguments)
+    reference = open_reference(sets / "real.npz")
+    with pytest.raises(ValueError, match="only knows its images, and prompts have words of another one"):
+        compare_images(sets / "generated.npz", reference, extractor, prompts=["a dog"] * NUMBER)
     with pytest.raises(ValueError, match="prompt_diversity needs the prompt of each image"):
-        reference = open_reference(sets / "real.npz")
         compare_images(sets / "generated.npz", reference, extractor, ["prompt_diversity"])
 
 

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..checkpoints import tiny_checkpoint
 from ..files import check_files, hash_file
+from ..modeling.context import unknown_words
 from ..pipelines.fingerprint import hash_module
 from ..tinyworld.shapes import IMAGE_SIZE
 from .image_sets import ImageSet, open_images
@@ -82,6 +83,12 @@ class FeatureExtractor(Protocol):
             `ValueError`: if the images called `name` are of a size that the extractor is not made for.
         """
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """
+        Raises:
+            `ValueError`: if images of these prompts are of a kind that the extractor is not made for.
+        """
+
     def features(self, images: np.ndarray) -> torch.Tensor:
         """Images (n, height, width, 3) of uint8 -> features (n, d)."""
 
@@ -112,6 +119,7 @@ class TinyWorldExtractor:
         model = LatteFlowForConditionalGeneration.from_pretrained(checkpoint / "model", dtype=torch.float32)
         self.tower = model.vlm.model.visual.eval().to(device)
         self.image_processor = LatteFlowProcessor.from_pretrained(checkpoint / "processor").image_processor
+        self.words = model.config.trained_words
         self.num_features = self.tower.config.embed_dim
         self.name = f"tinyworld-{hash_module(self.tower)[:12]}"
         self.device = device
@@ -121,6 +129,15 @@ class TinyWorldExtractor:
             raise ValueError(
                 f"{name} must be of {IMAGE_SIZE}x{IMAGE_SIZE} pixels for the extractor of the tiny world, got "
                 f"{height}x{width}; for other images, choose another extractor."
+            )
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        unknown = unknown_words(list(prompts), self.words)
+        if unknown:
+            shown = ", ".join(unknown[:8]) + (", ..." if len(unknown) > 8 else "")
+            raise ValueError(
+                f"the extractor of the tiny world only knows its images, and prompts have words of another one ({shown}); "
+                "choose another extractor."
             )
 
     @torch.inference_mode()
@@ -171,13 +188,16 @@ class InceptionExtractor:
     def check_size(self, name: str, height: int, width: int) -> None:
         """Every size is resized to 299x299."""
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Any image has features."""
+
     @torch.inference_mode()
     def features(self, images: np.ndarray) -> torch.Tensor:
         return self.network(self._to_tensor(images), return_features=True)
 
     @torch.inference_mode()
     def log_probabilities(self, images: np.ndarray) -> torch.Tensor:
-        probabilities = self.network(self._to_tensor(images), no_output_bias=True).double()
+        probabilities = self.network(self._to_tensor(images), no_output_bias=True).cpu().double()
         # Below, a probability of float32 is 0, and its logarithm would not be finite.
         return probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
 
@@ -224,6 +244,9 @@ class VisionModelExtractor:
 
     def check_size(self, name: str, height: int, width: int) -> None:
         """Every size is resized by the image processor."""
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Any image has features."""
 
     @torch.inference_mode()
     def features(self, images: np.ndarray) -> torch.Tensor:
@@ -291,9 +314,9 @@ def extract_features(
     features, log_probabilities = [], []
     with tqdm(total=opened.num_images, desc=f"features: {opened.name}") as progress:
         for batch in opened.read(batch_size):
-            features.append(extractor.features(batch).double().cpu().numpy())
+            features.append(extractor.features(batch).cpu().double().numpy())
             if with_classes:
-                log_probabilities.append(extractor.log_probabilities(batch).double().cpu().numpy())
+                log_probabilities.append(extractor.log_probabilities(batch).cpu().double().numpy())
             progress.update(len(batch))
     return Features(
         np.concatenate(features),
