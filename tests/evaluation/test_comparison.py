@@ -26,6 +26,7 @@ from latte_flow_hf.evaluation.image_quality import (
 from latte_flow_hf.evaluation.image_sets import open_images, write_npz
 from latte_flow_hf.pipelines.batch_generation import generate_images
 from latte_flow_hf.tinyworld.datasets import TinyWorldImages
+from latte_flow_hf.tinyworld.shapes import COLOURS, SHAPES
 
 
 NUMBER = 140
@@ -67,7 +68,8 @@ def real(sets, extractor):
 
 def test_all_metrics_at_once_are_those_alone(sets, extractor, generated, real):
     reference = open_reference(sets / "real.npz")
-    prompts = [f"prompt {index % 35}" for index in range(NUMBER)]
+    scenes = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    prompts = [scenes[index % len(scenes)] for index in range(NUMBER)]
     results = compare_images(
         sets / "generated.npz", reference, extractor, prompts=prompts, training=sets / "training", nearest_k=3
     )

@@ -136,8 +136,8 @@ class TinyWorldExtractor:
         if unknown:
             shown = ", ".join(unknown[:8]) + (", ..." if len(unknown) > 8 else "")
             raise ValueError(
-                f"the extractor of the tiny world only knows its images, and prompts have words of another one ({shown}); "
-                "choose another extractor."
+                "the extractor of the tiny world only knows its images, and prompts have words of another one "
+                f"({shown}); choose another extractor."
             )
 
     @torch.inference_mode()
