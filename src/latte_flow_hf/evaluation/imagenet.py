@@ -149,6 +149,7 @@ def generate_class_samples(
         `OSError`: if `folder` cannot be written to, or its disk is too small.
     """
     folder, prompts = Path(folder), list(prompts)
+    call = {name: value for name, value in call.items() if value is not None}
     _check_arguments(prompts, num_samples, batch_size, shard_size)
     height, width = call.get("height") or pipe.default_size, call.get("width") or pipe.default_size
     # Without an accelerator, processes form a group only if `cpu` is set. The first one to end waits for the last,
