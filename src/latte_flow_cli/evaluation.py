@@ -108,16 +108,17 @@ def understanding(
 
     # lmms-eval prints and logs on stdout, from its import on.
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as scratch:
+        from latte_flow_hf.files import check_output, write_json
+
+        if output is not None:
+            check_output(output, replace=True)
         import lmms_eval  # noqa: F401
 
         from latte_flow_hf import tiny_checkpoint
         from latte_flow_hf.conversion import extract_backbone
         from latte_flow_hf.evaluation.tinyworld_tasks import QUESTIONS, YES_NO, write_tasks
         from latte_flow_hf.evaluation.understanding import compare_with_backbone, describe, find_tasks
-        from latte_flow_hf.files import check_output, write_json
 
-        if output is not None:
-            check_output(output, replace=True)
         device = check_device(device)
         names = [QUESTIONS, YES_NO] if simple else [QUESTIONS]
         if tasks is None:

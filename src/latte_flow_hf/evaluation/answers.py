@@ -5,7 +5,7 @@ Both are loaded by `AutoModelForImageTextToText` and asked by the same code: wha
 """
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,7 @@ def generation_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
         if name in arguments:
             _check_positive(name, arguments[name])
     temperature = arguments.get("temperature", 0.0)
-    if not isinstance(temperature, Real) or isinstance(temperature, bool) or temperature < 0:
+    if not isinstance(temperature, (int, float)) or isinstance(temperature, bool) or temperature < 0:
         raise ValueError(f"temperature must be a number of at least 0, got {temperature!r}.")
     do_sample = arguments.setdefault("do_sample", temperature > 0)
     if not isinstance(do_sample, bool):

@@ -113,6 +113,8 @@ def _run(model: Any, tasks: Sequence[str], manager: Any, work_dir: str | Path, l
             f"lmms-eval cannot run {', '.join(tasks)}: {error}. Tasks with answers to choose from are tasks of simple "
             "models: use is_simple=True, or --simple."
         ) from error
+    except NotImplementedError as error:
+        raise ValueError(str(error)) from error
     except RetryError as error:
         cause = error.last_attempt.exception()
         raise ValueError(f"lmms-eval cannot load or score {', '.join(tasks)}: {cause}") from cause
