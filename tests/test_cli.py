@@ -229,7 +229,7 @@ def test_version():
         (("generate", "--prompts", "prompts.txt", "-o", "prompts.txt"), "prompts.txt is not a folder"),
         (("evaluate", "-o", "folder.json"), "folder.json exists"),
         (("evaluate", "-o", "link.json"), "link.json exists"),
-        (("evaluate", "understanding", "-o", "folder.json"), "folder.json exists"),
+        (("evaluate", "understanding", "--tasks", "mme", "-o", "folder.json"), "folder.json exists"),
         (("convert", "to-single-file", "no-model", "-o", "link.safetensors"), "link.safetensors exists"),
         (("convert", "extract-backbone", "no-model", "-o", "folder.png"), "folder.png exists"),
         (("convert", "extract-backbone", "no-model", "-o", "prompts.txt/out"), "cannot be written"),

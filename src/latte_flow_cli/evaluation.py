@@ -101,9 +101,6 @@ def understanding(
         raise typer.BadParameter(f"output must be a .json file, got {str(output)!r}.")
     if tasks is None and (model is not None or include_path is not None):
         raise typer.BadParameter("--tasks must name tasks; only those of the embedded checkpoint can be left out.")
-    for name, source in (("model", model), ("backbone", backbone)):
-        if source is not None:
-            check_source(name, source)
     import tempfile
 
     # lmms-eval prints and logs on stdout, from its import on.
@@ -112,6 +109,9 @@ def understanding(
 
         if output is not None:
             check_output(output, replace=True)
+        for name, source in (("model", model), ("backbone", backbone)):
+            if source is not None:
+                check_source(name, source)
         import lmms_eval  # noqa: F401
 
         from latte_flow_hf import tiny_checkpoint

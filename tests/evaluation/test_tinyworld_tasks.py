@@ -15,9 +15,7 @@ def few_questions(monkeypatch):
     questions = tinyworld.understanding_questions
     indices = tinyworld.digit_indices
     monkeypatch.setattr(tinyworld, "digit_indices", lambda held_out: indices(held_out)[:4])
-    monkeypatch.setattr(
-        "latte_flow_hf.evaluation.tinyworld_tasks.understanding_questions", lambda seed: questions(seed, 2)
-    )
+    monkeypatch.setattr(tinyworld, "understanding_questions", lambda seed: questions(seed, 2))
 
 
 def read(folder, task):
@@ -29,7 +27,7 @@ def test_questions_are_those_of_the_evaluation(few_questions, tmp_path):
     write_tasks(tmp_path / "tasks", seed=3, num_questions=5)
     asked = {
         (item.question, item.answer, np.asarray(image).tobytes())
-        for questions in tinyworld.understanding_questions(3, 2).values()
+        for questions in tinyworld.understanding_questions(3).values()
         for image, item in questions
     }
     rows = read(tmp_path / "tasks", "tinyworld_questions")

@@ -100,7 +100,7 @@ PAGES: dict[str, dict[str, str]] = {
     "docs/guides/threads.md": {},
     "docs/guides/train_from_a_vlm.md": {"range(720)": "range(12)"},
     "docs/guides/train_your_own.md": {"--num-images 4": "--num-images 1"},
-    "docs/guides/understanding.md": {},
+    "docs/guides/understanding.md": {"num_questions=200": "num_questions=2"},
 }
 
 # The files that a page promises, with what is in them.

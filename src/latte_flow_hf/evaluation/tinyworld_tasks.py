@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 
 from ..files import atomic_write, check_output
-from .tinyworld import understanding_questions
+from . import tinyworld
 
 
 # Both are kinds of the same questions: to be answered in words, and to be chosen from two answers.
@@ -48,7 +48,7 @@ def write_tasks(folder: str | Path, seed: int = 1, num_questions: int = 200) -> 
     import datasets
 
     check_output(folder)
-    found = understanding_questions(seed)
+    found = tinyworld.understanding_questions(seed)
     rows = [
         {"image": image, "question": item.question, "answer": item.answer, "kind": item.kind}
         for questions in found.values()
