@@ -36,8 +36,8 @@ def questions():
 
 
 @pytest.fixture
-def dataset(questions, tmp_path, monkeypatch):
-    """A table in the folder where VLMEvalKit looks for tasks that it does not know."""
+def table(questions, tmp_path, monkeypatch):
+    """In the folder where VLMEvalKit looks for tasks that it does not know."""
 
     def encode(image):
         buffer = io.BytesIO()
@@ -51,16 +51,15 @@ def dataset(questions, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "tinyworld.tsv").write_text("\n".join(rows))
     monkeypatch.setenv("LMUData", str(tmp_path / "data"))
-    return build_dataset("tinyworld")
 
 
-def test_answers_are_those_of_the_stock_backbone(questions, dataset, tmp_path):
+def test_answers_are_those_of_the_stock_backbone(questions, table, tmp_path):
     extract_backbone(tiny_checkpoint()).write(tmp_path / "backbone")
     answers = {}
     for name, source in (("ours", tiny_checkpoint()), ("stock", str(tmp_path / "backbone"))):
         register(name, pretrained=source, device="cpu", max_new_tokens=24)
         try:
-            infer_data_job(name, str(tmp_path), name, dataset)
+            infer_data_job(name, str(tmp_path), name, build_dataset("tinyworld"))
         finally:
             del supported_VLM[name]
         results = load(get_pred_file_path(str(tmp_path), name, "tinyworld", use_env_format=True))
