@@ -17,6 +17,7 @@ import socket
 import subprocess
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,7 @@ PAGES: dict[str, dict[str, str]] = {
     "docs/guides/threads.md": {},
     "docs/guides/train_from_a_vlm.md": {"range(720)": "range(12)"},
     "docs/guides/train_your_own.md": {"--num-images 4": "--num-images 1"},
+    "docs/guides/understanding.md": {"num_questions=200": "num_questions=2"},
 }
 
 # The files that a page promises, with what is in them.
@@ -239,7 +241,9 @@ def run_command(line: str) -> None:
     elif program == "latte-flow":
         if arguments == ["serve"]:
             arguments += ["--port", "0"]
-        samples = arguments[0] == "generate" or (arguments[0] == "evaluate" and arguments[1:2] != ["images"])
+        verb = tuple(arguments[:2])
+        samples = arguments[0] in ("generate", "evaluate")
+        samples &= verb not in (("evaluate", "images"), ("evaluate", "understanding"))
         if samples and not re.search("--steps|--fast|distilled", line):
             arguments += ["--steps", "2"]
         outcome = CliRunner().invoke(app, arguments)
@@ -247,6 +251,8 @@ def run_command(line: str) -> None:
             # The tests are offline.
             assert outcome.exit_code == 1 and "the hub cannot be reached" in outcome.stderr
             assert Path(arguments[1], "model_index.json").exists()
+        elif verb == ("evaluate", "understanding") and find_spec("lmms_eval") is None:
+            assert outcome.exit_code == 1 and "install the extra 'lmms-eval'" in outcome.stderr, outcome.output
         else:
             assert outcome.exit_code == 0, (line, outcome.output)
     elif program == "make":
@@ -255,7 +261,7 @@ def run_command(line: str) -> None:
         assert (ROOT / arguments[0]).is_file(), line
     else:
         # Installation.
-        assert program in ("pip", "python3", "source", ".venv/bin/python"), line
+        assert program in ("pip", "python3", "source", "grep", ".venv/bin/python"), line
         assert "constraints.txt" not in line or (ROOT / "constraints.txt").exists()
 
 
@@ -332,8 +338,8 @@ def test_all_extras_are_documented():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     table = (ROOT / "docs" / "start.md").read_text()
-    documented = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+    documented = set(re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE))
     assert documented == set(setup["options.extras_require"])
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "src").rglob("*.py")]:
-        assert set(re.findall(r"-e(?:ditable)? '\.\[(\w+)\]'", path.read_text())) <= documented, path
+        assert set(re.findall(r"-e(?:ditable)? '\.\[([\w-]+)\]'", path.read_text())) <= documented, path
         assert "latte_flow_hf[" not in path.read_text(), f"{path}: the package is not on an index"
