@@ -6,7 +6,7 @@ Same as `latte-flow convert extract-backbone`; see `--help` for the options.
 
 import typer
 
-from latte_flow_cli import convert_extract_backbone
+from latte_flow_cli.checkpoints import convert_extract_backbone
 
 
 if __name__ == "__main__":

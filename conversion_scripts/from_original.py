@@ -6,7 +6,7 @@ Same as `latte-flow convert from-original`; see `--help` for the options.
 
 import typer
 
-from latte_flow_cli import convert_from_original
+from latte_flow_cli.checkpoints import convert_from_original
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Same as `latte-flow convert from-single-file`; see `--help` for the options.
 
 import typer
 
-from latte_flow_cli import convert_from_single_file
+from latte_flow_cli.checkpoints import convert_from_single_file
 
 
 if __name__ == "__main__":

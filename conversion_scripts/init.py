@@ -6,7 +6,7 @@ Same as `latte-flow convert init`; see `--help` for the options.
 
 import typer
 
-from latte_flow_cli import convert_init
+from latte_flow_cli.checkpoints import convert_init
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Same as `latte-flow convert regroup`; see `--help` for the options.
 
 import typer
 
-from latte_flow_cli import convert_regroup
+from latte_flow_cli.checkpoints import convert_regroup
 
 
 if __name__ == "__main__":

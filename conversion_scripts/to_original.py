@@ -6,7 +6,7 @@ Same as `latte-flow convert to-original`; see `--help` for the options.
 
 import typer
 
-from latte_flow_cli import convert_to_original
+from latte_flow_cli.checkpoints import convert_to_original
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from typer.testing import CliRunner
 
-from latte_flow_cli import _load, _user_message, app
+from latte_flow_cli import app
+from latte_flow_cli.verbs import load_pipeline, user_message
 from latte_flow_hf import LatteFlowPipeline, LatteFlowScheduler
 from latte_flow_hf.pipelines.image_metadata import read_metadata
 
@@ -204,7 +205,6 @@ def test_the_console_script_is_outside_the_package():
     setup = configparser.ConfigParser()
     setup.read(Path(__file__).parents[1] / "setup.cfg")
     assert setup["options.entry_points"]["console_scripts"].strip() == "latte-flow = latte_flow_cli:app"
-    assert setup["options"]["py_modules"] == "latte_flow_cli"
 
 
 def test_version():
@@ -258,18 +258,18 @@ def test_device_and_dtype(folder):
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    default = _load(folder, None, "float32")
+    default = load_pipeline(folder, None, "float32")
     assert default.device.type == ("cpu" if accelerator is None else accelerator.type)
     assert default.model.dtype == torch.float32
-    half = _load(folder, "cpu", "bfloat16")
+    half = load_pipeline(folder, "cpu", "bfloat16")
     assert half.device.type == "cpu" and half.model.dtype == half.vae.dtype == torch.bfloat16
 
 
 def test_embedded_weights_are_stored_in_half_and_run_in_float32():
     import torch
 
-    assert {p.dtype for p in _load(None, "cpu", "float32").model.parameters()} == {torch.float32}
-    assert {p.dtype for p in _load(None, "cpu", "float16").model.parameters()} == {torch.float16}
+    assert {p.dtype for p in load_pipeline(None, "cpu", "float32").model.parameters()} == {torch.float32}
+    assert {p.dtype for p in load_pipeline(None, "cpu", "float16").model.parameters()} == {torch.float16}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -322,19 +322,19 @@ def test_errors_of_the_user_and_bugs():
 
     with pytest.raises(RuntimeError) as raised:
         torch.empty(10**15)
-    message = _user_message(raised.value)
+    message = user_message(raised.value)
     assert message.startswith("out of memory (tried to allocate 4000000000000000 bytes); use smaller images")
     cuda = RuntimeError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of ...")
-    assert _user_message(cuda).startswith("out of memory (tried to allocate 2.50 GiB);")
-    assert _user_message(MemoryError()).startswith("out of memory; use smaller")
+    assert user_message(cuda).startswith("out of memory (tried to allocate 2.50 GiB);")
+    assert user_message(MemoryError()).startswith("out of memory; use smaller")
     assert (
-        _user_message(OSError(28, "No space left on device", "out.png"))
+        user_message(OSError(28, "No space left on device", "out.png"))
         == "[Errno 28] No space left on device: 'out.png'"
     )
-    assert "'.[quantization]'" in _user_message(ModuleNotFoundError("torchao", name="torchao"))
-    assert _user_message(ModuleNotFoundError("No module named 'other'", name="other")) == "No module named 'other'"
+    assert "'.[quantization]'" in user_message(ModuleNotFoundError("torchao", name="torchao"))
+    assert user_message(ModuleNotFoundError("No module named 'other'", name="other")) == "No module named 'other'"
     for bug in (KeyError("a"), TypeError("a"), RuntimeError("a"), AssertionError("a")):
-        assert _user_message(bug) is None
+        assert user_message(bug) is None
 
 
 JSON_FILES = [
@@ -405,7 +405,7 @@ def test_a_conversation_for_programs(folder, tmp_path, monkeypatch):
     assert "exists" in twice["error"] and reset["reset"]
     messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
     assert saved["saved"] == f"{tmp_path}/talk.json" and len(messages) == 6
-    pipe = _load(folder, "cpu", "float32")
+    pipe = load_pipeline(folder, "cpu", "float32")
     for number, event in ((1, hello), (3, red), (5, these)):
         assert pipe.chat(messages[:number], max_new_tokens=2) == event["answer"]
         assert messages[number]["content"][0]["text"] == event["answer"]
