@@ -169,7 +169,7 @@ def judge_claims(evidence: Evidence) -> list[Claim]:
         ),
         Claim(
             "Too small groups lose quality: K = 8 is worse than K = 4.",
-            f"at equal steps, as in the paper's ablation; holds if the difference is worse than the margins, {margins}",
+            f"at equal steps, as in the paper's ablation; holds if it is worse by more than the margins, {margins}",
             compare(SMALLER, MAIN, at_equal_steps, -infinity, -1),
         ),
         Claim(
@@ -207,9 +207,7 @@ def judge_claims(evidence: Evidence) -> list[Claim]:
     ]
 
 
-def _time_finding(
-    evidence: Evidence, name: str, first: Variant, second: Variant, low: float, high: float
-) -> Finding:
+def _time_finding(evidence: Evidence, name: str, first: Variant, second: Variant, low: float, high: float) -> Finding:
     interval = evidence.time_ratios(first, second)
     return ratio_finding(name, interval, low, high, f"{interval.count} rounds")
 
@@ -229,16 +227,16 @@ def _flat_findings(evidence: Evidence) -> list[Finding]:
     scales = [] if grid is None else [scale for scale in grid.guidance_scale if scale >= FLAT_GUIDANCE]
     steps = [] if grid is None else grid.num_inference_steps
     if grid is None or MAIN.num_experts not in grid.num_experts or not scales or FLAT_STEPS not in steps:
-        return [Finding("not measured: the recipe has no grid with K = 4, 20 steps and guidance of 4 and more", UNKNOWN)]
+        return [
+            Finding("not measured: the recipe has no grid with K = 4, 20 steps and guidance of 4 and more", UNKNOWN)
+        ]
     most = max(steps)
     if most == FLAT_STEPS:
         return [Finding("not measured: the grid has no more than 20 steps", UNKNOWN)]
 
     def mean(run: dict, steps: int, measure: Measure) -> float:
         cells = [
-            cell
-            for cell in run["grid"]
-            if cell["num_inference_steps"] == steps and cell["guidance_scale"] in scales
+            cell for cell in run["grid"] if cell["num_inference_steps"] == steps and cell["guidance_scale"] in scales
         ]
         return sum(measure.value(cell) for cell in cells) / len(cells)
 

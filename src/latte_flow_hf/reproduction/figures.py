@@ -62,7 +62,10 @@ def save_figures(evidence: Evidence, folder: Path) -> list[tuple[str, str]]:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write an SVG file, the same bytes for the same figure."""
-    with matplotlib.rc_context({"svg.hashsalt": "latte_flow_hf", "svg.fonttype": "none"}), atomic_write(path) as partial:
+    with (
+        matplotlib.rc_context({"svg.hashsalt": "latte_flow_hf", "svg.fonttype": "none"}),
+        atomic_write(path) as partial,
+    ):
         figure.savefig(partial, format="svg", metadata={"Date": None})
 
 

@@ -28,7 +28,7 @@ class Measure:
         return point["accuracy"]["all"] if self.name == "accuracy" else point["frechet"]
 
     def gain(self, value: float, over: float) -> float:
-        """How much better `value` is than `over`: the difference of shares, or the logarithm of the ratio of distances.
+        """How much better `value` is than `over`: the difference of shares, or the log of the ratio of distances.
 
         Raises:
             `ValueError`: if a distance is not positive.

@@ -22,7 +22,8 @@ RESULT_FILE = "result.json"
 
 
 def points_of(budget: float, step_flops: int, num_points: int) -> list[int]:
-    """The numbers of steps after which a run is measured: budget / step_flops / 2 ** i, i from `num_points` - 1 to 0.
+    """The numbers of steps after which a run is measured: n / 2 ** i, i from `num_points` - 1 to 0, n being the steps
+    that the budget pays for; all rounded down.
 
     Raises:
         `ValueError`: if the budget is too small for so many points.
@@ -31,9 +32,10 @@ def points_of(budget: float, step_flops: int, num_points: int) -> list[int]:
     if total < 2 ** (num_points - 1):
         raise ValueError(
             f"budget {budget:.4g} is {total} steps of {step_flops:.4g} operations each, but {num_points} points need "
-            f"at least {2 ** (num_points - 1)}; use a budget of {2 ** (num_points - 1) * step_flops:.4g} or fewer points."
+            f"at least {2 ** (num_points - 1)}; use a budget of {2 ** (num_points - 1) * step_flops:.4g}, or fewer "
+            "points."
         )
-    return [round(total / 2**i) for i in reversed(range(num_points))]
+    return [total // 2**i for i in reversed(range(num_points))]
 
 
 @dataclass(frozen=True)
@@ -128,15 +130,23 @@ def load_result(folder: Path, name: str, plan: Plan) -> dict[str, Any] | None:
         `ValueError`: if it belongs to another plan or another run.
     """
     path = folder / RUNS_FOLDER / name / RESULT_FILE
-    if not path.exists():
-        return None
-    result = read_json(path)
-    if (result.get("plan"), result.get("run")) != (plan.id, name):
+    return read_own(path, name, plan) if path.exists() else None
+
+
+def read_own(path: Path, name: str, plan: Plan) -> dict[str, Any]:
+    """Read a file that a run has written, with the names of the run and of its plan.
+
+    Raises:
+        `OSError`: if the file is damaged.
+        `ValueError`: if it belongs to another plan or another run.
+    """
+    content = read_json(path)
+    if content.get("run") != name or content.get("plan") != plan.id:
         raise ValueError(
-            f"{path} is the result of run {result.get('run')!r} of another recipe; remove this folder, and the run is "
-            "made again."
+            f"{path} is of run {content.get('run')!r} and of another recipe or start; remove the folder "
+            f"{path.parent}, and run {name!r} is made again."
         )
-    return result
+    return content
 
 
 def check_runs(folder: Path, plan: Plan) -> None:

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..files import atomic_write
 from .claims import Claim, Evidence, judge_claims
 from .figures import common_step, grid_values, save_figures, values_of
-from .measures import ACCURACY, FRECHET, MEASURES, mean_and_spread, value_at_step
+from .measures import ACCURACY, FRECHET, MEASURES, mean_and_spread
 from .plan import Plan
-from .settings import Variant
 
 
 MARKDOWN_FILE = "report.md"
@@ -89,7 +90,7 @@ def to_markdown(blocks: Sequence[Block]) -> str:
                 parts.append("\n".join(["```text", *lines, "```"]))
             case Table(header, rows):
                 lines = [header, ["---"] * len(header), *rows]
-                parts.append("\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines))
+                parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
             case Figure(file, caption):
                 parts.append(f"![{caption}]({file})\n\n{caption}")
     return "\n\n".join(parts) + "\n"
@@ -113,7 +114,9 @@ def to_html(blocks: Sequence[Block]) -> str:
             case Code(lines):
                 parts.append(f"<pre>{html.escape(chr(10).join(lines))}</pre>")
             case Table(header, rows):
-                parts.append("\n".join(["<table>", row(header, "th"), *(row(cells, "td") for cells in rows), "</table>"]))
+                parts.append(
+                    "\n".join(["<table>", row(header, "th"), *(row(cells, "td") for cells in rows), "</table>"])
+                )
             case Figure(file, caption):
                 text = html.escape(caption)
                 parts.append(f'<figure><img src="{file}" alt="{text}"><figcaption>{text}</figcaption></figure>')
@@ -136,10 +139,11 @@ def compose(evidence: Evidence, claims: list[Claim], figures: list[Figure]) -> l
     blocks: list[Block] = [
         Heading(1, "The paper's comparisons on the tiny world"),
         Paragraph(
-            f"{len(variants)} networks, {num_seeds} {'seeds' if num_seeds > 1 else 'seed'} each, the same data, frozen "
-            f"backbone and autoencoder, and {settings.budget:.3g} operations (FLOPs) of training for every run. The "
-            "networks are those of the embedded checkpoint, thousands of times smaller than the paper's: what holds "
-            "here need not hold there, and the other way round. Made by `latte-flow reproduce`."
+            f"{len(variants)} networks, {num_seeds} {'seeds' if num_seeds > 1 else 'seed'} each, with the same data, "
+            f"frozen backbone and autoencoder, and {settings.budget:.3g} floating-point operations (FLOPs) of training "
+            "for every run. Backbone and autoencoder are those of the embedded checkpoint: the networks are hundreds "
+            "of times smaller than the paper's, and what holds here need not hold there, nor the other way round. Made "
+            "by `latte-flow reproduce`, with the recipe at the end."
         ),
         Heading(2, "Verdicts"),
         Table(
@@ -150,27 +154,27 @@ def compose(evidence: Evidence, claims: list[Claim], figures: list[Figure]) -> l
             ],
         ),
         Paragraph(
-            "How to read them: for each measure, the gain of one network over another is computed for each seed, since "
-            "both have the same data, prompts and noise then. The interval is the 95% interval of the mean gain by "
-            "Student's t distribution. A claim says where the true gain lies; it **holds here** if the whole interval "
-            "lies there, **does not hold here** if the whole interval lies elsewhere, and otherwise these runs "
-            "**cannot tell**. If one measure decides, its verdict is that of the claim; if two decide differently, "
-            "nobody can tell. One seed has no spread and decides nothing. No correction is made for "
-            f"{len(claims)} claims being judged: one in twenty intervals misses by chance. Times have an interval over "
-            "rounds, which take turns; operations are counted and have none."
+            "How to read them: for each seed and measure there is one difference between two networks, which have the "
+            "same data, prompts and noise. The interval is the 95% interval of the mean difference, by Student's t "
+            "distribution. A claim says where the true difference lies. It **holds here** if the whole interval lies "
+            "there, it **does not hold here** if the whole interval lies elsewhere, and otherwise these runs **cannot "
+            "tell**. With two measures, the verdict is that of the one that decides; if they decide differently, it is "
+            "**cannot tell**. One seed has no spread and decides nothing. Ratios of times have an interval over rounds "
+            "in which the networks take turns; operations are counted and have none. Nothing is corrected for judging "
+            f"{len(claims)} claims: one in twenty intervals misses its true value by chance."
         ),
         Table(["Claim", "Compared", "Verdict by measure"], [_criterion_row(claim) for claim in claims]),
         Heading(2, "Quality over training"),
         *show("convergence.svg"),
         Paragraph(
-            f"After equal compute ({spread}). Accuracy: the share of images in which the oracle of the tiny world finds "
-            "what the prompt asks for. Fréchet distance: to drawn images, in the features of the embedded checkpoint's "
-            "vision tower; smaller is better, and it cannot be compared with FID."
+            f"After equal compute ({spread}). Accuracy: the share of images in which the oracle of the tiny world "
+            "finds what the prompt asks for. Fréchet distance: to drawn images, in the features of the embedded "
+            "checkpoint's vision tower; smaller is better, and it cannot be compared with FID."
         ),
         _compute_table(evidence),
         Paragraph(
-            f"After equal steps, {common_step(evidence, variants):,} for all, between the measured points linear over the "
-            f"logarithm of the steps ({spread})."
+            f"After equal steps, {common_step(evidence, variants):,} for all; between the measured points, linear over "
+            f"the logarithm of the steps ({spread})."
         ),
         _steps_table(evidence),
         Heading(2, "Group size and time"),
@@ -297,28 +301,25 @@ def _origin(evidence: Evidence) -> list[Block]:
     settings = plan.settings
     evaluation, times = settings.evaluation, settings.timing
     return [
-        Code(["latte-flow reproduce"]),
         Paragraph(
-            f"On {timing['device']} ({plan.device}). Versions: {'; '.join(lines)}. All runs together took "
-            f"{sums['cpu']:.0f} minutes of processor time, and {sums['wall']:.0f} minutes one after the other; several "
-            "run at a time. Minutes per run, with other runs beside it:"
+            f"On {timing['device']} ({plan.device}), with {'; '.join(lines)}. All runs together took {sums['cpu']:.0f} "
+            f"minutes of processor time; one after the other they would have taken {sums['wall']:.0f} minutes. Minutes "
+            "per run, with others beside it:"
         ),
-        Table(
-            ["Network", "training: CPU", "wall", "evaluation: CPU", "wall"],
-            rows,
-        ),
+        Table(["Network", "training, CPU", "training, wall", "evaluation, CPU", "evaluation, wall"], rows),
         Paragraph(
-            f"Seeds {', '.join(map(str, settings.seeds))}, which decide initial weights, training images, order and noise. "
-            f"Operations are counted by PyTorch on one training step, forward and backward, of each network; each run has "
-            f"as many steps as the budget pays for. Evaluated are the moving averages of the weights, with "
+            f"Seeds {', '.join(map(str, settings.seeds))} decide initial weights, training images, order and noise. "
+            "Operations are counted by PyTorch on one training step of each network, forward and backward; each run "
+            "has as many steps as the budget pays for. Evaluated are the moving averages of the weights, with "
             f"{evaluation.num_inference_steps} steps and guidance {evaluation.guidance_scale:g}, on "
-            f"{evaluation.one + evaluation.two + evaluation.digits} prompts, the same for all; the noise depends on the "
-            f"seed. The Fréchet distance compares with {evaluation.num_reference_images} drawn images. Times are those of "
-            f"{times.num_inference_steps} steps with guidance {times.guidance_scale:g}, prompt to decoded image, with "
-            f"{timing['num_threads']} thread(s), {times.num_rounds} rounds. Learning rate and batch are the same for all "
-            "networks and were not tuned for any of them. The whole recipe:"
+            f"{evaluation.one + evaluation.two + evaluation.digits} prompts, the same for all, with noise that depends "
+            f"on the seed. The Fréchet distance compares with {evaluation.num_reference_images} drawn images. Times "
+            f"are those of {times.num_inference_steps} steps with guidance {times.guidance_scale:g}, from the prompt to "
+            f"the decoded image, with {timing['num_threads']} thread(s), in {times.num_rounds} rounds. Learning rate "
+            "and batch are the same for all networks and were not tuned for each."
         ),
-        Code(json.dumps(plan.settings.model_dump(mode="json"), indent=1).splitlines()),
+        Paragraph("The recipe:"),
+        Code(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, width=110).splitlines()),
     ]
 
 
@@ -329,4 +330,6 @@ def _seconds(run: dict[str, Any]) -> dict[str, dict[str, float]]:
         for part in ("training", "evaluation")
     }
     parts["evaluation"].append(run["grid_seconds"])
-    return {part: {clock: sum(item[clock] for item in items) for clock in ("cpu", "wall")} for part, items in parts.items()}
+    return {
+        part: {clock: sum(item[clock] for item in items) for clock in ("cpu", "wall")} for part, items in parts.items()
+    }

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import set_seed
 
@@ -223,6 +222,6 @@ def start_run(folder: Path, name: str, device: str) -> None:
     if process.returncode:
         words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise ChildProcessError(
-            f"run {name} failed with code {process.returncode}: {words[-1] if words else 'no output'} (all of it is in "
-            f"{log}). Finished runs are kept; start again to go on."
+            f"run {name} failed with code {process.returncode}: {words[-1] if words else 'no output'} (see {log}). "
+            "Finished runs are kept; start again to go on."
         )

@@ -8,7 +8,8 @@ no more than the steps since its last checkpoint, or one measurement.
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from transformers import AutoModelForImageTextToText
 
 from ..evaluation.demo import DEMO_PROMPTS
 from ..evaluation.tinyworld import understanding_questions
-from ..files import read_json, save_image, write_json
+from ..files import save_image, write_json
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline
 from ..training.train import train
 from .machine import package_versions
-from .plan import RESULT_FILE, RUNS_FOLDER, Plan, load_result
+from .plan import RESULT_FILE, RUNS_FOLDER, Plan, load_result, read_own
 from .quality import QualityMeter, generate
-from .settings import PARTS_FOLDER
+from .settings import PARTS_FOLDER, GridSettings, Variant
 
 
 MODEL_FOLDER = "model"
@@ -35,11 +36,13 @@ SAMPLE_PROMPTS = DEMO_PROMPTS
 _NUM_SCENES, _NUM_QUESTIONS = 6, 24
 
 
-def timed(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """The result of `function()`, and the seconds it took: `cpu`, of this process, and `wall`."""
+@contextmanager
+def stopwatch() -> Iterator[dict[str, float]]:
+    """Yields a dictionary that gets the seconds that the block took: `cpu`, of this process, and `wall`."""
+    seconds: dict[str, float] = {}
     cpu, wall = time.process_time(), time.perf_counter()
-    result = function()
-    return result, {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+    yield seconds
+    seconds.update(cpu=time.process_time() - cpu, wall=time.perf_counter() - wall)
 
 
 def load_pipeline(folder: Path, plan: Plan) -> LatteFlowPipeline:
@@ -85,25 +88,27 @@ def run(folder: Path, name: str) -> dict[str, Any]:
             recipe = plan.settings.training_recipe(variant, seed, folder, step)
             if plan.device == "cpu":
                 recipe = recipe.model_copy(update={"training": {**recipe.training, "use_cpu": True}})
-            training_time = None
+            seconds: dict[str, Any] = {"training": None}
             if not output.exists():
-                _, training_time = timed(lambda: train(recipe, run_folder / "training", output))
+                with stopwatch() as seconds["training"]:
+                    train(recipe, run_folder / "training", output)
             pipe = load_pipeline(output, plan)
-            quality, evaluation_time = timed(lambda: meter.measure(pipe, seed))
-            seconds = {"training": training_time, "evaluation": evaluation_time}
-            write_json({"step": step, **quality, "seconds": seconds}, path)
-        points.append(read_json(path))
+            with stopwatch() as seconds["evaluation"]:
+                quality = meter.measure(pipe, seed)
+            write_json({"run": name, "plan": plan.id, "step": step, **quality, "seconds": seconds}, path)
+        points.append(read_own(path, name, plan))
         if output != model and output.exists():
             shutil.rmtree(output)
     pipe = load_pipeline(model, plan)
     save_samples(pipe, run_folder / SAMPLES_FILE, plan)
-    grid, grid_time = timed(lambda: measure_grid(pipe, variant.num_experts, variant.residual_attention, seed, meter, plan))
+    with stopwatch() as grid_seconds:
+        grid = measure_grid(pipe, variant, seed, meter, plan.settings.grid)
     result = {
         "run": name,
         "plan": plan.id,
         "points": points,
         "grid": grid,
-        "grid_seconds": grid_time,
+        "grid_seconds": grid_seconds,
         "understanding": compare_understanding(pipe, folder, plan),
         "versions": package_versions(),
     }
@@ -125,11 +130,10 @@ def save_samples(pipe: LatteFlowPipeline, path: Path, plan: Plan) -> None:
 
 
 def measure_grid(
-    pipe: LatteFlowPipeline, num_experts: int, residual_attention: str | None, seed: int, meter: QualityMeter, plan: Plan
+    pipe: LatteFlowPipeline, variant: Variant, seed: int, meter: QualityMeter, grid: GridSettings | None
 ) -> list[dict[str, Any]]:
     """The quality for every pair of steps and guidance; empty if the recipe does not ask for it."""
-    grid = plan.settings.grid
-    if grid is None or num_experts not in grid.num_experts or residual_attention != "scores":
+    if grid is None or variant.num_experts not in grid.num_experts or variant.residual_attention != "scores":
         return []
     cells = []
     for steps in grid.num_inference_steps:

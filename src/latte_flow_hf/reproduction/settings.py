@@ -1,10 +1,10 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""What is compared: a YAML file such as `recipes/reproduce/full.yaml`, checked as a whole before anything is loaded."""
+"""What is compared: a YAML file such as `recipes/reproduce/full.yaml`, checked as a whole before the work."""
 
 import copy
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -180,6 +180,13 @@ class Reproduction(Settings):
         for name, values in (("variants", names), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} must differ from each other, got {values}")
+        numbers = [variant.num_experts for variant in self.variants]
+        if max(numbers) > min(numbers) * 2 ** (self.num_points - 1):
+            raise ValueError(
+                f"num_points must be more than {self.num_points}, because K = {max(numbers)} takes {max(numbers)} / "
+                f"{min(numbers)} times as many steps as K = {min(numbers)}, and is to be compared with it after equal "
+                "steps"
+            )
         if self.grid is not None:
             unknown = [f"k{number}" for number in self.grid.num_experts if f"k{number}" not in names]
             if unknown:

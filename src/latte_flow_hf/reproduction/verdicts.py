@@ -78,6 +78,6 @@ def judge(interval: Interval, low: float, high: float) -> str:
 
 
 def combine(verdicts: Sequence[str]) -> str:
-    """The verdict of a claim from those of several measures: of the decided ones if they agree, otherwise `UNKNOWN`."""
+    """The verdict of a claim from several measures: that of the decided ones if they agree, otherwise `UNKNOWN`."""
     decided = set(verdicts) - {UNKNOWN}
     return decided.pop() if len(decided) == 1 else UNKNOWN
