@@ -89,8 +89,8 @@ def to_markdown(blocks: Sequence[Block]) -> str:
             case Code(lines):
                 parts.append("\n".join(["```text", *lines, "```"]))
             case Table(header, rows):
-                lines = [header, ["---"] * len(header), *rows]
-                parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+                table = [header, ["---"] * len(header), *rows]
+                parts.append("\n".join(f"| {' | '.join(line)} |" for line in table))
             case Figure(file, caption):
                 parts.append(f"![{caption}]({file})\n\n{caption}")
     return "\n\n".join(parts) + "\n"
@@ -140,10 +140,10 @@ def compose(evidence: Evidence, claims: list[Claim], figures: list[Figure]) -> l
         Heading(1, "The paper's comparisons on the tiny world"),
         Paragraph(
             f"{len(variants)} networks, {num_seeds} {'seeds' if num_seeds > 1 else 'seed'} each, with the same data, "
-            f"frozen backbone and autoencoder, and {settings.budget:.3g} floating-point operations (FLOPs) of training "
-            "for every run. Backbone and autoencoder are those of the embedded checkpoint: the networks are hundreds "
-            "of times smaller than the paper's, and what holds here need not hold there, nor the other way round. Made "
-            "by `latte-flow reproduce`, with the recipe at the end."
+            f"frozen backbone and autoencoder, and {settings.budget:.3g} floating-point operations (FLOPs) of "
+            "training for every run. Backbone and autoencoder are those of the embedded checkpoint: the networks are "
+            "hundreds of times smaller than the paper's, and what holds here need not hold there, nor the other way "
+            "round. Made by `latte-flow reproduce`, with the recipe at the end."
         ),
         Heading(2, "Verdicts"),
         Table(
@@ -158,10 +158,10 @@ def compose(evidence: Evidence, claims: list[Claim], figures: list[Figure]) -> l
             "same data, prompts and noise. The interval is the 95% interval of the mean difference, by Student's t "
             "distribution. A claim says where the true difference lies. It **holds here** if the whole interval lies "
             "there, it **does not hold here** if the whole interval lies elsewhere, and otherwise these runs **cannot "
-            "tell**. With two measures, the verdict is that of the one that decides; if they decide differently, it is "
-            "**cannot tell**. One seed has no spread and decides nothing. Ratios of times have an interval over rounds "
-            "in which the networks take turns; operations are counted and have none. Nothing is corrected for judging "
-            f"{len(claims)} claims: one in twenty intervals misses its true value by chance."
+            "tell**. With two measures, the verdict is that of the one that decides; if they decide differently, it "
+            "is **cannot tell**. One seed has no spread and decides nothing. Ratios of times have an interval over "
+            "rounds in which the networks take turns; operations are counted and have none. Nothing is corrected for "
+            f"judging {len(claims)} claims: one in twenty intervals misses its true value by chance."
         ),
         Table(["Claim", "Compared", "Verdict by measure"], [_criterion_row(claim) for claim in claims]),
         Heading(2, "Quality over training"),
@@ -173,8 +173,8 @@ def compose(evidence: Evidence, claims: list[Claim], figures: list[Figure]) -> l
         ),
         _compute_table(evidence),
         Paragraph(
-            f"After equal steps, {common_step(evidence, variants):,} for all; between the measured points, linear over "
-            f"the logarithm of the steps ({spread})."
+            f"After equal steps, {common_step(evidence, variants):,} for all; between the measured points, linear "
+            f"over the logarithm of the steps ({spread})."
         ),
         _steps_table(evidence),
         Heading(2, "Group size and time"),
@@ -302,9 +302,9 @@ def _origin(evidence: Evidence) -> list[Block]:
     evaluation, times = settings.evaluation, settings.timing
     return [
         Paragraph(
-            f"On {timing['device']} ({plan.device}), with {'; '.join(lines)}. All runs together took {sums['cpu']:.0f} "
-            f"minutes of processor time; one after the other they would have taken {sums['wall']:.0f} minutes. Minutes "
-            "per run, with others beside it:"
+            f"On {timing['device']} ({plan.device}), with {'; '.join(lines)}. All runs together took "
+            f"{sums['cpu']:.0f} minutes of processor time; one after the other they would have taken "
+            f"{sums['wall']:.0f} minutes. Minutes per run, with others beside it:"
         ),
         Table(["Network", "training, CPU", "training, wall", "evaluation, CPU", "evaluation, wall"], rows),
         Paragraph(
@@ -312,11 +312,11 @@ def _origin(evidence: Evidence) -> list[Block]:
             "Operations are counted by PyTorch on one training step of each network, forward and backward; each run "
             "has as many steps as the budget pays for. Evaluated are the moving averages of the weights, with "
             f"{evaluation.num_inference_steps} steps and guidance {evaluation.guidance_scale:g}, on "
-            f"{evaluation.one + evaluation.two + evaluation.digits} prompts, the same for all, with noise that depends "
-            f"on the seed. The Fréchet distance compares with {evaluation.num_reference_images} drawn images. Times "
-            f"are those of {times.num_inference_steps} steps with guidance {times.guidance_scale:g}, from the prompt to "
-            f"the decoded image, with {timing['num_threads']} thread(s), in {times.num_rounds} rounds. Learning rate "
-            "and batch are the same for all networks and were not tuned for each."
+            f"{evaluation.one + evaluation.two + evaluation.digits} prompts, the same for all, with noise that "
+            f"depends on the seed. The Fréchet distance compares with {evaluation.num_reference_images} drawn images. "
+            f"Times are those of {times.num_inference_steps} steps with guidance {times.guidance_scale:g}, from the "
+            f"prompt to the decoded image, with {timing['num_threads']} thread(s), in {times.num_rounds} rounds. "
+            "Learning rate and batch are the same for all networks and were not tuned for each."
         ),
         Paragraph("The recipe:"),
         Code(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, width=110).splitlines()),

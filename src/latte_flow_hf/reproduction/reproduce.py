@@ -179,15 +179,17 @@ def run_all(folder: Path, plan: Plan, num_processes: int, tell: Callable[[str], 
         f"{len(missing)} of {len(names)} runs to make, {num_processes} at a time, {plan.settings.budget:.3g} "
         "operations each"
     )
-    start, failed = time.perf_counter(), []
+    start = time.perf_counter()
+    failed: list[BaseException] = []
     with ThreadPoolExecutor(num_processes) as pool:
         futures = {pool.submit(start_run, folder, name, plan.device): name for name in missing}
         for number, future in enumerate(as_completed(futures), 1):
             name = futures[future]
             if future.cancelled():
                 continue
-            if future.exception() is not None:
-                failed.append(future.exception())
+            error = future.exception()
+            if error is not None:
+                failed.append(error)
                 for other in futures:
                     other.cancel()
                 continue

@@ -103,7 +103,8 @@ def measure_rounds(pipes: dict[str, Any], batch_size: int, settings: TimingSetti
     call = (batch_size, settings.num_inference_steps, settings.guidance_scale)
     for pipe in pipes.values():
         generate_batch(pipe, *call)
-    names, results = list(pipes), {name: [] for name in pipes}
+    names = list(pipes)
+    results: dict[str, list[dict]] = {name: [] for name in names}
     for index in range(settings.num_rounds):
         first = index % len(names)
         for name in names[first:] + names[:first]:
