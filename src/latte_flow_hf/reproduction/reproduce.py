@@ -65,6 +65,11 @@ def reproduce(
     import matplotlib  # noqa: F401
     import torchmetrics  # noqa: F401
 
+    if device == "cuda" and torch.cuda.device_count() > 1:
+        raise ValueError(
+            f"{torch.cuda.device_count()} GPUs are visible, which the Trainer would all use for each run; choose one "
+            "by the environment variable CUDA_VISIBLE_DEVICES."
+        )
     if num_processes is None:
         num_processes = (os.cpu_count() or 1) if device == "cpu" else 1
     if num_processes < 1:
@@ -177,7 +182,7 @@ def run_all(folder: Path, plan: Plan, num_processes: int, tell: Callable[[str], 
         return
     tell(
         f"{len(missing)} of {len(names)} runs to make, {num_processes} at a time, {plan.settings.budget:.3g} "
-        "operations each"
+        f"operations each; what they print is in {folder / RUNS_FOLDER}/*/log.txt"
     )
     start = time.perf_counter()
     failed: list[BaseException] = []
