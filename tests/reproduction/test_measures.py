@@ -26,6 +26,8 @@ def test_values_are_linear_over_the_logarithm_of_the_steps():
 def test_a_gain_is_positive_if_the_first_is_better():
     assert ACCURACY.gain(0.5, over=0.4) == pytest.approx(0.1) and ACCURACY.describe(0.1) == "+10.0 points"
     assert FRECHET.gain(2.0, over=4.0) == pytest.approx(math.log(2)) and FRECHET.describe(math.log(2)) == "x 0.50"
+    assert ACCURACY.describe_range(-0.005, 0.032) == "-0.5 to +3.2 points"
+    assert FRECHET.describe_range(0.0, math.log(2)) == "x 0.50 to 1.00"
     with pytest.raises(ValueError, match="must be positive"):
         FRECHET.gain(0.0, over=4.0)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .measures import ACCURACY, MEASURES, Measure, value_at_step
+from .measures import ACCURACY, FRECHET, MEASURES, Measure, value_at_step
 from .plan import Plan
 from .settings import Variant
 from .verdicts import FAILS, HOLDS, UNKNOWN, Interval, combine, judge, t_interval
@@ -102,9 +102,7 @@ def quality_finding(measure: Measure, pairs: Sequence[tuple[float, float]], low:
     if len(gains) < 2:
         return Finding(f"{text} (one seed: no spread)", UNKNOWN)
     interval = t_interval(gains)
-    # A ratio falls as the gain rises.
-    ends = sorted((interval.low, interval.high), key=lambda end: end if measure is ACCURACY else -end)
-    text += f" (95% interval {' to '.join(measure.describe(end) for end in ends)}, {len(gains)} seeds)"
+    text += f" (95% interval {measure.describe_range(interval.low, interval.high)}, {len(gains)} seeds)"
     if measure is ACCURACY and max(first, second) < MIN_ACCURACY:
         return Finding(f"{text}; both near zero, which compares nothing", UNKNOWN)
     return Finding(text, judge(interval, low * measure.margin, high * measure.margin))
@@ -114,7 +112,7 @@ def ratio_finding(name: str, interval: Interval, low: float, high: float, how: s
     """Judge a ratio, whose logarithm has the `interval`, against the range from `low` to `high`."""
     text = f"{name}: x {math.exp(interval.mean):.2f}"
     if interval.low < interval.high:
-        text += f" (95% interval x {math.exp(interval.low):.2f} to x {math.exp(interval.high):.2f}, {how})"
+        text += f" (95% interval {math.exp(interval.low):.2f} to {math.exp(interval.high):.2f}, {how})"
     else:
         text += f" ({how})"
     return Finding(text, judge(interval, math.log(low) if low > 0 else -math.inf, math.log(high)))
@@ -142,8 +140,8 @@ def over_training(measure: Measure, first: dict, second: dict) -> tuple[float, f
 def judge_claims(evidence: Evidence) -> list[Claim]:
     """All claims, in the order of the report."""
     infinity = math.inf
-    margins = " and ".join(measure.describe(-measure.margin) for measure in MEASURES)
-    at_least = f"holds if the difference is better than the margins, {margins}"
+    margins = f"{100 * ACCURACY.margin:.0f} points of accuracy and {math.expm1(FRECHET.margin):.0%} of the distance"
+    at_least = f"holds if it is not worse by more than {margins}"
     compare = evidence.compare
     return [
         Claim(
@@ -169,7 +167,7 @@ def judge_claims(evidence: Evidence) -> list[Claim]:
         ),
         Claim(
             "Too small groups lose quality: K = 8 is worse than K = 4.",
-            f"at equal steps, as in the paper's ablation; holds if it is worse by more than the margins, {margins}",
+            f"at equal steps, as in the paper's ablation; holds if it is worse by more than {margins}",
             compare(SMALLER, MAIN, at_equal_steps, -infinity, -1),
         ),
         Claim(
@@ -195,8 +193,8 @@ def judge_claims(evidence: Evidence) -> list[Claim]:
         ),
         Claim(
             "Quality is flat from about 20 steps up for guidance of 4 and more.",
-            "K = 4, 20 steps against the most steps, mean over guidance of 4 and more; holds if the difference is "
-            f"within the margins, {margins}",
+            "K = 4, 20 steps against the most steps, mean over guidance of 4 and more; holds if they differ by "
+            f"less than {margins}",
             _flat_findings(evidence),
         ),
         Claim(

@@ -43,6 +43,12 @@ class Measure:
         """A gain for readers: `+3.2 points`, or `x 0.87`, the ratio of the distances."""
         return f"{100 * gain:+.1f} points" if self.name == "accuracy" else f"x {math.exp(-gain):.2f}"
 
+    def describe_range(self, low: float, high: float) -> str:
+        """A range of gains for readers: `-0.5 to +3.2 points`, or `x 0.80 to 0.95`; ratios fall as gains rise."""
+        if self.name == "accuracy":
+            return f"{100 * low:+.1f} to {100 * high:+.1f} points"
+        return f"x {math.exp(-high):.2f} to {math.exp(-low):.2f}"
+
 
 # Chosen: three points are about the standard error of an accuracy over three seeds and 200 prompts; the Fréchet
 # distance of so few images varies by some per cent.

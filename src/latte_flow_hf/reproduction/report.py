@@ -92,7 +92,7 @@ def to_markdown(blocks: Sequence[Block]) -> str:
                 table = [header, ["---"] * len(header), *rows]
                 parts.append("\n".join(f"| {' | '.join(line)} |" for line in table))
             case Figure(file, caption):
-                parts.append(f"![{caption}]({file})\n\n{caption}")
+                parts.append(f"![{caption.split('.')[0]}]({file})\n\n{caption}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -147,10 +147,15 @@ def compose(evidence: Evidence, claims: list[Claim], figures: list[Figure]) -> l
         ),
         Heading(2, "Verdicts"),
         Table(
-            ["Claim of the paper", "Verdict", "Measured"],
+            ["", "Claim of the paper", "Verdict", "Measured"],
             [
-                [claim.statement, f"**{claim.verdict}**", "; ".join(finding.text for finding in claim.findings)]
-                for claim in claims
+                [
+                    str(number),
+                    claim.statement,
+                    f"**{claim.verdict}**",
+                    "; ".join(finding.text for finding in claim.findings),
+                ]
+                for number, claim in enumerate(claims, 1)
             ],
         ),
         Paragraph(
@@ -163,7 +168,13 @@ def compose(evidence: Evidence, claims: list[Claim], figures: list[Figure]) -> l
             "rounds in which the networks take turns; operations are counted and have none. Nothing is corrected for "
             f"judging {len(claims)} claims: one in twenty intervals misses its true value by chance."
         ),
-        Table(["Claim", "Compared", "Verdict by measure"], [_criterion_row(claim) for claim in claims]),
+        Table(
+            ["", "Compared", "Verdict by measure"],
+            [
+                [str(number), claim.criterion, "; ".join(finding.verdict for finding in claim.findings)]
+                for number, claim in enumerate(claims, 1)
+            ],
+        ),
         Heading(2, "Quality over training"),
         *show("convergence.svg"),
         Paragraph(
@@ -181,7 +192,7 @@ def compose(evidence: Evidence, claims: list[Claim], figures: list[Figure]) -> l
         *show("group_size.svg"),
         _timing_table(evidence),
         Heading(2, "Residual attention"),
-        *show("residual_attention.svg"),
+        *(show("residual_attention.svg") or [Paragraph("Not compared by this recipe.")]),
         Heading(2, "Steps and guidance"),
         *(show("steps_guidance.svg") or [Paragraph("Not measured by this recipe.")]),
         *_grid_tables(evidence),
@@ -191,10 +202,6 @@ def compose(evidence: Evidence, claims: list[Claim], figures: list[Figure]) -> l
         *_origin(evidence),
     ]
     return blocks
-
-
-def _criterion_row(claim: Claim) -> list[str]:
-    return [claim.statement, claim.criterion, "; ".join(finding.verdict for finding in claim.findings)]
 
 
 def _with_spread(values: Sequence[float], form: str, scale: float = 1.0) -> str:
