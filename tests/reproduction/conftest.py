@@ -27,10 +27,10 @@ CONTENT = {
         },
         "ema": {"decay": 0.9},
     },
-    "variants": [{"num_experts": 1}, {"num_experts": 4}],
+    "variants": [{"num_experts": 2}, {"num_experts": 4}],
     "seeds": [5],
     "budget": 8e8,
-    "num_points": 3,
+    "num_points": 2,
     "evaluation": {
         # The fewest that have a covariance in the features.
         "one": 100,
@@ -41,7 +41,7 @@ CONTENT = {
         "guidance_scale": 1.0,
         "batch_size": 130,
     },
-    "grid": {"num_experts": [4], "num_inference_steps": [2, 4], "guidance_scale": [1.0]},
+    "grid": {"num_experts": [4], "num_inference_steps": [3], "guidance_scale": [1.0]},
     "timing": {"num_rounds": 2, "batch_sizes": [1], "num_inference_steps": 4, "guidance_scale": 2.0},
 }
 

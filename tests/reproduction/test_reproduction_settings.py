@@ -48,7 +48,7 @@ def test_points_halve():
         ({"seeds": [1, 1]}, r"seeds must differ from each other, got \[1, 1\]"),
         ({"variants": [{"num_experts": 4}, {"num_experts": 4}]}, "variants must differ"),
         ({"variants": [{"num_experts": 3}], "grid": None}, "per_device_train_batch_size must be a multiple of 3"),
-        ({"variants": [{"num_experts": 1}, {"num_experts": 8}], "grid": None}, "num_points must be more than 3"),
+        ({"variants": [{"num_experts": 1}, {"num_experts": 8}], "grid": None}, "num_points must be more than 2"),
         ({"variants": [{"num_experts": 1}]}, r"grid: num_experts .* \['k4'\] are not trained"),
         ({"variants": [{"num_experts": 0}]}, "num_experts .*greater than or equal to 1"),
         ({"budget": 0}, "budget"),
