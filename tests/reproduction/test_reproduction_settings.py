@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from latte_flow_hf.modeling.flow_matching import uniform_boundaries
-from latte_flow_hf.reproduction.plan import points_of
+from latte_flow_hf.reproduction.plan import check_common_steps, points_of
 from latte_flow_hf.reproduction.settings import Reproduction
 
 
@@ -41,6 +41,12 @@ def test_points_halve():
         points_of(100.0, 3, 7)
 
 
+def test_runs_must_have_equal_steps_to_be_compared_at():
+    check_common_steps({"k1": [25, 50, 100], "k4": [100, 200, 400]})
+    with pytest.raises(ValueError, match="num_points must be larger: k1 ends after 100 steps, before k8 is measured"):
+        check_common_steps({"k1": [25, 50, 100], "k8": [200, 400, 800]})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -48,7 +54,6 @@ def test_points_halve():
         ({"seeds": [1, 1]}, r"seeds must differ from each other, got \[1, 1\]"),
         ({"variants": [{"num_experts": 4}, {"num_experts": 4}]}, "variants must differ"),
         ({"variants": [{"num_experts": 3}], "grid": None}, "per_device_train_batch_size must be a multiple of 3"),
-        ({"variants": [{"num_experts": 1}, {"num_experts": 8}], "grid": None}, "num_points must be more than 2"),
         ({"variants": [{"num_experts": 1}]}, r"grid: num_experts .* \['k4'\] are not trained"),
         ({"variants": [{"num_experts": 0}]}, "num_experts .*greater than or equal to 1"),
         ({"budget": 0}, "budget"),

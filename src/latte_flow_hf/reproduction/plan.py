@@ -38,6 +38,24 @@ def points_of(budget: float, step_flops: int, num_points: int) -> list[int]:
     return [total // 2**i for i in reversed(range(num_points))]
 
 
+def check_common_steps(points: dict[str, list[int]]) -> None:
+    """Check that all runs can be compared after equal steps.
+
+    Args:
+        points (`dict[str, list[int]]`): the measured steps, by variant.
+
+    Raises:
+        `ValueError`: if a run ends before another one is measured first.
+    """
+    first = max(points, key=lambda name: points[name][0])
+    last = min(points, key=lambda name: points[name][-1])
+    if points[first][0] > points[last][-1]:
+        raise ValueError(
+            f"num_points must be larger: {last} ends after {points[last][-1]} steps, before {first} is measured first, "
+            f"after {points[first][0]} steps."
+        )
+
+
 @dataclass(frozen=True)
 class Plan:
     """What the runs do.

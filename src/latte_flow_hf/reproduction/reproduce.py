@@ -28,7 +28,17 @@ from ..training.data import UnreadableImages, load_image_rows
 from ..training.recipe import Recipe
 from ..training.train import load_data, load_pipeline, prepare_model, set_image_size
 from ..training.working_folder import lock_folder
-from .plan import PLAN_FILE, RESULT_FILE, RUNS_FOLDER, Plan, check_runs, check_study, load_result, points_of
+from .plan import (
+    PLAN_FILE,
+    RESULT_FILE,
+    RUNS_FOLDER,
+    Plan,
+    check_common_steps,
+    check_runs,
+    check_study,
+    load_result,
+    points_of,
+)
 from .quality import REFERENCE_FILE, write_reference
 from .report import write_report
 from .settings import PARTS_FOLDER, Reproduction, Variant
@@ -124,10 +134,11 @@ def prepare(
     if not autoencoder.exists():
         with atomic_write(autoencoder) as partial:
             pipe.vae.save_pretrained(partial)
-    step_flops, parameters = {}, {}
+    step_flops, parameters, points = {}, {}, {}
     for variant in settings.variants:
         step_flops[variant.name], parameters[variant.name] = count_training_step(settings, variant, folder, device)
-        points_of(settings.budget, step_flops[variant.name], settings.num_points)
+        points[variant.name] = points_of(settings.budget, step_flops[variant.name], settings.num_points)
+    check_common_steps(points)
     for seed in settings.seeds:
         tell(f"encoding the images and prompts of seed {seed}")
         build_cache_of(settings, seed, folder, device)

@@ -180,13 +180,6 @@ class Reproduction(Settings):
         for name, values in (("variants", names), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} must differ from each other, got {values}")
-        numbers = [variant.num_experts for variant in self.variants]
-        if max(numbers) > min(numbers) * 2 ** (self.num_points - 1):
-            raise ValueError(
-                f"num_points must be more than {self.num_points}, because K = {max(numbers)} takes {max(numbers)} / "
-                f"{min(numbers)} times as many steps as K = {min(numbers)}, and is to be compared with it after equal "
-                "steps"
-            )
         if self.grid is not None:
             unknown = [f"k{number}" for number in self.grid.num_experts if f"k{number}" not in names]
             if unknown:
