@@ -22,8 +22,27 @@ from .features import Features
 from .image_sets import open_npz
 
 
-# Chosen: a share of 100 images has a standard error of up to 5 points. The Fréchet distance needs more.
+# Chosen: a share of 100 images has a standard error of up to 5 points.
 MIN_IMAGES = 100
+NUM_SPLITS = 10
+
+
+def min_images(metric: str, num_features: int, nearest_k: int = 5) -> int:
+    """The least number of images of each set that a metric takes.
+
+    Args:
+        metric (`str`): such as `"frechet_distance"`: d + 1, since fewer give a singular covariance;
+            `"inception_score"`: 100 in each of 10 splits; `"prompt_diversity"`: 2; all others 100.
+        num_features (`int`): d.
+        nearest_k (`int`, defaults to 5): for `"precision_recall"`, which needs more images than neighbours.
+    """
+    special = {
+        "frechet_distance": num_features + 1,
+        "inception_score": MIN_IMAGES * NUM_SPLITS,
+        "precision_recall": max(MIN_IMAGES, nearest_k + 1),
+        "prompt_diversity": 2,
+    }
+    return special.get(metric, MIN_IMAGES)
 
 
 @dataclass(frozen=True)
@@ -65,9 +84,10 @@ class Statistics:
             `ValueError`: if there are too few images: fewer than d + 1 give a singular covariance.
         """
         num_features = features.values.shape[1]
-        if len(features) < num_features + 1:
+        minimum = min_images("frechet_distance", num_features)
+        if len(features) < minimum:
             raise ValueError(
-                f"the Fréchet distance with {num_features} features needs at least {num_features + 1} images, got "
+                f"the Fréchet distance with {num_features} features needs at least {minimum} images, got "
                 f"{len(features)} in {features.name}: their covariance would be singular. Use more images, or the "
                 "kernel distance, which needs fewer."
             )
@@ -103,7 +123,11 @@ def read_statistics(path: str | Path) -> Statistics:
     return Statistics(mu.astype(np.float64), sigma.astype(np.float64), extractor, str(path))
 
 
-def _check_comparable(first: Features | Statistics, second: Features | Statistics) -> None:
+def check_comparable(first: Features | Statistics, second: Features | Statistics) -> None:
+    """
+    Raises:
+        `ValueError`: if the features are of different numbers, or of extractors with different names.
+    """
     sizes = [len(item.mu) if isinstance(item, Statistics) else item.values.shape[1] for item in (first, second)]
     names = [f"{item.name} ({item.extractor or 'extractor not named'})" for item in (first, second)]
     if sizes[0] != sizes[1]:
@@ -156,7 +180,7 @@ def frechet_distance(generated: Features | Statistics, reference: Features | Sta
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    _check_comparable(generated, reference)
+    check_comparable(generated, reference)
     fake, real = (item if isinstance(item, Statistics) else Statistics.of(item) for item in (generated, reference))
     metric = _metric(FrechetInceptionDistance, len(real.mu))
     # The sums from which torchmetrics computes the mean and covariance again. Of two images, which is the least that
@@ -195,7 +219,7 @@ def kernel_distance(
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    _check_comparable(generated, reference)
+    check_comparable(generated, reference)
     _check_number("the kernel distance", generated, reference)
     subset_size = min(1000, min(len(generated), len(reference)) // 2)
     metric = _metric(KernelInceptionDistance, generated.values.shape[1], subsets=num_subsets, subset_size=subset_size)
@@ -207,7 +231,7 @@ def kernel_distance(
     return {"mean": float(mean), "std": float(std)}
 
 
-def inception_score(generated: Features, num_splits: int = 10, seed: int = 0) -> dict[str, float]:
+def inception_score(generated: Features, num_splits: int = NUM_SPLITS, seed: int = 0) -> dict[str, float]:
     """exp(E KL(p(y|x) || p(y))), averaged over random splits (Salimans et al. 2016).
 
     Args:
@@ -255,10 +279,10 @@ def precision_recall(generated: Features, reference: Features, nearest_k: int = 
         `ValueError`: if a set has fewer than 100 images, or no more than `nearest_k`, or the features come from two
             extractors.
     """
-    _check_comparable(generated, reference)
+    check_comparable(generated, reference)
     if nearest_k < 1:
         raise ValueError(f"nearest_k must be at least 1, got {nearest_k}.")
-    _check_number("precision and recall", generated, reference, minimum=max(MIN_IMAGES, nearest_k + 1))
+    _check_number("precision and recall", generated, reference, minimum=min_images("precision_recall", 0, nearest_k))
     fake_radii, real_radii = _radii(generated.values, nearest_k), _radii(reference.values, nearest_k)
     num_balls = []
     is_recalled = np.zeros(len(reference), bool)
@@ -353,7 +377,7 @@ def nearest_training_images(generated: Features, training: Features, held_out: F
         `ValueError`: if a set has fewer than 100 images, or the features come from several extractors.
     """
     for features in (training, held_out):
-        _check_comparable(generated, features)
+        check_comparable(generated, features)
     _check_number("the comparison with training images", generated, training, held_out)
     neighbours = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(training.values)
     distances, nearest = (column[:, 0] for column in neighbours.kneighbors(generated.values))

@@ -1,0 +1,165 @@
+"""A comparison gives what its metrics give alone, and is refused before features are computed."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latte_flow_hf.evaluation.comparison import (
+    check_comparison,
+    compare_images,
+    describe_comparison,
+    open_reference,
+    read_prompts_of,
+)
+from latte_flow_hf.evaluation.features import extract_features, load_extractor
+from latte_flow_hf.evaluation.image_quality import (
+    Statistics,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+    prompt_diversity,
+)
+from latte_flow_hf.evaluation.image_sets import open_images, write_npz
+from latte_flow_hf.pipelines.batch_generation import generate_images
+from latte_flow_hf.tinyworld.datasets import TinyWorldImages
+
+
+NUMBER = 140
+
+
+def draw(seed, **arguments):
+    items = TinyWorldImages(seed, NUMBER, **arguments)
+    return np.stack([np.asarray(items[index]["image"]) for index in range(NUMBER)])
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Generated and real images and those of the training, as files; the first 20 generated are of the training."""
+    folder = tmp_path_factory.mktemp("sets")
+    training, real, generated = draw(1), draw(2), draw(3)
+    generated[:20] = training[100:120]
+    for name, images in (("real", real), ("generated", generated)):
+        write_npz(folder / f"{name}.npz", [images], NUMBER)
+    (folder / "training").mkdir()
+    for index, image in enumerate(training):
+        Image.fromarray(image).save(folder / "training" / f"{index:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    return load_extractor()
+
+
+@pytest.fixture(scope="module")
+def generated(sets, extractor):
+    return extract_features(extractor, sets / "generated.npz")
+
+
+@pytest.fixture(scope="module")
+def real(sets, extractor):
+    return extract_features(extractor, sets / "real.npz")
+
+
+def test_all_metrics_at_once_are_those_alone(sets, extractor, generated, real):
+    reference = open_reference(sets / "real.npz")
+    prompts = [f"prompt {index % 35}" for index in range(NUMBER)]
+    results = compare_images(
+        sets / "generated.npz", reference, extractor, prompts=prompts, training=sets / "training", nearest_k=3
+    )
+    assert results["frechet_distance"] == frechet_distance(generated, real)
+    assert results["kernel_distance"] == kernel_distance(generated, real)
+    assert results["precision_recall"] == precision_recall(generated, real, 3)
+    assert results["prompt_diversity"] == prompt_diversity(generated, prompts)
+    assert (results["num_generated"], results["num_reference"]) == (NUMBER, NUMBER)
+    copies = results["nearest_training"]["closest"][:16]
+    assert all(item["distance"] < 1e-3 and item["generated"] < 20 for item in copies)
+    assert {f"{item['generated'] + 100:03d}.png" for item in copies} == {
+        item["training"].rsplit("/", 1)[-1] for item in copies
+    }
+    assert "inception_score" not in results
+    lines = "\n".join(describe_comparison(results))
+    assert f"{results['frechet_distance']:.4f}" in lines and "nearest training" in lines
+
+
+def test_a_reference_of_statistics_alone_has_the_frechet_distance_alone(sets, extractor, generated, real, tmp_path):
+    statistics = Statistics.of(real)
+    np.savez(tmp_path / "reference.npz", mu=statistics.mu, sigma=statistics.sigma)
+    reference = open_reference(tmp_path / "reference.npz")
+    results = compare_images(sets / "generated.npz", reference, extractor)
+    assert results["frechet_distance"] == pytest.approx(frechet_distance(generated, real))
+    assert results.keys() == {
+        "extractor",
+        "num_generated",
+        "num_reference",
+        "nearest_k",
+        "frechet_distance",
+    }
+    with pytest.raises(ValueError, match=r"kernel_distance needs images in .*reference.npz"):
+        compare_images(sets / "generated.npz", reference, extractor, ["kernel_distance"])
+
+
+def test_statistics_of_another_extractor_are_refused(extractor, tmp_path):
+    path = tmp_path / "reference.npz"
+    np.savez(path, mu=np.zeros(64), sigma=np.eye(64))
+    with pytest.raises(ValueError, match=r"128 features in generated .* and 64 in .*reference.npz"):
+        check_comparison(50_000, 64, 64, open_reference(path), extractor, ["frechet_distance"])
+    np.savez(path, mu=np.zeros(128), sigma=np.eye(128), extractor="tinyworld-of-another-version")
+    with pytest.raises(ValueError, match="tinyworld-of-another-version"):
+        check_comparison(50_000, 64, 64, open_reference(path), extractor, ["frechet_distance"])
+
+
+@pytest.mark.parametrize(
+    ("number", "size", "metrics", "message"),
+    [
+        (
+            128,
+            64,
+            ["frechet_distance"],
+            "frechet_distance needs at least 129 images with 128 features, got 128 in gen",
+        ),
+        (99, 64, ["kernel_distance"], "kernel_distance needs at least 100 images with 128 features, got 99 in gen"),
+        (99, 64, ["precision_recall"], "precision_recall needs at least 100"),
+        (200, 32, ["kernel_distance"], r"generated has 32x32 pixels, .*real.npz has 64x64"),
+        (200, 64, ["inception_score"], "needs an extractor with classes, which tinyworld-.* is not"),
+        (200, 64, ["nearest_training"], "nearest_training needs training images"),
+        (200, 64, ["fid"], "metric must be one of frechet_distance, .*, got 'fid'"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(sets, extractor, number, size, metrics, message):
+    with pytest.raises(ValueError, match=message):
+        check_comparison(number, size, size, open_reference(sets / "real.npz"), extractor, metrics)
+
+
+def test_images_are_not_compared_with_themselves(sets, extractor):
+    for arguments in ({"generated": sets / "real.npz"}, {"generated": sets / "generated.npz", "training": "real"}):
+        if "training" in arguments:
+            arguments["training"] = sets / "real.npz"
+        with pytest.raises(ValueError, match="reference must be other images than the"):
+            compare_images(reference=open_reference(sets / "real.npz"), extractor=extractor, **arguments)
+    with pytest.raises(ValueError, match="prompt_diversity needs the prompt of each image"):
+        reference = open_reference(sets / "real.npz")
+        compare_images(sets / "generated.npz", reference, extractor, ["prompt_diversity"])
+
+
+def test_an_unusable_reference_is_refused(tmp_path):
+    np.savez(tmp_path / "empty.npz", labels=np.zeros(3))
+    with pytest.raises(ValueError, match="must have the arrays mu and sigma, or the images arr_0, got labels"):
+        open_reference(tmp_path / "empty.npz")
+    np.savez(tmp_path / "half.npz", mu=np.zeros(3), arr_0=np.zeros((3, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="sigma is missing"):
+        open_reference(tmp_path / "half.npz")
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(OSError, match=r"truncated, or no .npz"):
+        open_reference(tmp_path / "text.npz")
+    with pytest.raises(FileNotFoundError, match=r"nowhere.npz do not exist"):
+        open_reference(tmp_path / "nowhere.npz")
+
+
+def test_prompts_are_read_from_generated_files(pipe, tmp_path):
+    generate_images(pipe, ["a red circle", "a blue square"], tmp_path, num_images_per_prompt=2, num_inference_steps=1)
+    assert read_prompts_of(open_images(tmp_path)) == ["a red circle"] * 2 + ["a blue square"] * 2
+    size = open_images(tmp_path).width
+    Image.new("RGB", (size, size)).save(tmp_path / "other.png")
+    assert read_prompts_of(open_images(tmp_path)) is None
+    assert read_prompts_of(open_images(np.zeros((2, 8, 8, 3), np.uint8))) is None
