@@ -43,7 +43,7 @@ def test_points_halve():
 
 def test_runs_must_have_equal_steps_to_be_compared_at():
     check_common_steps({"k1": [25, 50, 100], "k4": [100, 200, 400]})
-    with pytest.raises(ValueError, match="num_points must be larger: k1 ends after 100 steps, before k8 is first measured, after 200"):
+    with pytest.raises(ValueError, match="k1 ends after 100 steps, and k8 is measured from 200 steps on"):
         check_common_steps({"k1": [25, 50, 100], "k8": [200, 400, 800]})
 
 

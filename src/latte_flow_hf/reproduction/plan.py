@@ -51,8 +51,8 @@ def check_common_steps(points: dict[str, list[int]]) -> None:
     last = min(points, key=lambda name: points[name][-1])
     if points[first][0] > points[last][-1]:
         raise ValueError(
-            f"num_points must be larger: {last} ends after {points[last][-1]} steps, before {first} is measured, after "
-            f"{points[first][0]} steps."
+            f"num_points must be larger: {last} ends after {points[last][-1]} steps, and {first} is measured from "
+            f"{points[first][0]} steps on."
         )
 
 
