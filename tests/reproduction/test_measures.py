@@ -32,6 +32,10 @@ def test_a_gain_is_positive_if_the_first_is_better():
         FRECHET.gain(0.0, over=4.0)
 
 
+def test_distances_have_a_geometric_mean():
+    assert ACCURACY.mean([0.1, 0.3]) == pytest.approx(0.2) and FRECHET.mean([1.0, 100.0]) == pytest.approx(10.0)
+
+
 def test_spread_needs_two_seeds():
     assert mean_and_spread([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
     assert mean_and_spread([1.0]) == (1.0, None)

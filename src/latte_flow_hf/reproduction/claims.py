@@ -96,7 +96,7 @@ class Evidence:
 def quality_finding(measure: Measure, pairs: Sequence[tuple[float, float]], low: float, high: float) -> Finding:
     """Judge the gains of pairs of values, one for each seed, against a range in units of the measure's margin."""
     gains = [measure.gain(value, over) for value, over in pairs]
-    first, second = (sum(column) / len(pairs) for column in zip(*pairs))
+    first, second = (measure.mean(column) for column in zip(*pairs))
     both = f"{first:.1%} against {second:.1%}" if measure is ACCURACY else f"{first:.3g} against {second:.3g}"
     text = f"{measure.label}: {both}, {measure.describe(sum(gains) / len(gains))}"
     if len(gains) < 2:
@@ -131,10 +131,8 @@ def at_equal_steps(measure: Measure, first: dict, second: dict) -> tuple[float, 
 
 def over_training(measure: Measure, first: dict, second: dict) -> tuple[float, float]:
     """The means over all measured points: the mean height of the curves over the logarithm of the operations."""
-    first_mean, second_mean = (
-        sum(measure.value(point) for point in run["points"]) / len(run["points"]) for run in (first, second)
-    )
-    return first_mean, second_mean
+    means = [measure.mean([measure.value(point) for point in run["points"]]) for run in (first, second)]
+    return means[0], means[1]
 
 
 def judge_claims(evidence: Evidence) -> list[Claim]:
@@ -236,7 +234,7 @@ def _flat_findings(evidence: Evidence) -> list[Finding]:
         cells = [
             cell for cell in run["grid"] if cell["num_inference_steps"] == steps and cell["guidance_scale"] in scales
         ]
-        return sum(measure.value(cell) for cell in cells) / len(cells)
+        return measure.mean([measure.value(cell) for cell in cells])
 
     runs = evidence.runs[MAIN.name]
     return [

@@ -2,6 +2,7 @@
 """Quality over training: what is compared, between measured points, and as gains that are better when larger."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,10 @@ class Measure:
         if not min(value, over) > 0:
             raise ValueError(f"a Fréchet distance must be positive to be compared, got {value} and {over}.")
         return math.log(over / value)
+
+    def mean(self, values: Sequence[float]) -> float:
+        """The mean of shares, or the geometric mean of distances, which large ones do not dominate."""
+        return statistics.fmean(values) if self.name == "accuracy" else statistics.geometric_mean(values)
 
     def describe(self, gain: float) -> str:
         """A gain for readers: `+3.2 points`, or `x 0.87`, the ratio of the distances."""
