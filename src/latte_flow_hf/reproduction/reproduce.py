@@ -197,27 +197,21 @@ def run_all(folder: Path, plan: Plan, num_processes: int, tell: Callable[[str], 
         f"operations each; what they print is in {folder / RUNS_FOLDER}/*/log.txt"
     )
     start = time.perf_counter()
-    failed: list[BaseException] = []
     with ThreadPoolExecutor(num_processes) as pool:
         futures = {pool.submit(start_run, folder, name, plan.device): name for name in missing}
-        for number, future in enumerate(as_completed(futures), 1):
-            name = futures[future]
-            if future.cancelled():
-                continue
-            error = future.exception()
-            if error is not None:
-                failed.append(error)
-                for other in futures:
-                    other.cancel()
-                continue
-            minutes = (time.perf_counter() - start) / 60
-            last = read_json(folder / RUNS_FOLDER / name / RESULT_FILE)["points"][-1]
-            tell(
-                f"{name}: {last['step']} steps, accuracy {last['accuracy']['all']:.1%}, Fréchet distance "
-                f"{last['frechet']:.3f} ({number} of {len(missing)} runs, {minutes:.1f} min)"
-            )
-    if failed:
-        raise failed[0]
+        try:
+            for number, future in enumerate(as_completed(futures), 1):
+                future.result()
+                name, minutes = futures[future], (time.perf_counter() - start) / 60
+                last = read_json(folder / RUNS_FOLDER / name / RESULT_FILE)["points"][-1]
+                tell(
+                    f"{name}: {last['step']} steps, accuracy {last['accuracy']['all']:.1%}, Fréchet distance "
+                    f"{last['frechet']:.3f} ({number} of {len(missing)} runs, {minutes:.1f} min)"
+                )
+        except BaseException:
+            # Of an interruption, too: no other run is started.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def start_run(folder: Path, name: str, device: str) -> None:

@@ -22,6 +22,7 @@ from ..evaluation.tinyworld import understanding_questions
 from ..files import save_image, write_json
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline
 from ..training.train import train
+from ..training.working_folder import lock_folder
 from .machine import package_versions
 from .plan import RESULT_FILE, RUNS_FOLDER, Plan, load_result, read_own
 from .quality import QualityMeter, generate
@@ -75,8 +76,13 @@ def run(folder: Path, name: str) -> dict[str, Any]:
     finished = load_result(folder, name, plan)
     if finished is not None:
         return finished
-    variant, seed = plan.settings.runs[name]
+    with lock_folder(folder / RUNS_FOLDER / name):
+        return _run(folder, name, plan)
+
+
+def _run(folder: Path, name: str, plan: Plan) -> dict[str, Any]:
     run_folder = folder / RUNS_FOLDER / name
+    variant, seed = plan.settings.runs[name]
     meter = QualityMeter(plan.settings.evaluation, folder, plan.device)
     points: list[dict[str, Any]] = []
     steps = plan.points(variant)
