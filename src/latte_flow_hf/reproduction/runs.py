@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from ..evaluation.demo import DEMO_PROMPTS
 from ..evaluation.tinyworld import understanding_questions
 from ..files import save_image, write_json
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline
@@ -31,7 +30,16 @@ from .settings import PARTS_FOLDER, GridSettings, Variant
 
 MODEL_FOLDER = "model"
 SAMPLES_FILE = "samples.png"
-SAMPLE_PROMPTS = DEMO_PROMPTS
+SAMPLE_PROMPTS = (
+    "a red circle",
+    "a green cross",
+    "a blue square",
+    "a yellow triangle",
+    "a purple circle",
+    "a blue square left of a yellow triangle",
+    "a handwritten three",
+    "a handwritten seven",
+)
 
 # How many questions compare the answers of the model with those of the backbone alone.
 _NUM_SCENES, _NUM_QUESTIONS = 6, 24
@@ -124,7 +132,7 @@ def _run(folder: Path, name: str, plan: Plan) -> dict[str, Any]:
 
 
 def save_samples(pipe: LatteFlowPipeline, path: Path, plan: Plan) -> None:
-    """Images of the demo's prompts beside each other; the same noise for every run."""
+    """Images of the sample prompts beside each other; the same noise for every run."""
     settings = plan.settings.evaluation
     call = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale}
     images = generate(pipe, list(SAMPLE_PROMPTS), 0, settings.batch_size, **call)
