@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import yaml
@@ -154,3 +155,24 @@ def test_a_failed_run_is_told_and_the_finished_one_kept(copied, make_settings):
     with pytest.raises(OSError, match=r"run k4-seed-5 failed with code 1: .*log.txt"):
         reproduce(make_settings(), copied, "cpu", tell=lambda line: None)
     assert (copied / "runs" / RUNS[0] / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quick"], "recipe recipes/reproduce/quick.yaml does not exist; run the command in a clone"),
+        (["some.yaml"], "recipe some.yaml does not exist"),
+        (["some.yaml", "--quick"], "give either a recipe or --quick"),
+    ],
+)
+def test_the_command_needs_one_recipe(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = CliRunner().invoke(app, ["reproduce", *arguments])
+    assert outcome.exit_code == 1 and message in outcome.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_missing_packages_are_named_before_the_work(make_settings, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match="matplotlib"):
+        reproduce(make_settings(), tmp_path / "out", "cpu")
+    assert not (tmp_path / "out").exists()
