@@ -200,7 +200,7 @@ def imagenet(
     )
     if real is not None and extractor is not None:
         height = size or pipe.default_size
-        samples_50k.check_evaluation(num_samples, height, height, real, load_extractor(extractor))
+        samples_50k.check_evaluation(num_samples, height, height, real, load_extractor(extractor), prompts)
     call = {"num_inference_steps": steps, "guidance_scale": guidance, "height": size, "width": size}
     samples = samples_50k.generate_class_samples(
         pipe, prompts, output, num_samples, seed, batch_size, shard_size, device, **call

@@ -1,9 +1,13 @@
 """A comparison gives what its metrics give alone, and is refused before features are computed."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from latte_flow_cli import app
 from latte_flow_hf.evaluation.comparison import (
     check_comparison,
     compare_images,
@@ -131,15 +135,35 @@ def test_what_cannot_be_computed_is_refused(sets, extractor, number, size, metri
         check_comparison(number, size, size, open_reference(sets / "real.npz"), extractor, metrics)
 
 
-def test_images_are_not_compared_with_themselves(sets, extractor):
+def test_images_are_not_compared_with_themselves_or_another_world(sets, extractor):
     for arguments in ({"generated": sets / "real.npz"}, {"generated": sets / "generated.npz", "training": "real"}):
         if "training" in arguments:
             arguments["training"] = sets / "real.npz"
         with pytest.raises(ValueError, match="reference must be other images than the"):
             compare_images(reference=open_reference(sets / "real.npz"), extractor=extractor, **arguments)
+    reference = open_reference(sets / "real.npz")
+    with pytest.raises(ValueError, match="only knows its images, and prompts have words of another one"):
+        compare_images(sets / "generated.npz", reference, extractor, prompts=["a dog"] * NUMBER)
     with pytest.raises(ValueError, match="prompt_diversity needs the prompt of each image"):
-        reference = open_reference(sets / "real.npz")
         compare_images(sets / "generated.npz", reference, extractor, ["prompt_diversity"])
+
+
+def test_the_command_prints_and_writes_the_comparison(sets, generated, real, tmp_path):
+    arguments = ["evaluate", "images", str(sets / "generated.npz"), str(sets / "real.npz")]
+    output = ["--metric", "frechet_distance", "--metric", "precision_recall", "--nearest-k", "3"]
+    result = CliRunner().invoke(app, [*arguments, *output, "-o", str(tmp_path / "out.json"), "--json"])
+    assert result.exit_code == 0, result.output
+    results = json.loads(result.stdout)
+    assert json.loads((tmp_path / "out.json").read_text()) == results
+    assert results["frechet_distance"] == frechet_distance(generated, real)
+    assert results["precision_recall"] == precision_recall(generated, real, 3) and "kernel_distance" not in results
+    for given, message in (
+        (["--extractor", "inception"], "Nothing is downloaded: get inception-2015-12-05.pt from"),
+        (["--metric", "inception_score"], "inception_score needs an extractor with classes"),
+        (["-o", "out.txt"], "output must be a .json file"),
+    ):
+        result = CliRunner().invoke(app, [*arguments, *given])
+        assert result.exit_code and message in result.stderr
 
 
 def test_an_unusable_reference_is_refused(tmp_path):

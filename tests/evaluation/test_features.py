@@ -82,6 +82,9 @@ def test_images_of_another_world_are_refused(tinyworld):
         ValueError, match=r"photos must be of 64x64 pixels for the extractor of the tiny world, got 256"
     ):
         extract_features(tinyworld, np.zeros((2, 256, 256, 3), np.uint8), name="photos")
+    tinyworld.check_prompts(["A red circle left of a blue square.", "a handwritten seven"])
+    with pytest.raises(ValueError, match=r"words of another one \(photo, my, dog\); choose another"):
+        tinyworld.check_prompts(["a red circle", "a photo of my dog"])
     with pytest.raises(ValueError, match="Inception Score needs Inception"):
         extract_features(tinyworld, IMAGES, with_classes=True)
 

@@ -87,9 +87,12 @@ def test_a_stopped_run_goes_on_where_it_was(counted, tmp_path):
     # The third shard is unfinished: it is made again.
     assert names_of(tmp_path / "out") == ["settings.json", "shards/00000.npy", "shards/00001.npy"]
     before = (tmp_path / "out" / "shards" / "00001.npy").stat().st_mtime_ns
+    # What a killed process leaves of a shard that it was writing.
+    (tmp_path / "out" / "shards" / ".00002.npy.0").mkdir()
+    (tmp_path / "out" / "shards" / ".00002.npy.0" / "00002.npy").write_bytes(b"half")
     counted.made, counted.stop_after = 0, None
     path = generate_class_samples(counted, PROMPTS, tmp_path / "out", **SIZES, **CALL)
-    assert counted.made == 7
+    assert counted.made == 7 and not list((tmp_path / "out" / "shards").glob(".*"))
     assert (tmp_path / "out" / "shards" / "00001.npy").stat().st_mtime_ns == before
     assert generate_class_samples(counted, PROMPTS, tmp_path / "out", **SIZES, **CALL) == path
     assert counted.made == 7, "all is there"

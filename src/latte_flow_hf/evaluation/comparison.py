@@ -103,6 +103,7 @@ def check_comparison(
     training: ImageSet | None = None,
     nearest_k: int = 5,
     name: str = "generated",
+    prompts: Sequence[str] | None = None,
 ) -> None:
     """Check everything that can be known of a comparison before the images exist.
 
@@ -110,10 +111,11 @@ def check_comparison(
         num_images, height, width (`int`): the number and size of the generated images.
         reference, extractor, metrics, training, nearest_k: see [`compare_images`].
         name (`str`, defaults to `"generated"`): what errors call the generated images.
+        prompts (`Sequence[str]`, *optional*): those of the generated images, if they are known.
 
     Raises:
         `ValueError`: if there are too few images for a metric, sizes differ, or the reference lacks what a metric
-            needs or belongs to another extractor.
+            needs or belongs to another extractor, or the extractor is made for other images.
     """
     for metric in metrics:
         if metric not in METRICS:
@@ -142,6 +144,7 @@ def check_comparison(
                 f"{other_height}x{other_width}; resize them in the same way."
             )
     extractor.check_size(name, height, width)
+    extractor.check_prompts(prompts or [])
     for metric in metrics:
         minimum = min_images(metric, extractor.num_features, nearest_k)
         for other, (number, *_) in sets.items():
@@ -217,6 +220,7 @@ def compare_images(
         training_images,
         nearest_k,
         opened.name,
+        prompts,
     )
     features = extract_features(extractor, opened, batch_size, with_classes="inception_score" in metrics)
     real = None
@@ -293,8 +297,8 @@ def describe_comparison(results: dict[str, Any]) -> list[str]:
         lines += [
             f"{'nearest training':20}{nearest['median_generated']:.4f} from generated images, "
             f"{nearest['median_held_out']:.4f} from held-out ones (medians)",
-            f"{'':20}a generated image is the closer one with probability {nearest['share_closer']:.3f} "
-            f"(p = {nearest['p_value']:.2g} that none is)",
+            f"{'':20}probability {nearest['share_closer']:.3f} that a generated image is closer than a held-out one "
+            f"(one-sided p = {nearest['p_value']:.2g})",
         ]
         closest = nearest["closest"][0]
         lines.append(f"{'':20}closest: {closest['generated']} to {closest['training']} ({closest['distance']:.4f})")

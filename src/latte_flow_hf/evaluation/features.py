@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..checkpoints import tiny_checkpoint
 from ..files import check_files, hash_file
+from ..modeling.context import unknown_words
 from ..pipelines.fingerprint import hash_module
 from ..tinyworld.shapes import IMAGE_SIZE
 from .image_sets import ImageSet, open_images
@@ -82,6 +83,12 @@ class FeatureExtractor(Protocol):
             `ValueError`: if the images called `name` are of a size that the extractor is not made for.
         """
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """
+        Raises:
+            `ValueError`: if images of these prompts are of a kind that the extractor is not made for.
+        """
+
     def features(self, images: np.ndarray) -> torch.Tensor:
         """Images (n, height, width, 3) of uint8 -> features (n, d)."""
 
@@ -95,7 +102,8 @@ class TinyWorldExtractor:
     The tower was trained to tell colours, shapes, digits and relations apart, and frozen before any image was
     generated. It only knows the tiny world, and its distances mean something only there: they compare models of the
     tiny world with each other, and not with numbers from papers. (Chosen: its last layer before the patches are
-    merged, because fewer features need fewer images.)
+    merged, because fewer features need fewer images, after the norm that the merger starts with, because features
+    around 1 suit the kernel distance.)
 
     Args:
         device (`str`, defaults to `"cpu"`): where it runs.
@@ -111,6 +119,7 @@ class TinyWorldExtractor:
         model = LatteFlowForConditionalGeneration.from_pretrained(checkpoint / "model", dtype=torch.float32)
         self.tower = model.vlm.model.visual.eval().to(device)
         self.image_processor = LatteFlowProcessor.from_pretrained(checkpoint / "processor").image_processor
+        self.words = model.config.trained_words
         self.num_features = self.tower.config.embed_dim
         self.name = f"tinyworld-{hash_module(self.tower)[:12]}"
         self.device = device
@@ -122,11 +131,21 @@ class TinyWorldExtractor:
                 f"{height}x{width}; for other images, choose another extractor."
             )
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        unknown = unknown_words(list(prompts), self.words)
+        if unknown:
+            shown = ", ".join(unknown[:8]) + (", ..." if len(unknown) > 8 else "")
+            raise ValueError(
+                f"the extractor of the tiny world only knows its images, and prompts have words of another one ({shown}); "
+                "choose another extractor."
+            )
+
     @torch.inference_mode()
     def features(self, images: np.ndarray) -> torch.Tensor:
         inputs = self.image_processor(images=_to_pil(images), return_tensors="pt").to(self.device)
         output = self.tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
-        return output.last_hidden_state.view(len(images), -1, self.num_features).mean(dim=1)
+        patches = self.tower.merger.ln_q(output.last_hidden_state)
+        return patches.view(len(images), -1, self.num_features).mean(dim=1)
 
     def log_probabilities(self, images: np.ndarray) -> torch.Tensor:
         raise ValueError("the extractor of the tiny world has no classes; the Inception Score needs Inception.")
@@ -169,13 +188,16 @@ class InceptionExtractor:
     def check_size(self, name: str, height: int, width: int) -> None:
         """Every size is resized to 299x299."""
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Any image has features."""
+
     @torch.inference_mode()
     def features(self, images: np.ndarray) -> torch.Tensor:
         return self.network(self._to_tensor(images), return_features=True)
 
     @torch.inference_mode()
     def log_probabilities(self, images: np.ndarray) -> torch.Tensor:
-        probabilities = self.network(self._to_tensor(images), no_output_bias=True).double()
+        probabilities = self.network(self._to_tensor(images), no_output_bias=True).cpu().double()
         # Below, a probability of float32 is 0, and its logarithm would not be finite.
         return probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
 
@@ -222,6 +244,9 @@ class VisionModelExtractor:
 
     def check_size(self, name: str, height: int, width: int) -> None:
         """Every size is resized by the image processor."""
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Any image has features."""
 
     @torch.inference_mode()
     def features(self, images: np.ndarray) -> torch.Tensor:
@@ -289,9 +314,9 @@ def extract_features(
     features, log_probabilities = [], []
     with tqdm(total=opened.num_images, desc=f"features: {opened.name}") as progress:
         for batch in opened.read(batch_size):
-            features.append(extractor.features(batch).double().cpu().numpy())
+            features.append(extractor.features(batch).cpu().double().numpy())
             if with_classes:
-                log_probabilities.append(extractor.log_probabilities(batch).double().cpu().numpy())
+                log_probabilities.append(extractor.log_probabilities(batch).cpu().double().numpy())
             progress.update(len(batch))
     return Features(
         np.concatenate(features),

@@ -8,6 +8,7 @@ makes it: their bytes depend on neither the number of processes nor the size of 
 
 import json
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -198,6 +199,9 @@ def generate_class_samples(
         return None
     labels = np.arange(num_samples) % len(prompts)
     write_npz(samples, _read_shards([path for path, _ in shards]), num_samples, arr_1=labels)
+    # What killed runs left of unfinished files, see `atomic_write`.
+    for scratch in [*folder.glob(".samples_*.npz.*"), *(folder / SHARDS_FOLDER).glob(".*.npy.*")]:
+        shutil.rmtree(scratch, ignore_errors=True)
     return samples
 
 
@@ -287,7 +291,12 @@ def _read_shards(paths: list[Path]) -> Iterator[np.ndarray]:
 
 
 def check_evaluation(
-    num_samples: int, height: int, width: int, reference: Reference, extractor: FeatureExtractor
+    num_samples: int,
+    height: int,
+    width: int,
+    reference: Reference,
+    extractor: FeatureExtractor,
+    prompts: Sequence[str] | None = None,
 ) -> list[str]:
     """Check what [`evaluate_samples`] needs, before the samples are generated.
 
@@ -300,7 +309,15 @@ def check_evaluation(
     """
     metrics = [metric for metric in choose_metrics(reference, extractor) if metric in ADM_METRICS]
     check_comparison(
-        num_samples, height, width, reference, extractor, metrics, nearest_k=ADM_NEAREST_K, name="the samples"
+        num_samples,
+        height,
+        width,
+        reference,
+        extractor,
+        metrics,
+        nearest_k=ADM_NEAREST_K,
+        name="the samples",
+        prompts=prompts,
     )
     return metrics
 
