@@ -188,7 +188,10 @@ def merged(scene: Scene, rng: np.random.Generator) -> Image.Image:
     (x1, y1, size1), (x2, y2, size2) = place_objects(scene, rng)
     share = rng.uniform(0.5, 0.75) * (size1 + size2) / np.hypot(x1 - x2, y1 - y2)
     x, y = (x1 + x2) / 2, (y1 + y2) / 2
-    positions = [(x + share * (x1 - x), y + share * (y1 - y), size1), (x + share * (x2 - x), y + share * (y2 - y), size2)]
+    positions = [
+        (x + share * (x1 - x), y + share * (y1 - y), size1),
+        (x + share * (x2 - x), y + share * (y2 - y), size2),
+    ]
     return _render(_layers(scene, positions))
 
 
@@ -299,10 +302,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     digits = digits_read()
-    print(f"| Images | Number | The oracle says | Share |\n|---|---|---|---|")
-    print(f"| drawn scenes | {arguments.num_images} | right | {share_read(arguments.num_images, arguments.seed):.2%} |")
-    print(f"| held-out digits | {len(digit_indices(held_out=True))} | right | {digits['right']:.2%} |")
-    print(f"| held-out digits, wrong values | {9 * len(digit_indices(held_out=True))} | wrong | {digits['refused']:.2%} |")
+    num_digits = len(digit_indices(held_out=True))
+    print("| Images | Number | The oracle says | Share |\n|---|---|---|---|")
+    print(
+        f"| drawn scenes | {arguments.num_images} | right | {share_read(arguments.num_images, arguments.seed):.2%} |"
+    )
+    print(f"| held-out digits | {num_digits} | right | {digits['right']:.2%} |")
+    print(
+        f"| held-out digits, wrong values | {9 * num_digits} | wrong | {digits['refused']:.2%} |"
+    )
     for kind in WRONG:
         share = share_refused(kind, arguments.num_wrong, arguments.seed)
         print(f"| {kind} | {arguments.num_wrong} | wrong | {share:.2%} |")

@@ -73,9 +73,7 @@ def read_objects(image: Image.Image, object_class: type[SceneObject] = SceneObje
         axis = np.array(object_class.colours[nearest]) - BACKGROUND
         coverage = np.where(support, np.clip((pixels - BACKGROUND) @ axis / (axis @ axis), 0.0, 1.0), 0.0)
         shape = _read_shape(coverage, object_class.shapes)
-        found.append(
-            FoundObject(colour, shape, (columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2)
-        )
+        found.append(FoundObject(colour, shape, (columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2))
     return found
 
 
@@ -182,9 +180,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB")).astype(np.float32)
 
 
-def _read_colour(
-    pixels: np.ndarray, mask: np.ndarray, object_class: type[SceneObject]
-) -> tuple[str, str | None]:
+def _read_colour(pixels: np.ndarray, mask: np.ndarray, object_class: type[SceneObject]) -> tuple[str, str | None]:
     """The colour of most inner pixels, and the same if it is clear."""
     inner = ndimage.binary_erosion(mask)
     inside = pixels[inner if inner.sum() >= 20 else mask]
