@@ -11,8 +11,10 @@ resumes an unfinished one from its last checkpoint.
 
 import argparse
 import functools
+import platform
 import re
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.trainer_utils import get_last_checkpoint
 
 from latte_flow_hf import LatteFlowPipeline, LatteFlowProcessor
-from latte_flow_hf.files import atomic_write, store_hashes
+from latte_flow_hf.files import atomic_write, read_json, store_hashes, write_json
 from latte_flow_hf.tinyworld.datasets import Conversations, DoodleImages, LabelledImages, TinyWorldImages
 from latte_flow_hf.tinyworld.shapes import IMAGE_SIZE
 from latte_flow_hf.training import ConversationCollator
+from latte_flow_hf.training.callbacks import TimeCallback
 from latte_flow_hf.training.recipe import Recipe, Settings
 from latte_flow_hf.training.train import train
 
@@ -100,9 +103,8 @@ def run_trainer(model: nn.Module, data: Dataset, collator: Callable, run_dir: Pa
     arguments = TrainingArguments(
         output_dir=str(run_dir), seed=seed, report_to=[], remove_unused_columns=False, save_total_limit=1, **settings
     )
-    Trainer(model, arguments, train_dataset=data, data_collator=collator).train(
-        resume_from_checkpoint=get_last_checkpoint(str(run_dir)) if run_dir.exists() else None
-    )
+    trainer = Trainer(model, arguments, train_dataset=data, data_collator=collator, callbacks=[TimeCallback()])
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run_dir)) if run_dir.exists() else None)
 
 
 def num_examples(settings: dict) -> int:
@@ -345,6 +347,8 @@ def build_pipeline(stages: Stages, recipe: Recipe, work_dir: Path) -> Path:
 def build_checkpoint(stages: Stages, recipe: Recipe, work_dir: Path, output_dir: Path) -> Path:
     """Run all stages, and save the pipeline in half precision: the package allows 25 MB for the checkpoint.
 
+    `training_log.json` beside it has what each stage logged, with the time since the stage began.
+
     Raises:
         `ValueError`: if `output_dir` exists.
     """
@@ -362,8 +366,28 @@ def build_checkpoint(stages: Stages, recipe: Recipe, work_dir: Path, output_dir:
         for config_file in (folder / "model" / "config.json", folder / "config.json"):
             config = config_file.read_text(encoding="utf-8")
             config_file.write_text(config.replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8")
+        write_json(read_log(work_dir), folder / "training_log.json")
         store_hashes(folder)
     return output_dir
+
+
+def read_log(work_dir: Path) -> dict[str, Any]:
+    """What the stages logged, and the versions and the machine of the process that finished them."""
+    machine = {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("torch", "transformers", "diffusers")},
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    runs = work_dir / "runs"
+    folders = {name: runs / name for name in ("vision", "language", "joint", "backbone", "autoencoder")}
+    folders["experts"] = runs / "experts" / "checkpoints"
+    logs = {}
+    for name, folder in folders.items():
+        checkpoint = get_last_checkpoint(str(folder))
+        assert checkpoint is not None, f"{folder} has no checkpoint."
+        logs[name] = read_json(Path(checkpoint, "trainer_state.json"))["log_history"]
+    return {**machine, "stages": logs}
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def build():
     return module
 
 
-SHORT = {"max_steps": 2, "per_device_train_batch_size": 4, "save_steps": 1, "disable_tqdm": True}
+SHORT = {"max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 4, "save_steps": 1, "disable_tqdm": True}
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,9 @@ def test_all_stages_end_in_a_pipeline_that_loads(build, stages, recipe, tmp_path
     assert pipe.scheduler.config.new_noise == [0.3, 0.6, 0.6, 0.0]
     assert pipe("a red circle", num_inference_steps=4).images[0].size == (64, 64)
     assert not [path for path in output.rglob("*.json") if str(tmp_path) in path.read_text()]
+    log = json.loads((output / "training_log.json").read_text())["stages"]
+    assert set(log) == {"vision", "language", "joint", "backbone", "autoencoder", "experts"}
+    assert all(entries[-1]["step"] == 2 and entries[-1]["seconds"] > 0 for entries in log.values())
     with pytest.raises(ValueError, match="exists; remove it"):
         build.build_checkpoint(stages, recipe, work_dir, tmp_path / "out")
 

@@ -62,7 +62,7 @@ def test_a_killed_run_ends_in_the_bytes_of_one_never_stopped(recipe, run, read_l
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_stopped_run_resumes_without_a_cache(recipe, run, tmp_path, streaming):
+def test_a_stopped_run_resumes_without_a_cache(recipe, run, read_log, tmp_path, streaming):
     change = {"data": {"source": {**recipe()["data"]["source"], "streaming": streaming}, "shuffle_buffer": 4}}
     whole = run(recipe(**change), tmp_path / "whole")
     # What a run killed after step 4 leaves.
@@ -70,7 +70,11 @@ def test_a_stopped_run_resumes_without_a_cache(recipe, run, tmp_path, streaming)
     checkpoints.parent.mkdir(parents=True)
     (tmp_path / "whole" / "work" / "checkpoints").rename(checkpoints)
     shutil.rmtree(checkpoints / "checkpoint-6")
+    before = [entry["seconds"] for entry in read_log(tmp_path / "whole")]
     assert hash_module(run(recipe(**change), tmp_path / "parts").model.tower) == hash_module(whole.model.tower)
+    # The time of the first part counts; its values in the checkpoint are those that it logged.
+    after = [entry["seconds"] for entry in read_log(tmp_path / "parts")]
+    assert after == sorted(after) and 0 < after[0] == before[0]
 
 
 def test_conversations_train_the_backbone_only_if_it_is_trainable(recipe, run, read_log, pipeline, tmp_path):

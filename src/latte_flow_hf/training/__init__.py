@@ -8,6 +8,7 @@ from .callbacks import (
     IntervalWarmupCallback,
     LossCallback,
     SampleCallback,
+    TimeCallback,
     last_checkpoint,
 )
 from .collator import ConversationCollator, ImagePromptEncoder, TextToImageCollator, encode_prompts
@@ -22,6 +23,7 @@ __all__ = [
     "LossCallback",
     "SampleCallback",
     "TextToImageCollator",
+    "TimeCallback",
     "encode_prompts",
     "expert_lora_config",
     "last_checkpoint",

@@ -1,9 +1,10 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Callbacks for the stock Trainer: moving average, losses by expert, complete checkpoints, sample images."""
+"""Callbacks for the stock Trainer: moving average, losses by expert, time, complete checkpoints, sample images."""
 
 import math
 import re
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -252,6 +253,23 @@ class LossCallback(TrainerCallback):
 def _shorten(names: Sequence[str], max_names: int = 16) -> str:
     rest = f" and {len(names) - max_names} more" if len(names) > max_names else ""
     return ", ".join(names[:max_names]) + rest
+
+
+class TimeCallback(TrainerCallback):
+    """Adds the time since training began to each entry of the log, over all starts of a run that was resumed.
+
+    `seconds` is the time on the clock, `processor_seconds` the time of all threads of this process. What was trained
+    after the last checkpoint before a stop, and is trained again, is counted once.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        last = next((entry for entry in reversed(state.log_history) if "seconds" in entry), {})
+        self.clock = time.perf_counter() - last.get("seconds", 0.0)
+        self.processor_clock = time.process_time() - last.get("processor_seconds", 0.0)
+
+    def on_log(self, args, state, control, **kwargs):
+        state.log_history[-1]["seconds"] = round(time.perf_counter() - self.clock, 2)
+        state.log_history[-1]["processor_seconds"] = round(time.process_time() - self.processor_clock, 2)
 
 
 class CheckpointCallback(TrainerCallback):

@@ -41,6 +41,7 @@ from .callbacks import (
     IntervalWarmupCallback,
     LossCallback,
     SampleCallback,
+    TimeCallback,
     last_checkpoint,
     remove_incomplete_checkpoints,
 )
@@ -532,6 +533,7 @@ def add_callbacks(
         trainer.add_callback(ema)
         trainer.ema = ema
     trainer.add_callback(LossCallback(trainer))
+    trainer.add_callback(TimeCallback())
     if recipe.interval_warmup_steps:
         trainer.add_callback(IntervalWarmupCallback(recipe.interval_warmup_steps))
     if not recipe.trains_backbone:
