@@ -308,9 +308,7 @@ def main() -> None:
         f"| drawn scenes | {arguments.num_images} | right | {share_read(arguments.num_images, arguments.seed):.2%} |"
     )
     print(f"| held-out digits | {num_digits} | right | {digits['right']:.2%} |")
-    print(
-        f"| held-out digits, wrong values | {9 * num_digits} | wrong | {digits['refused']:.2%} |"
-    )
+    print(f"| held-out digits, wrong values | {9 * num_digits} | wrong | {digits['refused']:.2%} |")
     for kind in WRONG:
         share = share_refused(kind, arguments.num_wrong, arguments.seed)
         print(f"| {kind} | {arguments.num_wrong} | wrong | {share:.2%} |")
