@@ -138,6 +138,7 @@ def test_a_second_run_generates_what_is_missing(pipe, tmp_path):
     (samples / ".00001.png.x" / "00001.png").write_bytes(b"half")
     kept = (samples / "00000.png").stat().st_mtime_ns
     assert generate_suite(pipe, "geneval", prompts, out, **CALL) == (1, 7)
+    assert not (samples / ".00001.png.x").exists()
     assert files_of(out) == before and (samples / "00000.png").stat().st_mtime_ns == kept
 
 
@@ -239,7 +240,7 @@ def test_malformed_prompt_files_are_refused(suite, content, words, tmp_path):
 def test_paths_of_another_kind_are_refused(tmp_path):
     file = tmp_path / "a.json"
     file.write_text(json.dumps(CULTURE))
-    with pytest.raises(ValueError, match="prompts of geneval must be .*, got the folder"):
+    with pytest.raises(ValueError, match=r"must be evaluation_metadata\.jsonl, got the folder"):
         read_suite("geneval", [tmp_path])
     with pytest.raises(ValueError, match="must be the folder dpg_bench/prompts, got the file"):
         read_suite("dpg-bench", [file])

@@ -59,17 +59,17 @@ def test_the_oracle_refuses_each_kind_of_wrong_images(kind):
 def test_the_oracle_says_what_is_wrong(kind, errors):
     for prompt, image in draw_wrong(kind, 10, seed=1):
         found = find_errors(image, prompt)
-        # The other half of an object in two colours may be too dark to show its outline.
-        assert found == errors or (kind == "two colours" and set(found) == {"colour", "shape"}), (prompt, found)
+        # Of an object in two colours only one half may be recognised.
+        assert found == errors or (kind == "two colours" and found == ("colour", "shape")), (prompt, found)
 
 
 def test_an_image_has_no_errors_if_and_only_if_it_is_read_as_its_prompt():
     rng = np.random.default_rng(3)
     items = [SceneObject(colour, shape) for colour in list(COLOURS)[:2] for shape in SHAPES[:2]]
-    scenes = [Scene((a, b), relation) for a in items for b in items for relation in RELATIONS][::3]
+    scenes = [Scene((a, b), relation) for a in items for b in items for relation in RELATIONS][::5]
     for scene in scenes:
         image = draw_scene(scene, place_objects(scene, rng))
-        for other in scenes[:12]:
+        for other in scenes[:8]:
             assert (find_errors(image, other.prompt) == ()) == (read_scene(image) == other.canonical)
 
 
@@ -110,10 +110,10 @@ def test_digits_are_read_and_other_white_things_are_not():
     rng = np.random.default_rng(2)
     for shape in SHAPES:
         scene = Scene((SceneObject("white", shape),))
-        for _ in range(10):
+        for _ in range(5):
             assert read_digit(draw_scene(scene, place_objects(scene, rng))) is None
     values = load_digits()[1]
-    turned = [draw_digit(i).rotate(90) for i in range(0, 200, 5) if values[i] not in (0, 1)]
+    turned = [draw_digit(i).rotate(90) for i in range(0, 100, 5) if values[i] not in (0, 1)]
     assert np.mean([read_digit(image) is None for image in turned]) >= 0.99
     # A digit is no scene, and a scene no digit.
     assert not shows(draw_digit(0), "a white circle")
@@ -129,7 +129,7 @@ def test_the_oracle_recognises_wider_objects():
     rng = np.random.default_rng(8)
     everything = [WiderObject(colour, shape) for colour in WiderObject.colours for shape in WiderObject.shapes]
     right = []
-    for index in range(1000):
+    for index in range(300):
         first, second = rng.choice(len(everything), size=2, replace=False)
         scene = Scene((everything[first],))
         if index % 2:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +175,7 @@ def _read_coco(path: Path) -> list[SuitePrompt]:
                 raise ValueError(f"{where} must have a whole number as image_id, got {row['image_id']!r}.")
             prompts.append(SuitePrompt(_check_prompt(row["text"], where, "text"), (f"{int(number)}.png",)))
     except csv.Error as error:
-        raise ValueError(f"prompts {path}, line {reader.line_num} is not CSV: {error}.") from error
+        raise ValueError(f"prompts {path}, line {reader.reader.line_num} is not CSV: {error}.") from error
     return prompts
 
 
@@ -324,6 +325,10 @@ def generate_suite(
             first = seed + (index * len(item.files) + number) * per_file
             units.append((folder / "images" / file, item.prompt, first, item.notes))
     missing = [unit for unit in units if not unit[0].exists()]
+    if state.is_main_process:
+        # What killed runs left half written: some evaluators look into hidden folders, too.
+        for scratch in (folder / "images").rglob(".*.*"):
+            shutil.rmtree(scratch)
     # No process may write before all of them have listed what is missing, or their lists would differ.
     state.wait_for_everyone()
     with state.split_between_processes(missing) as share:

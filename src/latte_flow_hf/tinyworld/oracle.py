@@ -67,12 +67,14 @@ def read_objects(image: Image.Image, object_class: type[SceneObject] = SceneObje
         if mask.sum() < _MIN_OBJECT_PIXELS:
             continue
         rows, columns = np.nonzero(mask)
-        nearest, colour = _read_colour(pixels, mask, object_class)
+        inner = ndimage.binary_erosion(mask)
+        inside = pixels[inner if inner.sum() >= 20 else mask]
+        colour = _read_colour(inside, object_class)
         # Two pixels around it belong to its soft edge, if not to another object.
         support = ndimage.binary_dilation(mask, iterations=2) & (mask | ~foreground)
-        axis = np.array(object_class.colours[nearest]) - BACKGROUND
-        coverage = np.where(support, np.clip((pixels - BACKGROUND) @ axis / (axis @ axis), 0.0, 1.0), 0.0)
-        shape = _read_shape(coverage, object_class.shapes)
+        axis = np.median(inside, axis=0) - BACKGROUND
+        coverage = np.clip((pixels - BACKGROUND) @ axis / max(float(axis @ axis), 1.0), 0.0, 1.0)
+        shape = _read_shape(np.where(support, coverage, 0.0), object_class.shapes)
         found.append(FoundObject(colour, shape, (columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2))
     return found
 
@@ -180,17 +182,14 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB")).astype(np.float32)
 
 
-def _read_colour(pixels: np.ndarray, mask: np.ndarray, object_class: type[SceneObject]) -> tuple[str, str | None]:
-    """The colour of most inner pixels, and the same if it is clear."""
-    inner = ndimage.binary_erosion(mask)
-    inside = pixels[inner if inner.sum() >= 20 else mask]
+def _read_colour(inside: np.ndarray, object_class: type[SceneObject]) -> str | None:
+    """The colour of an object from its inner pixels, `(number, 3)`; `None` if unclear."""
     palette = np.array(list(object_class.colours.values()), dtype=np.float32)
     votes = np.bincount(np.linalg.norm(inside[:, None] - palette, axis=-1).argmin(axis=1), minlength=len(palette))
     winner = int(votes.argmax())
     distance = np.linalg.norm(np.median(inside, axis=0) - palette[winner])
-    name = list(object_class.colours)[winner]
     is_clear = votes[winner] >= 0.8 * len(inside) and distance <= _MAX_COLOUR_DISTANCE
-    return name, name if is_clear else None
+    return list(object_class.colours)[winner] if is_clear else None
 
 
 def _read_shape(coverage: np.ndarray, shapes: tuple[str, ...]) -> str | None:
