@@ -9,7 +9,6 @@ mirrored; whether the result is right is not decided but computed, by [`DecoderS
 
 import contextlib
 import copy
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
+
+from .signatures import takes_argument
 
 
 # The name of the tower's attention among transformers' attention implementations, see attention.py.
@@ -255,7 +256,7 @@ def rotary_cos_sin(
     rotary_emb: nn.Module, like: torch.Tensor, positions: torch.Tensor, kind: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cos and sin at `positions` for the layers of one kind, in the dtype and on the device of `like`."""
-    arguments = {"layer_type": kind} if "layer_type" in inspect.signature(rotary_emb.forward).parameters else {}
+    arguments = {"layer_type": kind} if takes_argument(type(rotary_emb).forward, "layer_type") else {}
     return rotary_emb(like, positions, **arguments)
 
 

@@ -6,7 +6,6 @@ Shapes: P prompts, G key-value heads, T prompt tokens, d head size.
 
 import contextlib
 import functools
-import inspect
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .backbone import check_positions, max_positions
+from .signatures import takes_argument
 
 
 logger = logging.get_logger(__name__)
@@ -224,7 +224,7 @@ def prefill_context(
     if has_grids and mm_token_type_ids is None:
         raise ValueError("mm_token_type_ids must be given with images, as the processor returns it; got None.")
     # Of Gemma 3 and PaliGemma: which tokens attend to each other in both directions.
-    has_token_types = "token_type_ids" in inspect.signature(vlm.forward).parameters
+    has_token_types = takes_argument(type(vlm).forward, "token_type_ids")
     given = [name for name in ("pixel_values", "token_type_ids") if vision_inputs.get(name) is not None]
     if has_token_types and given == ["pixel_values"]:
         raise ValueError("token_type_ids must be given with images, as the processor returns it; got None.")

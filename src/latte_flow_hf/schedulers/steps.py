@@ -7,8 +7,6 @@ they would run without an error and lead to wrong images.
 """
 
 import copy
-import functools
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 
 from ..modeling.flow_matching import data_from_velocity, expert_of_sigma
 from ..modeling.sampling import STRENGTH_TOLERANCE
+from ..modeling.signatures import takes_argument
 from .scheduling_latte_flow import LatteFlowScheduler
 
 
@@ -57,7 +56,12 @@ def set_timesteps(
     if len(arguments) > 1:
         raise ValueError(f"give only one of sigmas, timesteps and steps_per_expert, got {list(arguments)}.")
     name = type(scheduler).__name__
-    taken = inspect.signature(scheduler.set_timesteps).parameters if hasattr(scheduler, "set_timesteps") else {}
+    scheduler_class: Any = type(scheduler)
+    taken = [
+        argument
+        for argument in choices
+        if hasattr(scheduler_class, "set_timesteps") and takes_argument(scheduler_class.set_timesteps, argument)
+    ]
     for argument in arguments:
         if argument not in taken:
             raise ValueError(f"scheduler {name} takes no {argument}; use a LatteFlowScheduler.")
@@ -209,10 +213,4 @@ def _end_of_straight_path(scheduler: Any) -> torch.Tensor:
 def generator_kwargs(scheduler: Any, generator: Any) -> dict[str, Any]:
     """The argument `generator` for `scheduler.step`, if it takes one: schedulers with new noise draw from it."""
     scheduler_class: Any = type(scheduler)
-    return {"generator": generator} if _takes_generator(scheduler_class) else {}
-
-
-@functools.cache
-def _takes_generator(scheduler_class: Any) -> bool:
-    # Kept, because reading a signature takes as long as a step of the solver for one image.
-    return "generator" in inspect.signature(scheduler_class.step).parameters
+    return {"generator": generator} if takes_argument(scheduler_class.step, "generator") else {}
