@@ -156,8 +156,8 @@ def ellipse(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
 
 def lump(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """An object is a blob: its radius changes smoothly with the angle, by up to 75% of the mean."""
-    waves, phases = int(rng.integers(3, 6)), rng.uniform(0, 2 * np.pi, size=2)
+    """An object is a blob with 3, 5 or 6 lobes; with 4 it may be a cross."""
+    waves, phases = _one_of((3, 5, 6), rng), rng.uniform(0, 2 * np.pi, size=2)
 
     def redraw(item, x, y, size):
         angles = np.arctan2(_ROWS - y, _COLUMNS - x)

@@ -185,6 +185,7 @@ def test_nothing_is_written_for_invalid_arguments(pipe, tmp_path):
         ({"height": 30}, "height"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"num_prompts": 0}, "num_prompts must be at least 1"),
+        ({"prompts": []}, "prompts must be those of a benchmark"),
         ({"suite": "genval"}, "suite must be one of geneval"),
         ({"suite": "dpg-bench", "height": 64}, "square images only, got height 64 and width 32"),
     ):

@@ -298,6 +298,8 @@ def generate_suite(
     """
     if suite not in SUITES:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {suite!r}.")
+    if not prompts:
+        raise ValueError("prompts must be those of a benchmark, as `read_suite` returns them, got none.")
     for name, number in (("num_prompts", num_prompts), ("batch_size", batch_size)):
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}.")
