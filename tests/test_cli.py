@@ -178,6 +178,8 @@ USAGE = [
     (("chat", "what?", "-i", "none.png"), "file 'none.png' does not exist"),
     (("train", "none.yaml", "-o", "out"), "file 'none.yaml' does not exist"),
     (("evaluate", "-o", "out.txt"), "must be a .json file"),
+    (("evaluate", "understanding", "-o", "out.txt"), "must be a .json file"),
+    (("evaluate", "understanding", "-m", "a/b"), "--tasks must name tasks"),
     (("convert", "to-single-file", "a/b", "-o", "out.bin"), "must be a .safetensors file"),
     (("publish", "none", "--repo-id", "a/b"), "dir 'none' does not exist"),
 ]
@@ -227,6 +229,7 @@ def test_version():
         (("generate", "--prompts", "prompts.txt", "-o", "prompts.txt"), "prompts.txt is not a folder"),
         (("evaluate", "-o", "folder.json"), "folder.json exists"),
         (("evaluate", "-o", "link.json"), "link.json exists"),
+        (("evaluate", "understanding", "--tasks", "mme", "-o", "folder.json"), "folder.json exists"),
         (("convert", "to-single-file", "no-model", "-o", "link.safetensors"), "link.safetensors exists"),
         (("convert", "extract-backbone", "no-model", "-o", "folder.png"), "folder.png exists"),
         (("convert", "extract-backbone", "no-model", "-o", "prompts.txt/out"), "cannot be written"),
@@ -315,6 +318,13 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     result = run("train", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out"))
     assert result.exit_code == 1 and "peft is not installed" in result.stderr and "'.[train]'" in result.stderr
+
+
+def test_an_extra_with_an_environment_of_its_own_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lmms_eval", None)
+    result = run("evaluate", "understanding")
+    assert result.exit_code == 1
+    assert "install the extra 'lmms-eval' in an environment of its own" in result.stderr
 
 
 def test_errors_of_the_user_and_bugs():

@@ -62,6 +62,11 @@ def user_message(error: Exception) -> str | None:
     from safetensors import SafetensorError
 
     if isinstance(error, ModuleNotFoundError) and (extra := _extra_of(error.name)):
+        if extra == "lmms-eval":
+            return (
+                f"{error.name} is not installed; install the extra {extra!r} in an environment of its own, as "
+                "docs/guides/understanding.md says: it needs other versions than constraints.txt."
+            )
         return (
             f"{error.name} is not installed; from a clone, install the extra {extra!r}: "
             f"pip install -c constraints.txt -e '.[{extra}]'"

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,11 @@ PAGES: dict[str, dict[str, str]] = {
     "docs/guides/benchmark_layouts.md": {},
     "docs/guides/conversion.md": {},
     "docs/guides/devices_and_dtypes.md": {},
+    "docs/guides/evaluate.md": {
+        "digit_indices(held_out):": "digit_indices(held_out)[:130]:",
+        "--num-images 20": "--num-images 13",
+        "--num-samples 200": "--num-samples 130",
+    },
     # Two random experts of two layers instead of four.
     "docs/guides/export.md": {"tiny_checkpoint()": '"with-code"'},
     "docs/guides/few_steps.md": {
@@ -86,6 +92,7 @@ PAGES: dict[str, dict[str, str]] = {
     "docs/guides/images_in_prompts.md": {},
     "docs/guides/loading_and_publishing.md": {'"user/name"': '"with-code"', "my-latte-flow": "vanilla"},
     "docs/guides/modular.md": {},
+    "docs/guides/plan.md": {},
     "docs/guides/processors.md": {},
     "docs/guides/reproducing_the_paper.md": {"--num-images 50": "--num-images 1"},
     "docs/guides/serve.md": {"8000": str(FREE_PORT)},
@@ -100,6 +107,7 @@ PAGES: dict[str, dict[str, str]] = {
     "docs/guides/threads.md": {},
     "docs/guides/train_from_a_vlm.md": {"range(720)": "range(12)"},
     "docs/guides/train_your_own.md": {"--num-images 4": "--num-images 1"},
+    "docs/guides/understanding.md": {"num_questions=200": "num_questions=2"},
 }
 
 # The files that a page promises, with what is in them.
@@ -234,13 +242,18 @@ def run_command(line: str) -> None:
     elif program == "latte-flow":
         if arguments == ["serve"]:
             arguments += ["--port", "0"]
-        if arguments[0] in ("generate", "evaluate") and not re.search("--steps|--fast|distilled", line):
+        verb = tuple(arguments[:2])
+        samples = arguments[0] in ("generate", "evaluate")
+        samples &= verb not in (("evaluate", "images"), ("evaluate", "understanding"))
+        if samples and not re.search("--steps|--fast|distilled", line):
             arguments += ["--steps", "2"]
         outcome = CliRunner().invoke(app, arguments)
         if arguments[0] == "publish":
             # The tests are offline.
             assert outcome.exit_code == 1 and "the hub cannot be reached" in outcome.stderr
             assert Path(arguments[1], "model_index.json").exists()
+        elif verb == ("evaluate", "understanding") and find_spec("lmms_eval") is None:
+            assert outcome.exit_code == 1 and "install the extra 'lmms-eval'" in outcome.stderr, outcome.output
         else:
             assert outcome.exit_code == 0, (line, outcome.output)
     elif program == "make":
@@ -249,7 +262,7 @@ def run_command(line: str) -> None:
         assert (ROOT / arguments[0]).is_file(), line
     else:
         # Installation.
-        assert program in ("pip", "python3", "source", ".venv/bin/python"), line
+        assert program in ("pip", "python3", "source", "grep", ".venv/bin/python"), line
         assert "constraints.txt" not in line or (ROOT / "constraints.txt").exists()
 
 
@@ -326,8 +339,8 @@ def test_all_extras_are_documented():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     table = (ROOT / "docs" / "start.md").read_text()
-    documented = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+    documented = set(re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE))
     assert documented == set(setup["options.extras_require"])
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "src").rglob("*.py")]:
-        assert set(re.findall(r"-e(?:ditable)? '\.\[(\w+)\]'", path.read_text())) <= documented, path
+        assert set(re.findall(r"-e(?:ditable)? '\.\[([\w-]+)\]'", path.read_text())) <= documented, path
         assert "latte_flow_hf[" not in path.read_text(), f"{path}: the package is not on an index"

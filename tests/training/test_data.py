@@ -16,6 +16,7 @@ from latte_flow_hf.training.data import (
     ImageRows,
     UnreadableImageError,
     UnreadableImages,
+    load_class_names,
     load_conversations,
     load_image_rows,
 )
@@ -313,3 +314,15 @@ def test_conversations_with_control_tokens_are_skipped_and_named(processor):
     assert data[0] == data[1]
     (reason,) = unreadable.reasons.values()
     assert "contains the control tokens ['<|im_end|>']" in reason
+
+
+def test_class_names_are_read_without_the_images(tmp_path):
+    for name in ("volcano", "goldfish"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "1.png").write_text("an image that nobody reads")
+    source = {"path": "imagefolder", "data_dir": str(tmp_path / "images")}
+    assert load_class_names(DataSettings(source=source, label="label")) == ["goldfish", "volcano"]
+    with pytest.raises(ValueError, match="the recipe has no `label`"):
+        load_class_names(DataSettings(source=source, caption="text"))
+    with pytest.raises(ValueError, match="column of class labels with names, but 'image' is"):
+        load_class_names(DataSettings(source=source, label="image"))

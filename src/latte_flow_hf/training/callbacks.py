@@ -263,7 +263,7 @@ class TimeCallback(TrainerCallback):
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
-        last = next((entry for entry in reversed(state.log_history) if "seconds" in entry), {})
+        last: dict = next((entry for entry in reversed(state.log_history) if "seconds" in entry), {})
         self.clock = time.perf_counter() - last.get("seconds", 0.0)
         self.processor_clock = time.process_time() - last.get("processor_seconds", 0.0)
 

@@ -194,6 +194,29 @@ def load_image_rows(settings: DataSettings, seed: int) -> ImageRows:
     return ImageRows(dataset, settings, dataset._fingerprint)
 
 
+def load_class_names(settings: DataSettings) -> list[str]:
+    """The names of the classes that a recipe with `label` trains on, in the order of the labels. Only what describes
+    the dataset is read, not its images.
+
+    Args:
+        settings ([`DataSettings`]): the section `data` of the recipe.
+
+    Raises:
+        `ValueError`: if there is no `label`, or its column has no names.
+    """
+    import datasets
+
+    if settings.label is None:
+        raise ValueError("data: the recipe has no `label`; give the names of its classes in a file.")
+    dataset = _load_dataset({"split": "train", **settings.source, "streaming": True})
+    feature = (dataset.features or {}).get(settings.label)
+    if not isinstance(feature, datasets.ClassLabel):
+        raise ValueError(
+            f"data: label must be a column of class labels with names, but {settings.label!r} is {feature}."
+        )
+    return list(feature.names)
+
+
 def _load_dataset(source: dict, section: str = "data") -> Any:
     """`datasets.load_dataset`, which raises errors of many types, in one line that shows the arguments."""
     import datasets
