@@ -18,6 +18,7 @@ LAYERS = (
     ("pipelines",),
     ("checkpoints", "cards"),
     ("training", "evaluation", "conversion"),
+    ("reproduction",),
     ("publishing", "serving", "app"),
     ("cli", "transformers_cli"),
 )

@@ -6,8 +6,8 @@ classes with transformers and diffusers, which takes seconds; help and usage err
 """
 
 # Each module registers its verbs; `latte-flow --help` lists them in this order.
-from . import generation, services, training, evaluation, checkpoints  # noqa: I001
+from . import generation, services, training, evaluation, reproduction, checkpoints  # noqa: I001
 from .verbs import app
 
 
-__all__ = ["app", "checkpoints", "evaluation", "generation", "services", "training"]
+__all__ = ["app", "checkpoints", "evaluation", "generation", "reproduction", "services", "training"]
