@@ -141,7 +141,7 @@ def test_images_are_not_compared_with_themselves_or_another_world(sets, extracto
     for arguments in ({"generated": sets / "real.npz"}, {"generated": sets / "generated.npz", "training": "real"}):
         if "training" in arguments:
             arguments["training"] = sets / "real.npz"
-        with pytest.raises(ValueError, match="reference must be other images than the"):
+        with pytest.raises(ValueError, match=r"images must be others than the .*real.npz"):
             compare_images(reference=open_reference(sets / "real.npz"), extractor=extractor, **arguments)
     reference = open_reference(sets / "real.npz")
     with pytest.raises(ValueError, match="only knows its images, and prompts have words of another one"):
@@ -189,3 +189,32 @@ def test_prompts_are_read_from_generated_files(pipe, tmp_path):
     Image.new("RGB", (size, size)).save(tmp_path / "other.png")
     assert read_prompts_of(open_images(tmp_path)) is None
     assert read_prompts_of(open_images(np.zeros((2, 8, 8, 3), np.uint8))) is None
+
+
+def test_the_same_files_are_noticed_under_any_path(sets, extractor, tmp_path):
+    (tmp_path / "link").symlink_to(sets / "training")
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "first.png").symlink_to(sets / "training" / "000.png")
+    for first, second, number in (
+        (tmp_path / "link", sets / "training" / ".." / "training", NUMBER),
+        (sets / "training", tmp_path / "part", 1),
+        (sets / "real.npz", sets / "training" / ".." / "real.npz", 1),
+    ):
+        with pytest.raises(ValueError, match=f"reference images must be others than the generated .* {number} files"):
+            compare_images(first, open_reference(second), extractor)
+    with pytest.raises(ValueError, match="training images must be others than the generated ones"):
+        compare_images(sets / "training", open_reference(sets / "real.npz"), extractor, training=tmp_path / "link")
+    # Arrays have no files.
+    arrays = [draw(4), draw(5)]
+    found = compare_images(arrays[0], open_reference(sets / "real.npz"), extractor, None, training=arrays[1])
+    assert "nearest_training" in found
+
+
+def test_images_of_different_prompts_have_no_diversity_within_one(sets, extractor, monkeypatch):
+    reference = open_reference(sets / "real.npz")
+    prompts = [f"a {a} {b} left of a {c} {d}" for a in COLOURS for b in SHAPES for c in COLOURS for d in SHAPES]
+    results = compare_images(sets / "generated.npz", reference, extractor, prompts=prompts[:NUMBER])
+    assert "prompt_diversity" not in results and "kernel_distance" in results
+    monkeypatch.setattr(type(extractor), "features", None)
+    with pytest.raises(ValueError, match="prompt_diversity needs two images of a prompt"):
+        compare_images(sets / "generated.npz", reference, extractor, ["prompt_diversity"], prompts[:NUMBER])

@@ -160,3 +160,18 @@ def test_features_must_be_finite(dinov2):
         Features(np.zeros(3), "any")
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         extract_features(extractor, IMAGES, batch_size=0)
+
+
+def test_names_tell_versions_and_the_preparation_of_images_apart(dinov2, inception, tmp_path, monkeypatch):
+    for source in ("tinyworld", inception[1], dinov2[2]):
+        extractor = load_extractor(source)
+        assert load_extractor(source).name == extractor.name
+        monkeypatch.setattr(type(extractor), "version", type(extractor).version + 1)
+        assert load_extractor(source).name != extractor.name
+    # The same weights, and another crop.
+    model, processor, folder = dinov2
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert load_extractor(tmp_path).name == load_extractor(folder).name
+    BitImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}).save_pretrained(tmp_path)
+    assert load_extractor(tmp_path).name != load_extractor(folder).name

@@ -211,6 +211,11 @@ def test_reference_statistics_are_read(tmp_path):
         ({"mu": np.zeros(4), "sigma": np.triu(np.ones((4, 4)))}, "must be a covariance"),
         ({"mu": np.zeros(4), "sigma": -np.eye(4)}, "must be a covariance"),
         ({"mu": np.array(list("abcd")), "sigma": np.eye(4)}, "must be floats, got <U1"),
+        # Three variables cannot have a correlation of -0.9 with each other.
+        ({"mu": np.zeros(3), "sigma": np.eye(3) * 1.9 - 0.9}, "without negative eigenvalues, got -0.8 beside 1.9"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "have no features"),
+        ({"mu": np.zeros(4), "sigma": np.eye(4), "extractor": ["a", "b"]}, r"one extractor, got <U1 of shape \(2,\)"),
+        ({"mu": np.zeros(4), "sigma": np.eye(4), "extractor": b"a"}, "extractor must be text"),
     ],
 )
 def test_wrong_statistics_are_refused(arrays, message, tmp_path):
@@ -226,3 +231,18 @@ def test_missing_and_damaged_statistics_are_refused(tmp_path):
     path.write_bytes(b"PK, but no archive")
     with pytest.raises(OSError, match=r"truncated, or no .npz"):
         read_statistics(path)
+    # Of a file with one wrong bit, the archive alone knows it.
+    np.savez(path, mu=np.arange(4.0), sigma=np.eye(4))
+    content = bytearray(path.read_bytes())
+    content[content.index(np.arange(4.0).tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(OSError, match=r"reference.npz is truncated or damaged \(Bad CRC"):
+        read_statistics(path)
+
+
+def test_a_covariance_in_float32_and_a_singular_one_are_taken(tmp_path):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(300, 40)) @ rng.normal(size=(40, 60)) * 10.0 ** rng.uniform(-3, 1, 60)
+    sigma = np.cov(values, rowvar=False)
+    np.savez(tmp_path / "reference.npz", mu=values.mean(axis=0), sigma=sigma.astype(np.float32))
+    assert np.linalg.matrix_rank(sigma) == 40 and len(read_statistics(tmp_path / "reference.npz").mu) == 60

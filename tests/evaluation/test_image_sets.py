@@ -117,6 +117,14 @@ def test_unusable_sources_are_refused(tmp_path, text_file):
     with pytest.raises(ValueError, match=r"folder or an .npz file"):
         open_images(text_file)
     text_file.unlink()
+    # A header of 65,536 x 65,536 pixels.
+    Image.new("RGB", (8, 8)).save(tmp_path / "huge.bmp")
+    content = bytearray((tmp_path / "huge.bmp").read_bytes())
+    content[18:26] = b"\0\0\1\0" * 2
+    (tmp_path / "huge.bmp").write_bytes(content)
+    with pytest.raises(ValueError, match=r"huge.bmp cannot be read: Image size"):
+        open_images(tmp_path)
+    (tmp_path / "huge.bmp").unlink()
     with pytest.raises(ValueError, match="contains no images"):
         open_images(tmp_path)
     with pytest.raises(ValueError, match="at least one image"):

@@ -22,6 +22,7 @@ from latte_flow_hf.evaluation.features import extract_features, load_extractor
 from latte_flow_hf.evaluation.image_quality import Statistics, frechet_distance, precision_recall
 from latte_flow_hf.evaluation.image_sets import write_npz
 from latte_flow_hf.evaluation.imagenet import class_prompts, generate_class_samples, read_class_names
+from latte_flow_hf.files import lock_folder
 from latte_flow_hf.tinyworld.datasets import TinyWorldImages
 
 
@@ -138,6 +139,29 @@ def test_samples_of_other_settings_are_refused(own_pipe, tmp_path):
         generate_class_samples(own_pipe, PROMPTS, tmp_path, **SIZES, **CALL)
 
 
+def test_one_run_at_a_time_writes_in_a_folder(counted, tmp_path):
+    scratch = tmp_path / "out" / "shards" / ".00000.npy.0"
+    with lock_folder(tmp_path / "out"):
+        scratch.mkdir(parents=True)
+        with pytest.raises(OSError, match=rf"out is in use by process {os.getpid()} on "):
+            generate_class_samples(counted, PROMPTS, tmp_path / "out", **SIZES, **CALL)
+        assert scratch.exists()
+    generate_class_samples(counted, PROMPTS, tmp_path / "out", **SIZES, **CALL)
+    assert not scratch.exists() and not (tmp_path / "out" / "lock").exists()
+
+
+def test_finished_shards_are_kept_when_the_disk_is_full(counted, tmp_path, monkeypatch):
+    save, size = np.save, counted.default_size
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(np, "save", lambda path, images: save(full if "00002" in str(path) else path, images))
+        with pytest.raises(OSError, match=r"00002.npy cannot be written \(No space left"):
+            generate_class_samples(counted, PROMPTS, tmp_path, **SIZES, **CALL)
+    monkeypatch.undo()
+    assert names_of(tmp_path) == ["settings.json", "shards/00000.npy", "shards/00001.npy"]
+    path = generate_class_samples(counted, PROMPTS, tmp_path, **SIZES, **CALL)
+    assert arrays_of(path)[0].shape == (15, size, size, 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -170,7 +194,8 @@ def test_class_names_are_those_of_the_training(tmp_path, caplog):
         class_prompts(["a", "b"], trained_names=["a", "b", "c"])
     with pytest.raises(ValueError, match=r"2 words that the model never learned \(goldfish, volcano\)"):
         class_prompts(["a red circle", "goldfish", "volcano"], trained_words=["a", "red", "circle"])
-    for prompt in ("a photo", "{name}", "{", "{} {}"):
+    assert class_prompts(["a {b}"], prompt="{{}} of {}") == ["{} of a {b}"]
+    for prompt in ("a photo", "{name}", "{", "{} {}", "{{}}", "{.real}", "{0} {}", "{[0]}"):
         with pytest.raises(ValueError, match=r"prompt must have one {} for the name"):
             class_prompts(names, prompt=prompt)
     with pytest.raises(ValueError, match="at least one name"):

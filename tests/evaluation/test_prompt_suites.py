@@ -15,6 +15,7 @@ from PIL import Image
 
 from latte_flow_hf import LatteFlowScheduler
 from latte_flow_hf.evaluation.prompt_suites import SUITES, generate_suite, read_suite
+from latte_flow_hf.files import lock_folder
 from latte_flow_hf.pipelines.image_metadata import read_metadata
 
 
@@ -178,6 +179,51 @@ def test_a_folder_of_another_run_is_refused(own_pipe, tmp_path):
         generate_suite(own_pipe, "coco", prompts, out, **CALL)
 
 
+def test_other_metadata_of_the_same_prompts_are_refused(pipe, tmp_path):
+    """GenEval's objects are kept beside the images: with those of another file it would judge wrongly."""
+    path = write_prompts("geneval", tmp_path / "prompts")[0]
+    generate_suite(pipe, "geneval", read_suite("geneval", [path]), tmp_path / "out", num_prompts=1, **CALL)
+    path.write_text(path.read_text().replace('"bench"', '"chair"'))
+    with pytest.raises(ValueError, match="prompts differ"):
+        generate_suite(pipe, "geneval", read_suite("geneval", [path]), tmp_path / "out", **CALL)
+
+
+def test_a_damaged_image_is_made_again_and_hidden_files_are_left_alone(pipe, tmp_path, caplog):
+    prompts = read_suite("coco", write_prompts("coco", tmp_path / "prompts"))
+    out = tmp_path / "out"
+    generate_suite(pipe, "coco", prompts, out, **CALL)
+    before = files_of(out)
+    path = out / "images" / "42.png"
+    # What some systems put beside a copied file.
+    (out / "images" / "._42.png").write_bytes(b"attributes")
+    for content in (path.read_bytes()[:-20], b""):
+        path.write_bytes(content)
+        assert generate_suite(pipe, "coco", prompts, out, **CALL) == (1, 1)
+        assert files_of(out) == before
+    assert "42.png is damaged, and is made again" in caplog.text
+    assert (out / "images" / "._42.png").read_bytes() == b"attributes"
+
+
+def test_one_run_at_a_time_writes_in_a_folder(pipe, tmp_path):
+    prompts = read_suite("coco", write_prompts("coco", tmp_path / "prompts"))
+    out = tmp_path / "out"
+    with lock_folder(out), pytest.raises(OSError, match=rf"out is in use by process {os.getpid()} on "):
+        generate_suite(pipe, "coco", prompts, out, **CALL)
+    # What a run leaves that was killed before its first image.
+    out.mkdir()
+    (out / "lock").write_text("process 1 on another machine")
+    assert generate_suite(pipe, "coco", prompts, out, **CALL) == (2, 0)
+    assert {path.name for path in out.iterdir()} == {"images", "run.json"}
+
+
+def test_prompts_of_another_world_are_refused(own_pipe, tmp_path):
+    prompts = read_suite("coco", write_prompts("coco", tmp_path / "prompts"))
+    own_pipe.model.config.trained_words = ["a", "cat"]
+    with pytest.raises(ValueError, match=r"coco have 4 words that the model never learned \(on, mat, dog"):
+        generate_suite(own_pipe, "coco", prompts, tmp_path / "out", **CALL)
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_is_written_for_invalid_arguments(pipe, tmp_path):
     prompts = read_suite("coco", write_prompts("coco", tmp_path / "prompts"))
     for change, words in (
@@ -204,6 +250,7 @@ def test_nothing_is_written_for_invalid_arguments(pipe, tmp_path):
         ("geneval", json.dumps({**GENEVAL[0], "include": [{"class": "bench"}]}), "with `class` and `count`"),
         ("geneval", json.dumps({**GENEVAL[0], "prompt": " "}), "line 1 must have a prompt as text under 'prompt'"),
         ("geneval", "", "line 1 is not JSON"),
+        ("geneval", json.dumps(GENEVAL[0])[:-1] + ', "prompt": "a cat"}', "line 1 has the key 'prompt' twice"),
         ("wise", '[{"prompt_id": 1,\n "Prompt": "a"', "line 2 is not JSON"),
         ("wise", json.dumps(MJHQ), "must be a list of objects"),
         ("wise", json.dumps([{"Prompt": "a"}]), "object 1 must have `Prompt` and `prompt_id`"),
@@ -212,6 +259,8 @@ def test_nothing_is_written_for_invalid_arguments(pipe, tmp_path):
         ("wise", json.dumps([*CULTURE, {"prompt_id": 3}]), "object 2 must have a prompt as text under 'Prompt'"),
         ("wise", json.dumps(CULTURE * 2), "have the same id"),
         ("wise", "[]", "has no prompt"),
+        ("wise", "[" * 100_000, "is nested too deeply"),
+        ("wise", json.dumps([{"Prompt": "a", "prompt_id": 10**18}]), "a whole number"),
         ("coco", "image_id,caption\n1,a\n", "must name the columns image_id and text"),
         ("coco", json.dumps({"annotations": []}), "COCO's own annotations have five captions per image"),
         ("coco", "image_id,text\n1,a\n\n../2,b\n", "line 4 must have a whole number"),
@@ -220,6 +269,8 @@ def test_nothing_is_written_for_invalid_arguments(pipe, tmp_path):
         ("coco", "image_id,text\n1,a\n001,b\n", "'a' and 'b' have the same id, and both would be 1.png"),
         ("coco", 'image_id,text\n1,"a" b\n', "line 2 is not CSV"),
         ("coco", "image_id,text\n", "has no prompt"),
+        ("coco", "image_id,text\n1,A cat, on a mat.\n", "line 2 has more values than line 1 has columns"),
+        ("coco", "image_id,text,text\n1,a,b\n", "line 1 must name the columns image_id and text"),
         ("mjhq", json.dumps(CULTURE), "must be an object by image id"),
         ("mjhq", json.dumps({"../x": MJHQ["0a1b"]}), r"has the id '\.\./x'"),
         ("mjhq", json.dumps({"x": {"category": "..", "prompt": "a"}}), r"has the category '\.\.'"),

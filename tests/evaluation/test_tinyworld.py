@@ -112,3 +112,12 @@ def test_understanding_counts_exact_answers(pipe, monkeypatch):
     assert shapes["accuracy"] == 1 and digits["accuracy"] == pytest.approx(0.8)
     assert [item["prediction"] for item in digits["wrong"]] == [answers[7]]
     assert sum(accuracy == 1 for accuracy in shapes["kinds"].values()) == len(shapes["kinds"])
+
+
+def test_a_share_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="prompts of 'digit' are empty"):
+        tinyworld.evaluate_generation(DrawingPipeline(), {"one object": ["a red circle"], "digit": []}, seed=0)
+    with pytest.raises(ValueError, match="questions of 'shapes' are empty"):
+        tinyworld.evaluate_understanding(DrawingPipeline(), {"shapes": []})
+    with pytest.raises(ValueError, match="num_images must be at least 2, to compare them, got 1"):
+        tinyworld.evaluate_variety(DrawingPipeline(), "a red circle", num_images=1)

@@ -21,12 +21,11 @@ from typer.testing import CliRunner
 
 from latte_flow_hf import LatteFlowPipeline
 from latte_flow_hf.cli import app
-from latte_flow_hf.files import check_hash
+from latte_flow_hf.files import check_hash, lock_folder
 from latte_flow_hf.training import TextToImageCollator, encode_prompts, last_checkpoint
 from latte_flow_hf.training.cache import hash_module
 from latte_flow_hf.training.recipe import ModelSettings, Recipe
 from latte_flow_hf.training.train import load_pipeline, train, training_arguments
-from latte_flow_hf.training.working_folder import lock_folder
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -2,6 +2,7 @@
 """Generated images against a reference in several metrics. All that could be refused is, before features are
 computed: these take minutes to hours."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..pipelines.image_metadata import read_metadata
-from .features import FeatureExtractor, extract_features
+from .features import FeatureExtractor, Features, extract_features
 from .image_quality import (
     Statistics,
     check_comparable,
@@ -121,7 +122,7 @@ def check_comparison(
         if metric not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}.")
     if reference.statistics is not None:
-        own = Statistics(np.zeros(extractor.num_features), np.eye(extractor.num_features), extractor.name, name)
+        own = Features(np.zeros((1, extractor.num_features)), extractor.name, name)
         check_comparable(own, reference.statistics)
     available = choose_metrics(reference, extractor, True, training is not None)
     for metric in metrics:
@@ -172,6 +173,21 @@ def read_prompts_of(images: ImageSet) -> list[str] | None:
     return prompts or None
 
 
+def has_repeated_prompts(prompts: Sequence[str] | None) -> bool:
+    """Whether there are two images of a prompt, as `prompt_diversity` needs them."""
+    return prompts is not None and len(set(prompts)) < len(prompts)
+
+
+def _check_distinct(sets: dict[str, ImageSet | None]) -> None:
+    files = {what: images.files() for what, images in sets.items() if images is not None}
+    for (first, of_first), (second, of_second) in itertools.combinations(files.items(), 2):
+        if shared := sorted(of_first & of_second):
+            raise ValueError(
+                f"{second} images must be others than the {first} ones, but {len(shared)} files are in both, such as "
+                f"{shared[0]}."
+            )
+
+
 def compare_images(
     generated: Any,
     reference: Reference,
@@ -204,12 +220,13 @@ def compare_images(
     opened = open_images(generated)
     training_images = None if training is None else open_images(training)
     if metrics is None:
-        metrics = choose_metrics(reference, extractor, prompts is not None, training_images is not None)
-    for images, what in ((opened, "generated"), (training_images, "training")):
-        if images is not None and images.name == reference.name:
-            raise ValueError(f"reference must be other images than the {what} ones, got {reference.name} for both.")
-    if "prompt_diversity" in metrics and prompts is None:
-        raise ValueError(f"prompt_diversity needs the prompt of each image, which {opened.name} does not have.")
+        metrics = choose_metrics(reference, extractor, has_repeated_prompts(prompts), training_images is not None)
+    _check_distinct({"generated": opened, "reference": reference.images, "training": training_images})
+    if "prompt_diversity" in metrics:
+        if prompts is None:
+            raise ValueError(f"prompt_diversity needs the prompt of each image, which {opened.name} does not have.")
+        if not has_repeated_prompts(prompts):
+            raise ValueError(f"prompt_diversity needs two images of a prompt, and {opened.name} has none.")
     check_comparison(
         opened.num_images,
         opened.height,

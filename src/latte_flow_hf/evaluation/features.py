@@ -3,9 +3,12 @@
 
 What is unusual here: nothing is ever downloaded. The tiny world's extractor is part of the package; the weights of all
 others are files that the user has. Features carry the name of their extractor, since distances in the features of two
-extractors, or of two versions of one, cannot be compared.
+extractors, or of two versions of one, cannot be compared. A name has a hash of the weights and the `version` of
+the extractor's code: raise it with each change of what is computed from the same weights and images.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +37,7 @@ class Features:
 
     Args:
         values (`np.ndarray`): (n, d), float64.
-        extractor (`str`): the name of the extractor, with a hash of its weights.
+        extractor (`str`): the name of the extractor, with its version and a hash of its weights.
         name (`str`, defaults to `"images"`): what errors call the set.
         log_probabilities (`np.ndarray`, *optional*): (n, classes), float64, for the Inception Score.
 
@@ -68,7 +71,7 @@ class FeatureExtractor(Protocol):
     """What computes features.
 
     Args:
-        name (`str`): differs between extractors with different weights.
+        name (`str`): differs between extractors that compute different features.
         num_features (`int`): d.
         has_classes (`bool`): whether there are probabilities of classes, for the Inception Score.
     """
@@ -109,6 +112,7 @@ class TinyWorldExtractor:
         device (`str`, defaults to `"cpu"`): where it runs.
     """
 
+    version = 1
     has_classes = False
 
     def __init__(self, device: str = "cpu"):
@@ -121,7 +125,7 @@ class TinyWorldExtractor:
         self.image_processor = LatteFlowProcessor.from_pretrained(checkpoint / "processor").image_processor
         self.words = model.config.trained_words
         self.num_features = self.tower.config.embed_dim
-        self.name = f"tinyworld-{hash_module(self.tower)[:12]}"
+        self.name = f"tinyworld-v{self.version}-{hash_module(self.tower)[:12]}"
         self.device = device
 
     def check_size(self, name: str, height: int, width: int) -> None:
@@ -168,6 +172,7 @@ class InceptionExtractor:
         `OSError`: if there is no such file.
     """
 
+    version = 1
     has_classes = True
 
     def __init__(self, path: str | Path, device: str = "cpu"):
@@ -181,7 +186,7 @@ class InceptionExtractor:
             raise ValueError(f"extractor {path} is no TorchScript file. {_where_to_get_inception()}") from error
         if not {"return_features", "no_output_bias"} <= names:
             raise ValueError(f"extractor {path} holds another network. {_where_to_get_inception()}")
-        self.name = f"inception-{hash_file(path)[:12]}"
+        self.name = f"inception-v{self.version}-{hash_file(path)[:12]}"
         self.device = device
         self.num_features = self.features(np.zeros((1, 32, 32, 3), np.uint8)).shape[1]
 
@@ -220,6 +225,7 @@ class VisionModelExtractor:
         `OSError`: if the folder is incomplete.
     """
 
+    version = 1
     has_classes = False
 
     def __init__(self, folder: str | Path, device: str = "cpu"):
@@ -238,7 +244,10 @@ class VisionModelExtractor:
             )
         self.model = model.eval().to(device)
         self.image_processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-        self.name = f"{model.config.model_type}-{hash_module(model)[:12]}"
+        # The same weights see other images if they are cropped or resized in another way.
+        processing = json.dumps(self.image_processor.to_dict(), sort_keys=True, default=str)
+        digest = hashlib.sha256(f"{hash_module(model)} {processing}".encode()).hexdigest()
+        self.name = f"{model.config.model_type}-v{self.version}-{digest[:12]}"
         self.device = device
         self.num_features = self.features(np.zeros((1, 32, 32, 3), np.uint8)).shape[1]
 

@@ -6,6 +6,8 @@ What is unusual here: a statistic of too few images is refused, not computed.
 """
 
 import warnings
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,11 +72,20 @@ class Statistics:
                 f"statistics of {self.name} must have mu (d,) and sigma (d, d), got {self.mu.shape} and "
                 f"{self.sigma.shape}."
             )
+        if not len(self.mu):
+            raise ValueError(f"statistics of {self.name} have no features.")
         if not (np.isfinite(self.mu).all() and np.isfinite(self.sigma).all()):
             raise ValueError(f"statistics of {self.name} contain NaN or infinite values.")
         is_symmetric = np.allclose(self.sigma, self.sigma.T, rtol=1e-5, atol=1e-8 * np.abs(self.sigma).max())
         if not is_symmetric or (self.sigma.diagonal() < 0).any():
             raise ValueError(f"statistics of {self.name}: sigma must be a covariance, symmetric with variances >= 0.")
+        # Of a covariance that was rounded to float32, the smallest may be negative by 1e-7 of the largest.
+        eigenvalues = np.linalg.eigvalsh(self.sigma)
+        if eigenvalues[0] < -1e-5 * abs(eigenvalues).max():
+            raise ValueError(
+                f"statistics of {self.name}: sigma must be a covariance, without negative eigenvalues, got "
+                f"{eigenvalues[0]:.3g} beside {eigenvalues[-1]:.3g}."
+            )
 
     @classmethod
     def of(cls, features: Features) -> "Statistics":
@@ -116,11 +127,20 @@ def read_statistics(path: str | Path) -> Statistics:
                 f"statistics {path} must have the arrays mu and sigma; {' and '.join(missing)} is missing, it has "
                 f"{', '.join(arrays.files) or 'nothing'}."
             )
-        mu, sigma = arrays["mu"], arrays["sigma"]
-        extractor = str(arrays["extractor"]) if "extractor" in arrays else None
+        try:
+            mu, sigma = arrays["mu"], arrays["sigma"]
+            extractor = arrays.get("extractor")
+        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise OSError(f"{path} is truncated or damaged ({error}); make or download it again.") from error
     if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
         raise ValueError(f"statistics {path}: mu and sigma must be floats, got {mu.dtype} and {sigma.dtype}.")
-    return Statistics(mu.astype(np.float64), sigma.astype(np.float64), extractor, str(path))
+    if extractor is not None and (extractor.dtype.kind != "U" or extractor.ndim):
+        raise ValueError(
+            f"statistics {path}: extractor must be text, the name of one extractor, got {extractor.dtype} of shape "
+            f"{extractor.shape}."
+        )
+    name = None if extractor is None else str(extractor)
+    return Statistics(mu.astype(np.float64), sigma.astype(np.float64), name, str(path))
 
 
 def check_comparable(first: Features | Statistics, second: Features | Statistics) -> None:

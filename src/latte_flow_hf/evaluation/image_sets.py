@@ -29,6 +29,7 @@ class ImageSet:
         num_images, height, width (`int`): of the set, and of each image in pixels.
         read (`Callable`): from a batch size to an iterator over arrays (batch, height, width, 3) of uint8.
         paths (`tuple[Path, ...]`): the file of each image, if each has its own.
+        source (`Path`, *optional*): the folder or file that they are from.
     """
 
     name: str
@@ -37,6 +38,11 @@ class ImageSet:
     width: int
     read: Callable[[int], Iterator[np.ndarray]]
     paths: tuple[Path, ...] = ()
+    source: Path | None = None
+
+    def files(self) -> set[Path]:
+        """The files that the images are in, whatever the path by which they were opened; none for arrays."""
+        return {path.resolve() for path in self.paths or ([self.source] if self.source else [])}
 
 
 def open_images(source: Any, name: str | None = None) -> ImageSet:
@@ -135,7 +141,8 @@ def _open_folder(folder: Path, name: str) -> ImageSet:
         try:
             with Image.open(path) as image:
                 sizes.append(image.size)
-        except (OSError, SyntaxError) as error:
+        # PIL's decoders raise errors of many kinds for damaged files, and one of its own for a decompression bomb.
+        except Exception as error:
             raise ValueError(f"{name}: image {path} cannot be read: {error}") from error
     labels = [str(path.relative_to(folder)) for path in paths]
     width, height = _check_sizes(name, sizes, labels)
@@ -148,7 +155,7 @@ def _open_folder(folder: Path, name: str) -> ImageSet:
             _check_sizes(name, sizes, [labels[0], *labels[start : start + batch_size]])
             yield np.stack([np.asarray(image) for image in images])
 
-    return ImageSet(name, len(paths), height, width, read, paths)
+    return ImageSet(name, len(paths), height, width, read, paths, folder)
 
 
 def _open_npz(path: Path, name: str) -> ImageSet:
@@ -173,7 +180,7 @@ def _open_npz(path: Path, name: str) -> ImageSet:
                         raise OSError(f"{path} is truncated: arr_0 ends too early; make or download it again.")
                     yield np.frombuffer(content, np.uint8).reshape(count, height, width, 3)
 
-    return ImageSet(name, num_images, height, width, read)
+    return ImageSet(name, num_images, height, width, read, source=path)
 
 
 def open_npz(path: Path) -> zipfile.ZipFile:

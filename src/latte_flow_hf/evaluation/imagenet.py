@@ -9,8 +9,10 @@ makes it: their bytes depend on neither the number of processes nor the size of 
 import json
 import logging
 import shutil
+import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from accelerate import PartialState
 from diffusers.utils.torch_utils import get_device
 from tqdm.auto import tqdm
 
-from ..files import atomic_write, check_output, read_json, write_json
+from ..files import atomic_write, check_output, lock_folder, read_json, write_json
 from ..modeling.context import unknown_words
 from ..pipelines.fingerprint import pipeline_fingerprint
 from .comparison import Reference, check_comparison, choose_metrics, compare_images
@@ -90,12 +92,14 @@ def class_prompts(
             f"classes must be those of the training: label {label} is {trained_names[label]!r} there, and "
             f"{names[label]!r} here."
         )
+    # What `str.format` replaces: `{{` and `}}` stand for themselves.
     try:
-        prompts = [prompt.format(name) for name in names]
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"prompt must have one {{}} for the name of the class, got {prompt!r}.") from error
-    if "{}" not in prompt:
+        fields = [field for _, field, _, _ in string.Formatter().parse(prompt) if field is not None]
+    except ValueError:
+        fields = []
+    if fields != [""]:
         raise ValueError(f"prompt must have one {{}} for the name of the class, got {prompt!r}.")
+    prompts = [prompt.format(name) for name in names]
     unknown = unknown_words(prompts, trained_words)
     if unknown:
         shown = ", ".join(unknown[:8]) + (", ..." if len(unknown) > 8 else "")
@@ -146,7 +150,7 @@ def generate_class_samples(
 
     Raises:
         `ValueError`: if an argument is invalid, or `folder` has samples of another pipeline or with other settings.
-        `OSError`: if `folder` cannot be written to, or its disk is too small.
+        `OSError`: if `folder` cannot be written to, its disk is too small, or another run uses it.
     """
     folder, prompts = Path(folder), list(prompts)
     call = {name: value for name, value in call.items() if value is not None}
@@ -166,44 +170,50 @@ def generate_class_samples(
         "shard_size": shard_size,
         "call": call,
     }
-    _check_settings(folder, settings)
-    samples = folder / f"samples_{num_samples}x{height}x{width}x3.npz"
-    if samples.exists():
+    check_output(folder / SETTINGS_FILE, replace=True)
+    # One run at a time: a second one would make the same images, and remove what the first is writing.
+    with lock_folder(folder) if state.is_main_process else nullcontext():
+        _check_settings(folder, settings)
+        samples = folder / f"samples_{num_samples}x{height}x{width}x3.npz"
+        if samples.exists():
+            state.wait_for_everyone()
+            return _check_samples(samples, num_samples) if state.is_main_process else None
+        shards = [
+            (
+                folder / SHARDS_FOLDER / f"{start // shard_size:05d}.npy",
+                range(start, min(start + shard_size, num_samples)),
+            )
+            for start in range(0, num_samples, shard_size)
+        ]
+        missing = [(path, images) for path, images in shards if not _is_finished(path, len(images), height, width)]
+        num_missing = sum(len(images) for _, images in missing)
+        check_output(samples, (num_missing + num_samples) * height * width * 3)
+        # No process may write before all of them have listed what is missing, or their lists would differ.
         state.wait_for_everyone()
-        return _check_samples(samples, num_samples) if state.is_main_process else None
-    shards = [
-        (folder / SHARDS_FOLDER / f"{start // shard_size:05d}.npy", range(start, min(start + shard_size, num_samples)))
-        for start in range(0, num_samples, shard_size)
-    ]
-    missing = [(path, images) for path, images in shards if not _is_finished(path, len(images), height, width)]
-    num_missing = sum(len(images) for _, images in missing)
-    check_output(samples, (num_missing + num_samples) * height * width * 3)
-    # No process may write before all of them have listed what is missing, or their lists would differ.
-    state.wait_for_everyone()
-    if state.is_main_process:
-        write_json(settings, folder / SETTINGS_FILE)
-    with state.split_between_processes(missing) as share:
-        progress = tqdm(
-            total=sum(len(images) for _, images in share), desc="sampling", disable=not state.is_local_main_process
-        )
-        for path, images in share:
-            batches = []
-            for start in range(images.start, images.stop, batch_size):
-                batch = range(start, min(start + batch_size, images.stop))
-                batches.append(_generate(pipe, [prompts[j % len(prompts)] for j in batch], batch, seed, call))
-                progress.update(len(batch))
-            with atomic_write(path) as partial:
-                np.save(partial, np.concatenate(batches))
-        progress.close()
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        return None
-    labels = np.arange(num_samples) % len(prompts)
-    write_npz(samples, _read_shards([path for path, _ in shards]), num_samples, arr_1=labels)
-    # What killed runs left of unfinished files, see `atomic_write`.
-    for scratch in [*folder.glob(".samples_*.npz.*"), *(folder / SHARDS_FOLDER).glob(".*.npy.*")]:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return samples
+        if state.is_main_process:
+            write_json(settings, folder / SETTINGS_FILE)
+        with state.split_between_processes(missing) as share:
+            progress = tqdm(
+                total=sum(len(images) for _, images in share), desc="sampling", disable=not state.is_local_main_process
+            )
+            for path, images in share:
+                batches = []
+                for start in range(images.start, images.stop, batch_size):
+                    batch = range(start, min(start + batch_size, images.stop))
+                    batches.append(_generate(pipe, [prompts[j % len(prompts)] for j in batch], batch, seed, call))
+                    progress.update(len(batch))
+                with atomic_write(path) as partial:
+                    np.save(partial, np.concatenate(batches))
+            progress.close()
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            return None
+        labels = np.arange(num_samples) % len(prompts)
+        write_npz(samples, _read_shards([path for path, _ in shards]), num_samples, arr_1=labels)
+        # What killed runs left of unfinished files, see `atomic_write`.
+        for scratch in [*folder.glob(".samples_*.npz.*"), *(folder / SHARDS_FOLDER).glob(".*.npy.*")]:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return samples
 
 
 def _check_arguments(prompts: list[str], num_samples: int, batch_size: int, shard_size: int) -> None:

@@ -10,9 +10,11 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,13 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..files import atomic_write, check_output, read_json, save_image, write_json
+from ..files import LOCK_FILE, atomic_write, check_output, lock_folder, read_json, save_image, write_json
+from ..modeling.context import unknown_words
 from ..pipelines.batch_generation import generate_seeded, start_processes
 from ..pipelines.image_metadata import record_call, record_pipeline, write_metadata
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"prompts {path} is not a text file in UTF-8: {error}") from error
 
 
-def _read_json(path: Path) -> Any:
+def _parse_json(text: str, where: str) -> Any:
     """JSON in which no key of an object is there twice; `json` alone would keep the last one."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -75,12 +81,18 @@ def _read_json(path: Path) -> Any:
         if len(content) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"prompts {path} has the key {twice!r} twice in one object.")
+            raise ValueError(f"{where} has the key {twice!r} twice in one object.")
         return content
 
-    text = _read_text(path)
     try:
         return json.loads(text, object_pairs_hook=unique)
+    except RecursionError as error:
+        raise ValueError(f"{where} is nested too deeply.") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return _parse_json(_read_text(path), f"prompts {path}")
     except json.JSONDecodeError as error:
         raise ValueError(f"prompts {path}, line {error.lineno} is not JSON: {error.msg}.") from error
 
@@ -107,7 +119,7 @@ def _read_geneval(path: Path) -> list[SuitePrompt]:
     for index, line in enumerate(lines):
         where = f"prompts {path}, line {index + 1}"
         try:
-            item = json.loads(line)
+            item = _parse_json(line, where)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{where} is not JSON ({error.msg}); GenEval's prompts are evaluation_metadata.jsonl, an object "
@@ -151,7 +163,8 @@ def _read_wise(path: Path) -> list[SuitePrompt]:
     for index, item in enumerate(items, 1):
         where = f"prompts {path}, object {index}"
         number = item.get("prompt_id") if isinstance(item, dict) else None
-        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        # As long as a number of COCO may be: it becomes the name of a file.
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 10**18:
             raise ValueError(f"{where} must have `Prompt` and `prompt_id`, a whole number, got {str(item)[:80]}.")
         prompts.append(SuitePrompt(_check_prompt(item.get("Prompt"), where, "Prompt"), (f"{number}.png",)))
     return prompts
@@ -159,8 +172,7 @@ def _read_wise(path: Path) -> list[SuitePrompt]:
 
 def _read_coco(path: Path) -> list[SuitePrompt]:
     reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
-    missing = {"image_id", "text"} - set(reader.fieldnames or ())
-    if missing:
+    if any((reader.fieldnames or []).count(name) != 1 for name in ("image_id", "text")):
         raise ValueError(
             f"prompts {path}, line 1 must name the columns image_id and text, got {reader.fieldnames}. COCO's own "
             "annotations have five captions per image: select 30,000 first, and write them as such a table."
@@ -169,6 +181,11 @@ def _read_coco(path: Path) -> list[SuitePrompt]:
     try:
         for row in reader:
             where = f"prompts {path}, line {reader.line_num}"
+            # `DictReader` has the values of further columns under `None`.
+            if None in row:
+                raise ValueError(
+                    f"{where} has more values than line 1 has columns; put a text with a comma in quotes."
+                )
             number = str(row["image_id"] or "").strip()
             # As a whole number: 000000000042 and 42 are the same image.
             if not re.fullmatch(r"\d{1,18}", number):
@@ -252,7 +269,7 @@ def check_suite_folder(folder: Path) -> None:
     if (
         folder.is_dir()
         and not (folder / "run.json").exists()
-        and any(not path.name.startswith(".") for path in folder.iterdir())
+        and any(path.name != LOCK_FILE and not path.name.startswith(".") for path in folder.iterdir())
     ):
         raise ValueError(f"output {folder} has files, but no run.json that says of which run; choose another folder.")
 
@@ -292,9 +309,9 @@ def generate_suite(
         `tuple[int, int]`: the number of files that all processes wrote, and of those that existed.
 
     Raises:
-        `ValueError`: if an argument is invalid, or the folder is of another model, suite, seed, of other prompts or
-            settings; before anything is written.
-        `OSError`: if `folder` is a file, or cannot be written to.
+        `ValueError`: if an argument is invalid, a model of a small world never learned a word of the prompts, or the
+            folder is of another model, suite, seed, of other prompts or settings; before anything is written.
+        `OSError`: if `folder` is a file, or cannot be written to, or another run uses it.
     """
     if suite not in SUITES:
         raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {suite!r}.")
@@ -308,57 +325,80 @@ def generate_suite(
     height, width = (call.get(name) or pipe.default_size for name in ("height", "width"))
     if per_file > 1 and height != width:
         raise ValueError(f"the evaluator of {suite} reads square images only, got height {height} and width {width}.")
+    unknown = unknown_words([item.prompt for item in prompts], pipe.model.trained_words)
+    if unknown:
+        shown = ", ".join(unknown[:8]) + (", ..." if len(unknown) > 8 else "")
+        raise ValueError(
+            f"prompts of {suite} have {len(unknown)} words that the model never learned ({shown}): it is of another "
+            "world. Use a model of this one."
+        )
     state = start_processes(pipe, device)
     record = record_pipeline(pipe, adapter_names)
     settings = record_call(pipe, record, prompts[0].prompt, seed, **call).model_dump(mode="json")
+    content = [[item.prompt, item.files, item.notes] for item in prompts]
     run = {
         "suite": suite,
-        "prompts": hashlib.sha256(json.dumps([[item.prompt, item.files] for item in prompts]).encode()).hexdigest(),
+        "prompts": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
         "num_prompts": len(prompts),
         "seed": seed,
         "settings": {name: value for name, value in settings.items() if name not in ("prompt", "seed", "batch_size")},
     }
-    if (folder / "run.json").exists():
-        _check_run(read_json(folder / "run.json"), run, folder)
-    # A file, its prompt, the seed of its first image, and what is written beside it.
-    units = []
-    for index, item in enumerate(prompts[:num_prompts]):
-        for number, file in enumerate(item.files):
-            first = seed + (index * len(item.files) + number) * per_file
-            units.append((folder / "images" / file, item.prompt, first, item.notes))
-    missing = [unit for unit in units if not unit[0].exists()]
-    if state.is_main_process:
-        # What killed runs left half written: some evaluators look into hidden folders, too.
-        for scratch in (folder / "images").rglob(".*.*"):
-            shutil.rmtree(scratch)
-    # No process may write before all of them have listed what is missing, or their lists would differ.
-    state.wait_for_everyone()
-    with state.split_between_processes(missing) as share:
-        step = max(1, batch_size // per_file)
-        for start in tqdm(range(0, len(share), step), desc=suite, disable=not state.is_local_main_process):
-            group = share[start : start + step]
-            texts = [prompt for _, prompt, _, _ in group for _ in range(per_file)]
-            seeds = [first + i for _, _, first, _ in group for i in range(per_file)]
-            images: list[Image.Image] = []
-            for first in range(0, len(texts), batch_size):
-                part = slice(first, first + batch_size)
-                images += generate_seeded(pipe, texts[part], seeds[part], **call)
-            # Only now, because the pipeline may have refused the settings. All processes would write the same.
-            if not (folder / "run.json").exists():
-                write_json(run, folder / "run.json")
-            for position, (path, prompt, first, notes) in enumerate(group):
-                for name, content in notes:
-                    if not (folder / "images" / name).exists():
-                        with atomic_write(folder / "images" / name) as partial:
-                            partial.write_text(content, encoding="utf-8")
-                own = images[position * per_file : (position + 1) * per_file]
-                if per_file == 1:
-                    size = min(batch_size, len(texts))
-                    write_metadata(own[0], record_call(pipe, record, prompt, first, batch_size=size, **call), path)
-                else:
-                    save_image(_grid(own), path)
-    state.wait_for_everyone()
+    # One run at a time: a second one would make the same images, and remove what the first is writing.
+    with lock_folder(folder) if state.is_main_process else nullcontext():
+        if (folder / "run.json").exists():
+            _check_run(read_json(folder / "run.json"), run, folder)
+        # A file, its prompt, the seed of its first image, and what is written beside it.
+        units = []
+        for index, item in enumerate(prompts[:num_prompts]):
+            for number, file in enumerate(item.files):
+                first = seed + (index * len(item.files) + number) * per_file
+                units.append((folder / "images" / file, item.prompt, first, item.notes))
+        missing = [unit for unit in units if not _is_finished(unit[0])]
+        if state.is_main_process:
+            # What killed runs left half written: some evaluators look into hidden folders, too.
+            for scratch in [path for path in (folder / "images").rglob(".*.*") if path.is_dir()]:
+                shutil.rmtree(scratch)
+        # No process may write before all of them have listed what is missing, or their lists would differ.
+        state.wait_for_everyone()
+        with state.split_between_processes(missing) as share:
+            step = max(1, batch_size // per_file)
+            for start in tqdm(range(0, len(share), step), desc=suite, disable=not state.is_local_main_process):
+                group = share[start : start + step]
+                texts = [prompt for _, prompt, _, _ in group for _ in range(per_file)]
+                seeds = [first + i for _, _, first, _ in group for i in range(per_file)]
+                images: list[Image.Image] = []
+                for first in range(0, len(texts), batch_size):
+                    part = slice(first, first + batch_size)
+                    images += generate_seeded(pipe, texts[part], seeds[part], **call)
+                # Only now, because the pipeline may have refused the settings. All processes would write the same.
+                if not (folder / "run.json").exists():
+                    write_json(run, folder / "run.json")
+                for position, (path, prompt, first, notes) in enumerate(group):
+                    for name, content in notes:
+                        if not (folder / "images" / name).exists():
+                            with atomic_write(folder / "images" / name) as partial:
+                                partial.write_text(content, encoding="utf-8")
+                    own = images[position * per_file : (position + 1) * per_file]
+                    if per_file == 1:
+                        size = min(batch_size, len(texts))
+                        write_metadata(own[0], record_call(pipe, record, prompt, first, batch_size=size, **call), path)
+                    else:
+                        save_image(_grid(own), path)
+        state.wait_for_everyone()
     return len(missing), len(units) - len(missing)
+
+
+def _is_finished(path: Path) -> bool:
+    """Whether an image is whole. One that was cut, by a copy or a full disk, is made again."""
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        # The last chunk of a PNG file, and its checksum.
+        file.seek(max(0, path.stat().st_size - 8))
+        if file.read() == b"IEND\xaeB`\x82":
+            return True
+    logger.warning(f"image {path} is damaged, and is made again.")
+    return False
 
 
 def _check_run(before: dict[str, Any], run: dict[str, Any], folder: Path) -> None:

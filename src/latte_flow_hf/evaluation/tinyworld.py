@@ -78,6 +78,12 @@ def generation_prompts(seed: int, one: int = 100, two: int = 200, held_out: int 
     }
 
 
+def _check_not_empty(name: str, lists: dict[str, list[Any]]) -> None:
+    for kind, items in lists.items():
+        if not items:
+            raise ValueError(f"{name} of {kind!r} are empty: a share needs at least one.")
+
+
 def evaluate_generation(
     pipe: Any,
     prompts: dict[str, list[str]],
@@ -101,7 +107,11 @@ def evaluate_generation(
             `wrong` also has the `errors` of each (see `find_errors`), and there are `errors` (the number of images
             that have each) and `categories` (the accuracy in GenEval's, see `CATEGORIES`; unlike there, an object
             that was not asked for is an error in each of them).
+
+    Raises:
+        `ValueError`: if there are no prompts of a kind.
     """
+    _check_not_empty("prompts", prompts)
     results = {}
     for kind, kind_prompts in prompts.items():
         wrong: list[dict[str, Any]] = []
@@ -141,7 +151,12 @@ def evaluate_variety(pipe: Any, prompt: str, num_images: int = 16, **call: Any) 
     Returns:
         `dict`: `num_distinct`, the number of distinct images, and `min_distance` and `mean_distance`, the smallest
         and the mean over all pairs of the mean absolute difference between their pixels (0 to 255).
+
+    Raises:
+        `ValueError`: if `num_images` is less than 2.
     """
+    if num_images < 2:
+        raise ValueError(f"num_images must be at least 2, to compare them, got {num_images}.")
     generators = [torch.Generator().manual_seed(seed) for seed in range(num_images)]
     images = pipe(prompt, num_images_per_prompt=num_images, generator=generators, **call).images
     pixels = np.stack([np.asarray(image, dtype=np.float32) for image in images])
@@ -191,7 +206,11 @@ def evaluate_understanding(
     Returns:
         `dict`: by subject, `accuracy` (0 to 1), `count`, `kinds` (accuracy by kind of question), and `wrong`
         (question, answer and prediction of each failure).
+
+    Raises:
+        `ValueError`: if there are no questions of a subject.
     """
+    _check_not_empty("questions", questions)
     results = {}
     for subject, subject_questions in questions.items():
         by_kind: dict[str, list[bool]] = defaultdict(list)

@@ -20,14 +20,13 @@ from transformers import set_seed
 
 from ..checkpoints import tiny_checkpoint
 from ..conversion.extract import extract_backbone
-from ..files import atomic_write, read_json, write_json
+from ..files import atomic_write, lock_folder, read_json, write_json
 from ..modeling.configuration_latte_flow import LatteFlowConfig
 from ..pipelines.fingerprint import pipeline_fingerprint
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline
 from ..training.data import UnreadableImages, load_image_rows
 from ..training.recipe import Recipe
 from ..training.train import load_data, load_pipeline, prepare_model, set_image_size
-from ..training.working_folder import lock_folder
 from .plan import (
     PLAN_FILE,
     RESULT_FILE,

@@ -18,10 +18,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from ..evaluation.tinyworld import understanding_questions
-from ..files import save_image, write_json
+from ..files import lock_folder, save_image, write_json
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline
 from ..training.train import train
-from ..training.working_folder import lock_folder
 from .machine import package_versions
 from .plan import RESULT_FILE, RUNS_FOLDER, Plan, load_result, read_own
 from .quality import QualityMeter, generate

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from ..cards import pipeline_card
 from ..checkpoints import tiny_checkpoint
-from ..files import atomic_write, check_output, store_hashes, write_json
+from ..files import atomic_write, check_output, lock_folder, store_hashes, write_json
 from ..modeling.adapters import sampling_mark
 from ..modeling.backbone import read_vlm_config
 from ..modeling.configuration_latte_flow import LatteFlowConfig
@@ -65,7 +65,7 @@ from .trajectories import (
     student_new_noise,
     trajectory_sigmas,
 )
-from .working_folder import RUN_FILE, check_run, lock_folder
+from .working_folder import RUN_FILE, check_run
 
 
 logger = logging.getLogger(__name__)

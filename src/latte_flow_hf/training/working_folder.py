@@ -1,15 +1,8 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""The working folder of a training run belongs to one process at a time, and to one recipe, one starting model and the
-same data."""
+"""The working folder of a training run belongs to one recipe, one starting model and the same data."""
 
-import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from ..files import read_json
 from .callbacks import check_checkpoint
@@ -34,35 +27,6 @@ _HARMLESS_CHANGES = {"samples", "data: cache", "data: max_unreadable", "ema: dev
         "save_total_limit",
     )
 }
-
-
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder alone. The system ends the lock with its process, so a killed one leaves no stale lock.
-
-    Args:
-        folder (`Path`): made if it does not exist; the file `lock` in it names the process that holds it.
-
-    Raises:
-        `OSError`: if another process holds it, with that process.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "lock"
-    lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        owner = path.read_text(encoding="utf-8").strip() if path.exists() else ""
-        raise OSError(
-            f"folder {folder} is in use by {owner or 'another process'}; wait until it ends, or use another folder."
-        ) from error
-    try:
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-        yield
-    finally:
-        # Before the release: a process that waits for the removed file notices, and makes a new one.
-        path.unlink(missing_ok=True)
-        lock.release()
 
 
 def check_run(resume_from: Path, run: dict[str, Any], max_steps: int, allow_changes: bool) -> None:
