@@ -108,10 +108,12 @@ def test_a_damaged_shard_is_made_again(counted, tmp_path, caplog):
     shard = tmp_path / "shards" / "00002.npy"
     shard.write_bytes(shard.read_bytes()[:-5])
     np.save(tmp_path / "shards" / "00003.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    (tmp_path / "shards" / "00001.npy").write_bytes(expected)
     counted.made = 0
     with caplog.at_level(logging.WARNING, logger=imagenet.__name__):
         assert generate_class_samples(counted, PROMPTS, tmp_path, **SIZES, **CALL).read_bytes() == expected
-    assert counted.made == 4 + 3 and "00002.npy is damaged" in caplog.text and "00003.npy is damaged" in caplog.text
+    assert counted.made == 4 + 4 + 3 and "00001.npy is an .npz file" in caplog.text
+    assert "00002.npy is damaged" in caplog.text and "00003.npy is damaged" in caplog.text
 
 
 def test_samples_of_other_settings_are_refused(own_pipe, tmp_path):
@@ -137,6 +139,13 @@ def test_samples_of_other_settings_are_refused(own_pipe, tmp_path):
     (tmp_path / "settings.json").unlink()
     with pytest.raises(ValueError, match=r"has samples, but not their settings.json"):
         generate_class_samples(own_pipe, PROMPTS, tmp_path, **SIZES, **CALL)
+
+
+def test_settings_that_the_pipeline_refused_do_not_bind_the_folder(pipe, tmp_path):
+    for wrong, words in (({"height": 30}, "height"), ({"num_inference_steps": 0}, "num_inference_steps")):
+        with pytest.raises(ValueError, match=words):
+            generate_class_samples(pipe, PROMPTS, tmp_path, **SIZES, **{**CALL, **wrong})
+    assert generate_class_samples(pipe, PROMPTS, tmp_path, **SIZES, **CALL).exists()
 
 
 def test_one_run_at_a_time_writes_in_a_folder(counted, tmp_path):

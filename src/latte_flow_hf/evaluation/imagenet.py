@@ -239,10 +239,11 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """
     path = folder / SETTINGS_FILE
     num_shards = len(list((folder / SHARDS_FOLDER).glob("*.npy")))
-    if not path.exists():
-        if num_shards or list(folder.glob("samples_*.npz")):
-            raise ValueError(f"output {folder} has samples, but not their {SETTINGS_FILE}; use another folder.")
+    if not num_shards and not list(folder.glob("samples_*.npz")):
+        # At most the settings of a run that the pipeline refused.
         return
+    if not path.exists():
+        raise ValueError(f"output {folder} has samples, but not their {SETTINGS_FILE}; use another folder.")
     before, now = read_json(path), json.loads(json.dumps(settings))
     changes = []
     for key in sorted(before.keys() | now.keys()):
@@ -281,6 +282,9 @@ def _is_finished(path: Path, num_images: int, height: int, width: int) -> bool:
         images = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         logger.warning(f"shard {path} is damaged, and is made again: {error}")
+        return False
+    if not isinstance(images, np.ndarray):
+        logger.warning(f"shard {path} is an .npz file, and is made again.")
         return False
     if images.dtype != np.uint8 or images.shape != (num_images, height, width, 3):
         logger.warning(f"shard {path} is damaged, and is made again: it has {images.shape} of {images.dtype}")
