@@ -48,8 +48,46 @@ def test_generation_counts_correct_images():
     }
     num_wrong = prompts["two objects"].count(wrong)
     assert results["two objects"]["accuracy"] == pytest.approx(1 - num_wrong / 9)
-    assert {"index": 5, "prompt": wrong} in results["two objects"]["wrong"]
+    assert [item["prompt"] for item in results["two objects"]["wrong"]] == [wrong] * num_wrong
+    assert results["two objects"]["wrong"][0]["index"] == prompts["two objects"].index(wrong)
+    # Only one of its two objects is drawn.
+    assert results["two objects"]["errors"]["missing"] == num_wrong
+    assert results["digit"]["categories"] == {"digits": 1} and results["digit"]["errors"] == {}
     assert all(result["accuracy"] == 1 for kind, result in results.items() if kind != "two objects")
+
+
+@pytest.mark.parametrize(
+    ("drawn", "errors", "right"),
+    [
+        ("a red circle left of a blue square", ["colour"], {"two objects", "position"}),
+        ("a blue circle right of a red square", ["relation"], {"two objects", "colour attribution"}),
+        ("a blue circle left of a red cross", ["shape"], set()),
+        ("a blue circle", ["missing"], set()),
+    ],
+)
+def test_categories_count_the_errors_that_concern_them(drawn, errors, right):
+    asked = "a blue circle left of a red square"
+
+    class Other(DrawingPipeline):
+        def draw(self, prompt, generator):
+            return super().draw(drawn, generator)
+
+    results = tinyworld.evaluate_generation(Other(), {"two objects": [asked]}, seed=0)["two objects"]
+    assert results["wrong"] == [{"index": 0, "prompt": asked, "errors": errors}]
+    assert results["errors"] == {errors[0]: 1}
+    assert results["categories"] == {
+        name: float(name in right) for name in ("two objects", "position", "colour attribution")
+    }
+
+
+def test_another_judge_needs_no_errors():
+    prompts = {"one object": ["a red circle", "a blue cross"]}
+    results = tinyworld.evaluate_generation(DrawingPipeline(), prompts, 0, is_correct=lambda image, prompt: False)
+    assert results["one object"] == {
+        "accuracy": 0,
+        "count": 2,
+        "wrong": [{"index": i, "prompt": prompt} for i, prompt in enumerate(prompts["one object"])],
+    }
 
 
 def test_variety_compares_all_images():

@@ -69,6 +69,7 @@ PAGES: dict[str, dict[str, str]] = {
     "docs/guides/backbone_table.md": {},
     "docs/guides/add_a_class.md": {"num_images=200": "num_images=6", "range(400)": "range(12)"},
     "docs/guides/backbones.md": {"Qwen/Qwen3-VL-2B-Instruct": "backbone"},
+    "docs/guides/benchmark_layouts.md": {},
     "docs/guides/conversion.md": {},
     "docs/guides/devices_and_dtypes.md": {},
     "docs/guides/evaluate.md": {
@@ -115,6 +116,8 @@ PAGES: dict[str, dict[str, str]] = {
 RESULTS = {
     "README.md": ["out.png", "measured.json", "my-checkpoint/model_index.json", "my-latte-flow/model_index.json"],
     "docs/guides/add_a_class.md": ["star.png"],
+    "docs/guides/benchmark_layouts.md": ["out/geneval/images/00001/samples/00003.png"],
+    "docs/tinyworld.md": ["round-trip.json"],
     "docs/guides/image_to_image.md": ["circle.png", "square.png"],
     "docs/guides/train_from_a_vlm.md": ["red-circle.png", "runs/from_a_vlm/samples", "runs/from_a_vlm/log.json"],
     "docs/guides/train_your_own.md": ["my-model/model_index.json", "runs/own_images/samples"],

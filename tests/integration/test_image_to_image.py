@@ -42,7 +42,7 @@ def images_of(pipe, prompt: str, source: Image.Image, **arguments) -> list[Image
     return pipe([prompt] * 8, source, generator=generators, **arguments).images
 
 
-@pytest.mark.parametrize("strength", [0.6, 0.95])
+@pytest.mark.parametrize("strength", [0.7, 0.95])
 def test_a_circle_is_painted_over(img2img, inpaint, strength):
     """7 or 8 of 8 seeds are right; the guide has a table with more prompts."""
     found = images_of(inpaint, "a blue square", ONE, mask_image=box_mask(8, 8, 56, 56), strength=strength)

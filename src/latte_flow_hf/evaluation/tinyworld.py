@@ -4,7 +4,7 @@
 Prompts and images are sampled from seeds that are not used in training, and include held-out digits and pairs.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +13,58 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..modeling.context import unknown_words
 from ..tinyworld.digits import digit_indices, digit_prompt, draw_digit, load_digits
-from ..tinyworld.oracle import shows
+from ..tinyworld.oracle import ERRORS, find_errors
 from ..tinyworld.questions import QuestionAnswer, questions_about
-from ..tinyworld.shapes import draw_scene, place_objects, sample_scene
+from ..tinyworld.shapes import (
+    ALL_OBJECTS,
+    IMAGE_SIZE,
+    RELATIONS,
+    Scene,
+    draw_scene,
+    place_objects,
+    sample_scene,
+)
 
 
 # Part of the seed, so that the generators differ from those of training, which are seeded by a recipe's seed.
 _EVALUATION = 1_000_003
+
+# GenEval's categories, as far as this world has them, with the errors that an image must not have. Counting is not
+# among them: no prompt of this world says a number.
+_PRESENT = ("missing", "extra", "shape")
+_OF_TWO = {
+    "two objects": _PRESENT,
+    "position": (*_PRESENT, "relation"),
+    "colour attribution": (*_PRESENT, "colour"),
+}
+CATEGORIES: dict[str, dict[str, tuple[str, ...]]] = {
+    "one object": {"single object": _PRESENT, "colours": (*_PRESENT, "colour")},
+    "two objects": _OF_TWO,
+    "held-out pair": _OF_TWO,
+    "digit": {"digits": ("digit",)},
+}
+
+
+def check_world(pipe: Any) -> None:
+    """Refuse a pipeline that cannot know the tiny world, before images are generated.
+
+    Raises:
+        `ValueError`: if its images are of another size, or it was trained on other words.
+    """
+    if pipe.default_size != IMAGE_SIZE:
+        raise ValueError(
+            f"the tiny world has images of {IMAGE_SIZE}x{IMAGE_SIZE}, and this model generates "
+            f"{pipe.default_size}x{pipe.default_size}: it is of another world. Use `latte-flow evaluate generate` "
+            "and the benchmarks that it is for."
+        )
+    texts = [Scene((item,)).prompt for item in ALL_OBJECTS] + [digit_prompt(value) for value in range(10)]
+    unknown = unknown_words([*texts, *RELATIONS], pipe.model.trained_words)
+    if unknown:
+        raise ValueError(
+            f"this model was trained on another world: it does not know the words {', '.join(sorted(set(unknown)))}."
+        )
 
 
 def generation_prompts(seed: int, one: int = 100, two: int = 200, held_out: int = 100, digits: int = 100) -> dict:
@@ -39,7 +83,7 @@ def evaluate_generation(
     prompts: dict[str, list[str]],
     seed: int,
     batch_size: int = 50,
-    is_correct: Callable[[Image.Image, str], bool] = shows,
+    is_correct: Callable[[Image.Image, str], bool] | None = None,
     **call: Any,
 ) -> dict:
     """Generate one image for each prompt and check whether it shows what the prompt describes.
@@ -53,21 +97,42 @@ def evaluate_generation(
         call: further arguments of the pipeline, such as `guidance_scale` and `num_inference_steps`.
 
     Returns:
-        `dict`: by kind, `accuracy` (0 to 1), `count`, and `wrong` (index and prompt of each failure).
+        `dict`: by kind, `accuracy` (0 to 1), `count`, and `wrong` (index and prompt of each failure). With the oracle,
+            `wrong` also has the `errors` of each (see `find_errors`), and there are `errors` (the number of images
+            that have each) and `categories` (the accuracy in GenEval's, see `CATEGORIES`; unlike there, an object
+            that was not asked for is an error in each of them).
     """
     results = {}
     for kind, kind_prompts in prompts.items():
-        wrong = []
+        wrong: list[dict[str, Any]] = []
         for start in tqdm(range(0, len(kind_prompts), batch_size), desc=f"generating: {kind}"):
             batch = kind_prompts[start : start + batch_size]
             generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
             images = pipe(batch, generator=generators, **call).images
             for index, (prompt, image) in enumerate(zip(batch, images), start):
-                if not is_correct(image, prompt):
+                if is_correct is None:
+                    if errors := find_errors(image, prompt):
+                        wrong.append({"index": index, "prompt": prompt, "errors": list(errors)})
+                elif not is_correct(image, prompt):
                     wrong.append({"index": index, "prompt": prompt})
-        accuracy = 1 - len(wrong) / len(kind_prompts)
-        results[kind] = {"accuracy": accuracy, "count": len(kind_prompts), "wrong": wrong}
+        count = len(kind_prompts)
+        results[kind] = {"accuracy": 1 - len(wrong) / count, "count": count, "wrong": wrong}
+        if is_correct is None:
+            results[kind] |= _describe_errors([item["errors"] for item in wrong], count, CATEGORIES.get(kind, {}))
     return results
+
+
+def _describe_errors(
+    errors_of_wrong: list[list[str]], count: int, categories: dict[str, tuple[str, ...]]
+) -> dict[str, dict[str, float]]:
+    numbers = Counter(name for errors in errors_of_wrong for name in errors)
+    return {
+        "errors": {name: numbers[name] for name in ERRORS if numbers[name]},
+        "categories": {
+            name: 1 - sum(not set(relevant).isdisjoint(errors) for errors in errors_of_wrong) / count
+            for name, relevant in categories.items()
+        },
+    }
 
 
 def evaluate_variety(pipe: Any, prompt: str, num_images: int = 16, **call: Any) -> dict:
@@ -104,6 +169,15 @@ def understanding_questions(seed: int, num_scenes: int = 200) -> dict[str, list[
     return {"shapes": shapes, "held-out digits": digits}
 
 
+def answer_questions(pipe: Any, questions: list[tuple[Image.Image, str]]) -> list[str]:
+    """The answers of the pipeline's model to one question about each image, in one batch, by greedy decoding."""
+    conversations = [pipe.processor.conversation(question, image) for image, question in questions]
+    inputs = pipe.processor.encode_conversations(conversations).to(pipe.model.device)
+    tokens = pipe.model.generate(**inputs, do_sample=False, max_new_tokens=24)
+    new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in pipe.processor.batch_decode(new_tokens, skip_special_tokens=True)]
+
+
 def evaluate_understanding(
     pipe: Any, questions: dict[str, list[tuple[Image.Image, QuestionAnswer]]], batch_size: int = 64
 ) -> dict:
@@ -124,13 +198,8 @@ def evaluate_understanding(
         wrong = []
         for start in tqdm(range(0, len(subject_questions), batch_size), desc=f"answering: {subject}"):
             batch = subject_questions[start : start + batch_size]
-            conversations = [pipe.processor.conversation(item.question, image) for image, item in batch]
-            inputs = pipe.processor.encode_conversations(conversations).to(pipe.model.device)
-            tokens = pipe.model.generate(**inputs, do_sample=False, max_new_tokens=24)
-            new_tokens = tokens[:, inputs["input_ids"].shape[1] :]
-            predictions = pipe.processor.batch_decode(new_tokens, skip_special_tokens=True)
+            predictions = answer_questions(pipe, [(image, item.question) for image, item in batch])
             for (_, item), prediction in zip(batch, predictions):
-                prediction = prediction.strip()
                 by_kind[item.kind].append(prediction == item.answer)
                 if prediction != item.answer:
                     wrong.append({"question": item.question, "answer": item.answer, "prediction": prediction})

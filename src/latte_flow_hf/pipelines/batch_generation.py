@@ -59,6 +59,22 @@ def image_name(number: int, prompt: str, seed: int, model: Any, call: dict[str, 
     return f"{number:05d}-{words}-{hashlib.sha256(arguments.encode()).hexdigest()[:12]}.png"
 
 
+def start_processes(pipe: Any, device: str | None) -> PartialState:
+    """The group of processes that `accelerate launch` started, or this one alone; the pipeline is moved to the device
+    of this process, or to `device` if it is alone."""
+    # Without an accelerator, processes form a group only if `cpu` is set.
+    state = PartialState(cpu=(device or get_device()) == "cpu")
+    pipe.to(device if device is not None and state.num_processes == 1 else state.device)
+    return state
+
+
+def generate_seeded(pipe: Any, prompts: list[str], seeds: list[int], **call: Any) -> list[Image.Image]:
+    """One image for each prompt, in one batch, from the noise of its seed."""
+    # On the CPU, so that the noise is the same for every device.
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipe(prompts, generator=generators, **call).images
+
+
 def generate_images(
     pipe: Any,
     prompts: list[str],
@@ -101,9 +117,7 @@ def generate_images(
     for name, number in (("num_images_per_prompt", num_images_per_prompt), ("batch_size", batch_size)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}.")
-    # Without an accelerator, processes form a group only if `cpu` is set.
-    state = PartialState(cpu=(device or get_device()) == "cpu")
-    pipe.to(device if device is not None and state.num_processes == 1 else state.device)
+    state = start_processes(pipe, device)
     prompt_of_image = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
     model = pipeline_fingerprint(pipe)
     paths = [folder / image_name(i, prompt, seed + i, model, call) for i, prompt in enumerate(prompt_of_image)]
@@ -115,9 +129,7 @@ def generate_images(
         starts = range(0, len(share), batch_size)
         for start in tqdm(starts, desc="generating", disable=not state.is_local_main_process):
             batch = share[start : start + batch_size]
-            # On the CPU, so that the noise is the same for every device.
-            generators = [torch.Generator().manual_seed(seed + i) for i in batch]
-            images = pipe([prompt_of_image[i] for i in batch], generator=generators, **call).images
+            images = generate_seeded(pipe, [prompt_of_image[i] for i in batch], [seed + i for i in batch], **call)
             folder.mkdir(parents=True, exist_ok=True)
             for i, image in zip(batch, images):
                 assert record is not None
