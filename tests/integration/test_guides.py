@@ -96,7 +96,7 @@ PAGES: dict[str, dict[str, str]] = {
     "docs/guides/modular.md": {},
     "docs/guides/plan.md": {},
     "docs/guides/processors.md": {},
-    "docs/guides/reproducing_the_paper.md": {"--num-images 50": "--num-images 1"},
+    "docs/guides/reproducing_the_paper.md": {"--num-samples 50000": "--num-samples 2 --batch-size 2 --shard-size 2"},
     "docs/guides/serve.md": {"8000": str(FREE_PORT)},
     "docs/guides/solvers.md": {},
     "docs/guides/speed_and_memory.md": {},
