@@ -79,11 +79,9 @@ class Evidence:
         the margin of the measure. `values` takes a measure and the runs of both with the same seed."""
         if missing := self.missing(first, second):
             return missing
-        findings = []
-        for measure in MEASURES:
-            pairs = [values(measure, *runs) for runs in zip(self.runs[first.name], self.runs[second.name])]
-            findings.append(quality_finding(measure, pairs, low, high))
-        return findings
+        runs = list(zip(self.runs[first.name], self.runs[second.name]))
+        pairs = {measure: [values(measure, *pair) for pair in runs] for measure in MEASURES}
+        return quality_findings(pairs, low, high)
 
     def time_ratios(self, first: Variant, second: Variant) -> Interval:
         """The logarithm of the ratio of their times per image, one image at a time, within each round."""
@@ -91,6 +89,16 @@ class Evidence:
         rounds = self.timing["rounds"][size]
         pairs = zip(rounds[first.name], rounds[second.name])
         return t_interval([math.log(a["wall"] / b["wall"]) for a, b in pairs])
+
+
+def quality_findings(pairs: dict[Measure, list[tuple[float, float]]], low: float, high: float) -> list[Finding]:
+    """A finding for each measure. `pairs` has a pair of values for each seed, `low` and `high` are in units of the
+    margin of the measure. If neither network has learned to draw what is asked for, no measure decides anything."""
+    findings = [quality_finding(measure, pairs[measure], low, high) for measure in MEASURES]
+    if max(ACCURACY.mean(column) for column in zip(*pairs[ACCURACY])) >= MIN_ACCURACY:
+        return findings
+    note = f"both accuracies are below {MIN_ACCURACY:.0%}, which compares nothing"
+    return [Finding(f"{finding.text}; {note}", UNKNOWN) for finding in findings]
 
 
 def quality_finding(measure: Measure, pairs: Sequence[tuple[float, float]], low: float, high: float) -> Finding:
@@ -103,8 +111,6 @@ def quality_finding(measure: Measure, pairs: Sequence[tuple[float, float]], low:
         return Finding(f"{text} (one seed: no spread)", UNKNOWN)
     interval = t_interval(gains)
     text += f" (95% interval {measure.describe_range(interval.low, interval.high)}, {len(gains)} seeds)"
-    if measure is ACCURACY and max(first, second) < MIN_ACCURACY:
-        return Finding(f"{text}; both near zero, which compares nothing", UNKNOWN)
     return Finding(text, judge(interval, low * measure.margin, high * measure.margin))
 
 
@@ -237,10 +243,10 @@ def _flat_findings(evidence: Evidence) -> list[Finding]:
         return measure.mean([measure.value(cell) for cell in cells])
 
     runs = evidence.runs[MAIN.name]
-    return [
-        quality_finding(measure, [(mean(run, FLAT_STEPS, measure), mean(run, most, measure)) for run in runs], -1, 1)
-        for measure in MEASURES
-    ]
+    pairs = {
+        measure: [(mean(run, FLAT_STEPS, measure), mean(run, most, measure)) for run in runs] for measure in MEASURES
+    }
+    return quality_findings(pairs, -1, 1)
 
 
 def _understanding_finding(evidence: Evidence) -> Finding:

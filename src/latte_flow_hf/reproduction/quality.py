@@ -14,10 +14,9 @@ from ..evaluation.tinyworld import generation_prompts
 from ..files import atomic_write
 from ..tinyworld.datasets import TinyWorldImages
 from ..tinyworld.oracle import shows
+from .plan import REFERENCE_FILE
 from .settings import EvaluationSettings, Reproduction
 
-
-REFERENCE_FILE = "reference.npz"
 
 # The seeds of noise are far apart, and the drawn images have a seed that no run has.
 _NOISE_SEEDS = 1_000_000
