@@ -123,6 +123,6 @@ def make_evidence(make_settings):
             "device": "a machine",
             "load_average": 1.2,
         }
-        return Evidence(plan, results, {**timing, "versions": {"python": "3.12"}})
+        return Evidence(plan, results, {**timing, "versions": {"python": "3.12"}}, 0.9)
 
     return make

@@ -14,6 +14,7 @@ from latte_flow_hf import LatteFlowPipeline
 from latte_flow_hf.files import write_json
 from latte_flow_hf.reproduction import reproduce
 from latte_flow_hf.reproduction.plan import Plan, load_result
+from latte_flow_hf.reproduction.quality import distance_of_drawn_images
 from latte_flow_hf.reproduction.reproduce import count_training_step
 from latte_flow_hf.reproduction.runs import run
 from latte_flow_hf.training.cache import hash_module
@@ -77,6 +78,18 @@ def test_the_report_has_verdicts_tables_and_figures(finished):
     for name in ("convergence.svg", "group_size.svg", "steps_guidance.svg", "samples.png"):
         assert f"({name})" in text and f'src="{name}"' in page and (finished / name).stat().st_size > 1000
     assert page.count("<tr>") > 20 and "Student&#x27;s" in page
+
+
+def test_perfect_images_have_a_distance(finished, make_settings):
+    # Of few images, and less of more.
+    few = distance_of_drawn_images(make_settings(), finished)
+    assert (
+        f"130 drawn images, which are perfect, have a distance of {few:.2f} themselves"
+        in (finished / "report.md").read_text()
+    )
+    evaluation = make_settings().evaluation.model_copy(update={"one": 500})
+    more = distance_of_drawn_images(make_settings().model_copy(update={"evaluation": evaluation}), finished, 1)
+    assert 0 < more < few
 
 
 def test_started_again_it_only_writes_the_report(finished, make_settings, monkeypatch):

@@ -61,10 +61,11 @@ class Evidence:
         plan ([`Plan`]): the plan.
         results (`dict`): what `runs.run` returns, by the name of the run.
         timing (`dict`): what `timing.measure_timing` returns.
+        drawn_distance (`float`): what `quality.distance_of_drawn_images` returns.
     """
 
-    def __init__(self, plan: Plan, results: dict[str, dict], timing: dict[str, Any]):
-        self.plan, self.timing = plan, timing
+    def __init__(self, plan: Plan, results: dict[str, dict], timing: dict[str, Any], drawn_distance: float):
+        self.plan, self.timing, self.drawn_distance = plan, timing, drawn_distance
         self.runs: dict[str, list[dict]] = {variant.name: [] for variant in plan.settings.variants}
         for name, (variant, _) in plan.settings.runs.items():
             self.runs[variant.name].append(results[name])
