@@ -42,13 +42,13 @@ def images_of(pipe, prompt: str, source: Image.Image, **arguments) -> list[Image
     return pipe([prompt] * 8, source, generator=generators, **arguments).images
 
 
-@pytest.mark.parametrize("strength", [0.7, 0.95])
-def test_a_circle_is_painted_over(img2img, inpaint, strength):
-    """7 or 8 of 8 seeds are right; the guide has a table with more prompts."""
+@pytest.mark.parametrize(("strength", "least"), [(0.6, 6), (0.95, 7)])
+def test_a_circle_is_painted_over(img2img, inpaint, strength, least):
+    """6 or 7 of 8 seeds are right, others mostly rectangles; the guide has a table with more prompts."""
     found = images_of(inpaint, "a blue square", ONE, mask_image=box_mask(8, 8, 56, 56), strength=strength)
-    assert sum(shows(image, "a blue square") for image in found) >= 7
+    assert sum(shows(image, "a blue square") for image in found) >= least
     found = images_of(img2img, "a blue square", ONE, strength=strength)
-    assert sum(shows(image, "a blue square") for image in found) >= 7
+    assert sum(shows(image, "a blue square") for image in found) >= least
 
 
 def test_the_source_stays_at_a_small_strength(img2img):

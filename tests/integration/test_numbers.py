@@ -2,6 +2,7 @@
 """Measured numbers stand beside a command, commands in documents are accepted as written, and figures have makers."""
 
 import argparse
+import ast
 import importlib.util
 import re
 import shlex
@@ -41,6 +42,7 @@ TEST_FILE = re.compile(r"`(?:\w+ )*tests/[\w/]+\.py|`notebooks/\w+\.ipynb`")
 
 # Sections with numbers that are no measurements.
 NOT_MEASURED = {
+    ("docs/guides/reproducing_the_paper.md", "How a verdict is found"): "thresholds",
     ("docs/tinyworld.md", "The oracle"): "how the oracle is defined",
     ("docs/guides/serve.md", "Several machines"): "computed in the text",
     ("docs/guides/train_your_own.md", "3. The recipe"): "computed, as the page says",
@@ -104,6 +106,13 @@ def check_tests(arguments: list[str]) -> None:
             assert not name or f"def {name}" in (ROOT / path).read_text(), word
 
 
+def is_of_others(script: str) -> bool:
+    """Whether a page lets its reader make the script, or clone the repository that it is in."""
+    texts = [path.read_text() for path in PAGES]
+    cloned = {name for text in texts for name in re.findall(r"git clone https://[\w./-]+/([\w-]+)", text)}
+    return script.split("/")[0] in cloned or any(f"\n# {script}\n" in text for text in texts)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_of_the_documents_are_accepted(command, monkeypatch):
     words = [PLACEHOLDERS.get(word, word) for word in shlex.split(command, comments=True)]
@@ -124,8 +133,9 @@ def test_commands_of_the_documents_are_accepted(command, monkeypatch):
         check_script(ROOT / f"{arguments[1].replace('.', '/')}.py", arguments[2:], monkeypatch)
     elif arguments[0] == "-m":
         assert importlib.util.find_spec(arguments[1]), command
-    elif not any(f"\n# {arguments[0]}\n" in path.read_text() for path in PAGES):
-        # Otherwise it is a file that the page lets its reader make.
+    elif arguments[0] == "-c":
+        ast.parse(arguments[1])
+    elif not is_of_others(arguments[0]):
         check_script(ROOT / arguments[0], arguments[1:], monkeypatch)
 
 
