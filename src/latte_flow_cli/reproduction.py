@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .options import Device
-from .verbs import verb
+from .verbs import check_device, check_source, verb
 
 
 RECIPES = Path("recipes/reproduce")
@@ -44,9 +44,9 @@ def reproduce(
     from latte_flow_hf.reproduction import Reproduction
     from latte_flow_hf.reproduction import reproduce as run_reproduction
 
-    from .verbs import check_device
-
     settings = Reproduction.from_yaml(path)
+    if settings.pipeline != "tinyworld":
+        check_source(f"recipe {path}: pipeline", settings.pipeline)
     if device is not None and ":" in device:
         raise ValueError(
             f"device must be cpu or the kind of the accelerator, got {device!r}; choose one by its "

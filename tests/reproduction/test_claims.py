@@ -46,8 +46,14 @@ def test_seeds_that_disagree_cannot_tell(make_evidence):
 
 
 def test_two_models_that_have_learned_nothing_are_not_equally_good(make_evidence):
+    # The Fréchet distances are equal, too.
     claim = judge_claims(make_evidence(k1=0.01, k4=0.01))[0]
-    assert claim.findings[0].verdict == UNKNOWN and "compares nothing" in claim.findings[0].text
+    assert claim.verdict == UNKNOWN and [finding.verdict for finding in claim.findings] == [UNKNOWN] * 2
+    assert all("both accuracies are below 5%" in finding.text for finding in claim.findings)
+    assert judge_claims(make_evidence(k1=0.01, k4=0.1))[0].verdict == HOLDS
+    # Over the whole training, its end tells whether anything was learned: here the mean is 4.7% and the end 10%.
+    convergence = judge_claims(make_evidence(**{"k4": 0.1, "k4-none": 0.03}))[6]
+    assert convergence.verdict == HOLDS and "compares nothing" not in convergence.findings[0].text
 
 
 def test_findings_tell_values_and_intervals(make_evidence):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,6 +14,8 @@ from latte_flow_hf import LatteFlowPipeline
 from latte_flow_hf.files import write_json
 from latte_flow_hf.reproduction import reproduce
 from latte_flow_hf.reproduction.plan import Plan, load_result
+from latte_flow_hf.reproduction.quality import distance_of_drawn_images
+from latte_flow_hf.reproduction.reproduce import count_training_step
 from latte_flow_hf.reproduction.runs import run
 from latte_flow_hf.training.cache import hash_module
 
@@ -77,6 +80,18 @@ def test_the_report_has_verdicts_tables_and_figures(finished):
     assert page.count("<tr>") > 20 and "Student&#x27;s" in page
 
 
+def test_perfect_images_have_a_distance(finished, make_settings):
+    # Of few images, and less of more.
+    few = distance_of_drawn_images(make_settings(), finished)
+    assert (
+        f"130 drawn images, which are perfect, have a distance of {few:.2f} themselves"
+        in (finished / "report.md").read_text()
+    )
+    evaluation = make_settings().evaluation.model_copy(update={"one": 500})
+    more = distance_of_drawn_images(make_settings().model_copy(update={"evaluation": evaluation}), finished, 1)
+    assert 0 < more < few
+
+
 def test_started_again_it_only_writes_the_report(finished, make_settings, monkeypatch):
     before, result = (
         (finished / "report.md").read_bytes(),
@@ -126,6 +141,8 @@ def test_other_recipes_and_foreign_results_are_refused(copied, make_settings, tm
     with pytest.raises(ValueError, match="not empty and not one of this command"):
         reproduce(make_settings(), tmp_path / "other", "cpu")
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
+    with pytest.raises(ValueError, match=r"notes\.txt is a file; use another name"):
+        reproduce(make_settings(), tmp_path / "other" / "notes.txt", "cpu")
 
 
 def test_what_cannot_be_compared_is_refused_before_the_work(make_settings, tmp_path):
@@ -145,6 +162,17 @@ def test_what_cannot_be_compared_is_refused_before_the_work(make_settings, tmp_p
     ):
         reproduce(make_settings(budget=1e3), tmp_path / "out", "cpu", tell=lambda line: None)
     assert not (tmp_path / "out" / "cache").exists()
+    # A mended recipe is not refused as another one.
+    with pytest.raises(ValueError, match=r"budget 2000 is 0 steps"):
+        reproduce(make_settings(budget=2e3), tmp_path / "out", "cpu", tell=lambda line: None)
+
+
+def test_operations_of_all_passes_of_a_step_count(finished, make_settings):
+    settings = make_settings()
+    recipe = {**settings.recipe, "training": {**settings.recipe["training"], "gradient_accumulation_steps": 3}}
+    variant, plan = settings.variants[1], Plan.read(finished)
+    count, _ = count_training_step(make_settings(recipe=recipe), variant, finished, "cpu")
+    assert count == 3 * plan.step_flops[variant.name]
 
 
 @pytest.mark.slow
@@ -169,6 +197,14 @@ def test_the_command_needs_one_recipe(arguments, message, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     outcome = CliRunner().invoke(app, ["reproduce", *arguments])
     assert outcome.exit_code == 1 and message in outcome.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_pipeline_is_told(make_content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(yaml.safe_dump(make_content(pipeline="none")))
+    outcome = CliRunner().invoke(app, ["reproduce", "recipe.yaml", "-o", "out"])
+    assert outcome.exit_code == 1 and not Path("out").exists()
+    assert "recipe recipe.yaml: pipeline must be a folder or a hub id" in outcome.stderr
 
 
 def test_missing_packages_are_named_before_the_work(make_settings, tmp_path, monkeypatch):

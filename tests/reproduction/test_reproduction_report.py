@@ -66,6 +66,19 @@ def test_values_have_their_spread(report):
     assert "All runs together took 80 minutes of processor time" in text
 
 
+def test_the_report_says_whether_the_machine_was_busy(make_evidence):
+    evidence = make_evidence()
+    quiet = to_markdown(compose(evidence, judge_claims(evidence), []))
+    assert "load average of the machine was 1.2" in quiet and "waited for the processor for 1%" in quiet
+    assert "Other programs ran" not in quiet
+    for rounds in evidence.timing["rounds"]["1"].values():
+        for item in rounds:
+            item["wall"] *= 2
+    busy = to_markdown(compose(evidence, judge_claims(evidence), []))
+    assert "waited for the processor for 50%" in busy and "**Other programs ran meanwhile**" in busy
+    assert "remove `timing.json`" in busy
+
+
 def test_both_forms_have_the_same_tables(report):
     _, blocks = report
     parser = Cells()

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from latte_flow_hf.evaluation.features import TinyWorldExtractor
+from latte_flow_hf.evaluation.image_quality import min_images
 from latte_flow_hf.modeling.flow_matching import uniform_boundaries
 from latte_flow_hf.reproduction.plan import check_common_steps, points_of
-from latte_flow_hf.reproduction.settings import Reproduction
+from latte_flow_hf.reproduction.settings import MIN_IMAGES, Reproduction
 
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "reproduce"
@@ -35,6 +37,10 @@ def test_the_quick_recipe_shares_the_training():
     assert quick.recipe == full.recipe and len(quick.runs) == 3
 
 
+def test_the_least_number_of_images_is_that_of_the_distance():
+    assert min_images("frechet_distance", TinyWorldExtractor().num_features) == MIN_IMAGES
+
+
 def test_points_halve():
     assert points_of(100.0, 3, 4) == [4, 8, 16, 33]
     with pytest.raises(ValueError, match="budget 100 is 33 steps of 3 operations each, but 7 points need at least 64"):
@@ -57,8 +63,21 @@ def test_runs_must_have_equal_steps_to_be_compared_at():
         ({"variants": [{"num_experts": 1}]}, r"grid: num_experts .* \['k4'\] are not trained"),
         ({"variants": [{"num_experts": 0}]}, "num_experts .*greater than or equal to 1"),
         ({"budget": 0}, "budget"),
+        ({"budget": float("inf")}, "budget must be a finite number, got inf"),
+        ({"seeds": [2**32]}, "seeds: 0 must be less than 4294967296"),
+        (
+            {"timing": {"num_rounds": 2, "batch_sizes": [1, 1], "num_inference_steps": 4, "guidance_scale": 2.0}},
+            r"timing: batch_sizes must differ from each other, got \[1, 1\]",
+        ),
+        (
+            {"grid": {"num_experts": [4], "num_inference_steps": [3, 3], "guidance_scale": [1.0]}},
+            "grid: num_inference_steps must differ",
+        ),
+        ({"grid": {"num_experts": [4], "num_inference_steps": [3], "guidance_scale": [0.5]}}, "greater than or equal"),
         ({"bugdet": 1}, "did you mean 'budget'"),
-        ({"evaluation": {"one": 1, "two": 0, "digits": 0}}, "at least 2 prompts together"),
+        ({"evaluation": {"one": 1}}, r"one \+ two \+ digits must be at least 129, .*got 31"),
+        ({"evaluation": {"num_reference_images": 128}}, "num_reference_images must be at least 129, .*got 128"),
+        ({"recipe": {"data": {"source": {"path": "tinyworld", "num_images": 7}}}}, "num_images must be at least 8"),
         ({"recipe": {"seed": 3}}, r"recipe.* must not have \['seed'\], which each run gets"),
         ({"recipe": {"model": {"experts": {"num_experts": 2}}}}, r"\['num_experts'\] in `experts`"),
         ({"recipe": {"training": {"max_steps": 2}}}, r"\['max_steps'\] in `training`"),

@@ -53,7 +53,17 @@ def test_an_empty_range_is_refused():
         judge(Interval(0, 0, 0, 1), 1, 0)
 
 
-def test_measures_must_not_contradict_each_other():
-    assert combine([HOLDS, UNKNOWN]) == combine([HOLDS, HOLDS]) == HOLDS
-    assert combine([UNKNOWN, FAILS]) == FAILS
-    assert combine([HOLDS, FAILS]) == combine([UNKNOWN]) == UNKNOWN
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        ([HOLDS, HOLDS], HOLDS),
+        ([HOLDS, UNKNOWN], UNKNOWN),
+        ([FAILS, FAILS], FAILS),
+        ([UNKNOWN, FAILS], FAILS),
+        ([HOLDS, FAILS], UNKNOWN),
+        ([UNKNOWN, UNKNOWN], UNKNOWN),
+        ([HOLDS], HOLDS),
+    ],
+)
+def test_a_claim_holds_by_all_measures_or_not(verdicts, expected):
+    assert combine(verdicts) == combine(verdicts[::-1]) == expected

@@ -25,9 +25,10 @@ def test_numbers_of_ones_own():
     [
         (("h1000",), "device must be one of .*'h100'.* got 'h1000'"),
         (("mine", 16), "--memory-gb and --tflops"),
-        (("h100", 0), "--memory-gb must be positive, got 0"),
+        (("h100", 0), "--memory-gb must be positive and finite, got 0"),
         (("h100", None, -1.0), "--tflops must be positive"),
         (("h100", float("nan")), "--memory-gb must be positive"),
+        (("h100", None, float("inf")), "--tflops must be positive and finite, got inf"),
     ],
 )
 def test_what_is_refused(arguments, message):

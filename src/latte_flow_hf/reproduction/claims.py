@@ -61,10 +61,11 @@ class Evidence:
         plan ([`Plan`]): the plan.
         results (`dict`): what `runs.run` returns, by the name of the run.
         timing (`dict`): what `timing.measure_timing` returns.
+        drawn_distance (`float`): what `quality.distance_of_drawn_images` returns.
     """
 
-    def __init__(self, plan: Plan, results: dict[str, dict], timing: dict[str, Any]):
-        self.plan, self.timing = plan, timing
+    def __init__(self, plan: Plan, results: dict[str, dict], timing: dict[str, Any], drawn_distance: float):
+        self.plan, self.timing, self.drawn_distance = plan, timing, drawn_distance
         self.runs: dict[str, list[dict]] = {variant.name: [] for variant in plan.settings.variants}
         for name, (variant, _) in plan.settings.runs.items():
             self.runs[variant.name].append(results[name])
@@ -74,16 +75,24 @@ class Evidence:
         labels = [variant.label for variant in variants if variant.name not in self.runs]
         return [Finding(f"not trained: {'; '.join(labels)}", UNKNOWN)] if labels else []
 
-    def compare(self, first: Variant, second: Variant, values: Values, low: float, high: float) -> list[Finding]:
+    def compare(
+        self,
+        first: Variant,
+        second: Variant,
+        values: Values,
+        low: float,
+        high: float,
+        learned: Values | None = None,
+    ) -> list[Finding]:
         """Findings about the gain of one variant over another, which a claim states to be from `low` to `high` times
-        the margin of the measure. `values` takes a measure and the runs of both with the same seed."""
+        the margin of the measure. `values` takes a measure and the runs of both with the same seed; `learned` gives
+        the accuracies that tell whether anything was learned, those of `values` if left out."""
         if missing := self.missing(first, second):
             return missing
-        findings = []
-        for measure in MEASURES:
-            pairs = [values(measure, *runs) for runs in zip(self.runs[first.name], self.runs[second.name])]
-            findings.append(quality_finding(measure, pairs, low, high))
-        return findings
+        runs = list(zip(self.runs[first.name], self.runs[second.name]))
+        pairs = {measure: [values(measure, *pair) for pair in runs] for measure in MEASURES}
+        accuracies = [(learned or values)(ACCURACY, *pair) for pair in runs]
+        return quality_findings(pairs, accuracies, low, high)
 
     def time_ratios(self, first: Variant, second: Variant) -> Interval:
         """The logarithm of the ratio of their times per image, one image at a time, within each round."""
@@ -91,6 +100,19 @@ class Evidence:
         rounds = self.timing["rounds"][size]
         pairs = zip(rounds[first.name], rounds[second.name])
         return t_interval([math.log(a["wall"] / b["wall"]) for a, b in pairs])
+
+
+def quality_findings(
+    pairs: dict[Measure, list[tuple[float, float]]], accuracies: list[tuple[float, float]], low: float, high: float
+) -> list[Finding]:
+    """A finding for each measure. `pairs` has a pair of values for each seed, `low` and `high` are in units of the
+    margin of the measure. If `accuracies` say that neither network has learned to draw what is asked for, no measure
+    decides anything."""
+    findings = [quality_finding(measure, pairs[measure], low, high) for measure in MEASURES]
+    if max(ACCURACY.mean(column) for column in zip(*accuracies)) >= MIN_ACCURACY:
+        return findings
+    note = f"both accuracies are below {MIN_ACCURACY:.0%}, which compares nothing"
+    return [Finding(f"{finding.text}; {note}", UNKNOWN) for finding in findings]
 
 
 def quality_finding(measure: Measure, pairs: Sequence[tuple[float, float]], low: float, high: float) -> Finding:
@@ -103,8 +125,6 @@ def quality_finding(measure: Measure, pairs: Sequence[tuple[float, float]], low:
         return Finding(f"{text} (one seed: no spread)", UNKNOWN)
     interval = t_interval(gains)
     text += f" (95% interval {measure.describe_range(interval.low, interval.high)}, {len(gains)} seeds)"
-    if measure is ACCURACY and max(first, second) < MIN_ACCURACY:
-        return Finding(f"{text}; both near zero, which compares nothing", UNKNOWN)
     return Finding(text, judge(interval, low * measure.margin, high * measure.margin))
 
 
@@ -176,12 +196,12 @@ def judge_claims(evidence: Evidence) -> list[Claim]:
         Claim(
             "Residual attention speeds up convergence (scores).",
             "K = 4 with scores and without, mean over all points of training; holds if it is better at all",
-            compare(MAIN, NO_RESIDUAL, over_training, 0, infinity),
+            compare(MAIN, NO_RESIDUAL, over_training, 0, infinity, at_equal_compute),
         ),
         Claim(
             "Residual attention speeds up convergence (probabilities).",
             "K = 4 with probabilities and without, mean over all points of training; holds if it is better at all",
-            compare(PROBABILITIES, NO_RESIDUAL, over_training, 0, infinity),
+            compare(PROBABILITIES, NO_RESIDUAL, over_training, 0, infinity, at_equal_compute),
         ),
         Claim(
             "Residual attention costs nothing noticeable at inference.",
@@ -237,10 +257,10 @@ def _flat_findings(evidence: Evidence) -> list[Finding]:
         return measure.mean([measure.value(cell) for cell in cells])
 
     runs = evidence.runs[MAIN.name]
-    return [
-        quality_finding(measure, [(mean(run, FLAT_STEPS, measure), mean(run, most, measure)) for run in runs], -1, 1)
-        for measure in MEASURES
-    ]
+    pairs = {
+        measure: [(mean(run, FLAT_STEPS, measure), mean(run, most, measure)) for run in runs] for measure in MEASURES
+    }
+    return quality_findings(pairs, pairs[ACCURACY], -1, 1)
 
 
 def _understanding_finding(evidence: Evidence) -> Finding:

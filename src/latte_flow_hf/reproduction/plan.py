@@ -7,18 +7,20 @@ device. `plan.json` is written when everything that the runs share is there. Eac
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from ..files import read_json, write_json
-from .settings import Reproduction, Variant
+from .settings import CACHE_FOLDER, PARTS_FOLDER, Reproduction, Variant
 
 
 STUDY_FILE = "study.json"
 PLAN_FILE = "plan.json"
 RUNS_FOLDER = "runs"
 RESULT_FILE = "result.json"
+REFERENCE_FILE = "reference.npz"
 
 
 def points_of(budget: float, step_flops: int, num_points: int) -> list[int]:
@@ -105,28 +107,46 @@ class Plan:
 
 
 def check_study(folder: Path, study: dict[str, Any]) -> None:
-    """Make `folder` the folder of a study, or check that it is.
+    """Check that `folder` is free for a study, or belongs to it.
 
     Args:
-        folder (`Path`): made if it does not exist.
+        folder (`Path`): may not exist.
         study (`dict`): `settings`, `starting_model` and `device`, as JSON.
 
     Raises:
-        `ValueError`: if it belongs to another study, with what differs, or contains anything else.
+        `ValueError`: if it belongs to another study and runs may have begun, with what differs, or contains anything
+            else.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder {folder} is a file; use another name.")
     path = folder / STUDY_FILE
     if path.exists():
-        before = read_json(path)
-        changes = _differences(before, study)
-        if changes:
+        changes = _differences(read_json(path), study)
+        if changes and (folder / PLAN_FILE).exists():
             raise ValueError(
                 f"{folder} holds the results of another recipe, starting model or device ({'; '.join(changes)}); use "
                 "another folder. Its finished runs are kept."
             )
-        return
-    if folder.exists() and any(path.name != "lock" and not path.name.startswith(".") for path in folder.iterdir()):
+    elif folder.exists() and any(path.name != "lock" and not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"folder {folder} is not empty and not one of this command; use another folder.")
-    write_json(study, path)
+
+
+def begin_study(folder: Path, study: dict[str, Any]) -> None:
+    """Make `folder`, which is locked, the folder of a study. What was prepared for another one is removed, if no run
+    can have begun: a recipe that was refused can be mended.
+
+    Raises:
+        `ValueError`: see [`check_study`].
+    """
+    check_study(folder, study)
+    path = folder / STUDY_FILE
+    if path.exists() and read_json(path) != study:
+        for name in (PARTS_FOLDER, CACHE_FOLDER):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in (REFERENCE_FILE, STUDY_FILE):
+            (folder / name).unlink(missing_ok=True)
+    if not path.exists():
+        write_json(study, path)
 
 
 def _differences(before: Any, after: Any, name: str = "") -> list[str]:

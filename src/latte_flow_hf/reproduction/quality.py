@@ -1,6 +1,7 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """The quality of a model: the same prompts, the same noise and the same drawn images each time."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from ..evaluation.tinyworld import generation_prompts
 from ..files import atomic_write
 from ..tinyworld.datasets import TinyWorldImages
 from ..tinyworld.oracle import shows
+from .plan import REFERENCE_FILE
 from .settings import EvaluationSettings, Reproduction
 
-
-REFERENCE_FILE = "reference.npz"
 
 # The seeds of noise are far apart, and the drawn images have a seed that no run has.
 _NOISE_SEEDS = 1_000_000
 _REFERENCE_SEED = 2_000_003
+_DRAWN_SEED = 3_000_017
 
 
 def evaluation_prompts(settings: EvaluationSettings) -> list[tuple[str, str]]:
@@ -40,18 +41,37 @@ def generate(pipe: Any, prompts: list[str], seed: int, batch_size: int, **call: 
     return images
 
 
-def write_reference(settings: Reproduction, folder: Path) -> None:
-    """Draw the images that the Fréchet distance compares with, and store their statistics.
-
-    They have the shares of objects and digits of the training data.
-    """
+def draw_images(settings: Reproduction, num_images: int, seed: int) -> list[Image.Image]:
+    """Images with the shares of objects and digits of the training data."""
     source = {name: value for name, value in settings.recipe["data"]["source"].items() if name != "path"}
-    source["num_images"] = settings.evaluation.num_reference_images
-    dataset = TinyWorldImages(_REFERENCE_SEED + settings.evaluation.seed, **source)
-    images = [dataset[index]["image"] for index in range(len(dataset))]
-    statistics = Statistics.of(extract_features(TinyWorldExtractor(), images, name="the drawn images"))
+    dataset = TinyWorldImages(seed, **{**source, "num_images": num_images})
+    return [dataset[index]["image"] for index in range(num_images)]
+
+
+def write_reference(settings: Reproduction, folder: Path) -> None:
+    """Draw the images that the Fréchet distance compares with, and store their statistics."""
+    evaluation = settings.evaluation
+    images = draw_images(settings, evaluation.num_reference_images, _REFERENCE_SEED + evaluation.seed)
+    found = Statistics.of(extract_features(TinyWorldExtractor(), images, name="the drawn images"))
     with atomic_write(folder / REFERENCE_FILE) as partial:
-        np.savez(partial, mu=statistics.mu, sigma=statistics.sigma, extractor=np.array(statistics.extractor))
+        np.savez(partial, mu=found.mu, sigma=found.sigma, extractor=np.array(found.extractor))
+
+
+def distance_of_drawn_images(settings: Reproduction, folder: Path, num_sets: int = 4) -> float:
+    """The Fréchet distance that perfect images have, because there are no more of them than prompts.
+
+    Args:
+        settings ([`Reproduction`]): the recipe.
+        folder (`Path`): the output folder, with the statistics of the drawn images.
+        num_sets (`int`, defaults to 4): of other drawn images, as many in each as there are prompts; the mean counts.
+    """
+    reference, extractor = read_statistics(folder / REFERENCE_FILE), TinyWorldExtractor()
+    size, seed = settings.evaluation.num_prompts, _DRAWN_SEED + settings.evaluation.seed
+    images = draw_images(settings, num_sets * size, seed)
+    sets = [images[start : start + size] for start in range(0, len(images), size)]
+    return statistics.fmean(
+        frechet_distance(extract_features(extractor, items, name="drawn images"), reference) for items in sets
+    )
 
 
 class QualityMeter:

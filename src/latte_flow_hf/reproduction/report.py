@@ -17,10 +17,15 @@ from .claims import Claim, Evidence, judge_claims
 from .figures import common_step, grid_values, save_figures, values_of
 from .measures import ACCURACY, FRECHET, MEASURES, mean_and_spread
 from .plan import Plan
+from .quality import distance_of_drawn_images
+from .timing import TIMING_FILE, waiting_share
 
 
 MARKDOWN_FILE = "report.md"
 HTML_FILE = "report.html"
+
+# Chosen: what a quiet machine does not reach.
+_MAX_WAITING = 0.05
 
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
@@ -69,7 +74,7 @@ def write_report(folder: Path, plan: Plan, results: dict[str, Any], timing: dict
     Returns:
         `Path`: `report.md`.
     """
-    evidence = Evidence(plan, results, timing)
+    evidence = Evidence(plan, results, timing, distance_of_drawn_images(plan.settings, folder))
     figures = [Figure(*figure) for figure in save_figures(evidence, folder)]
     blocks = compose(evidence, judge_claims(evidence), figures)
     for name, text in ((MARKDOWN_FILE, to_markdown(blocks)), (HTML_FILE, to_html(blocks))):
@@ -163,8 +168,8 @@ def compose(evidence: Evidence, claims: list[Claim], figures: list[Figure]) -> l
             "same data, prompts and noise. The interval is the 95% interval of the mean difference, by Student's t "
             "distribution. A claim says where the true difference lies. It **holds here** if the whole interval lies "
             "there, it **does not hold here** if the whole interval lies elsewhere, and otherwise these runs **cannot "
-            "tell**. With two measures, the verdict is that of the one that decides; if they decide differently, it "
-            "is **cannot tell**. One seed has no spread and decides nothing. Ratios of times have an interval over "
+            "tell**. With two measures, a claim holds if both say so, and does not hold if one says so and the other "
+            "does not contradict. One seed has no spread and decides nothing. Ratios of times have an interval over "
             "rounds in which the networks take turns; operations are counted and have none. Nothing is corrected for "
             f"judging {len(claims)} claims: one in twenty intervals misses its true value by chance."
         ),
@@ -180,7 +185,9 @@ def compose(evidence: Evidence, claims: list[Claim], figures: list[Figure]) -> l
         Paragraph(
             f"After equal compute ({spread}). Accuracy: the share of images in which the oracle of the tiny world "
             "finds what the prompt asks for. Fréchet distance: to drawn images, in the features of the embedded "
-            "checkpoint's vision tower; smaller is better, and it cannot be compared with FID."
+            "checkpoint's vision tower; smaller is better, and it cannot be compared with FID. It falls with the "
+            f"number of images: {settings.evaluation.num_prompts} drawn images, which are perfect, have a distance of "
+            f"{evidence.drawn_distance:.2f} themselves. Near it, different networks have similar distances."
         ),
         _compute_table(evidence),
         Paragraph(
@@ -191,6 +198,7 @@ def compose(evidence: Evidence, claims: list[Claim], figures: list[Figure]) -> l
         Heading(2, "Group size and time"),
         *show("group_size.svg"),
         _timing_table(evidence),
+        Paragraph(_describe_load(evidence)),
         Heading(2, "Residual attention"),
         *(show("residual_attention.svg") or [Paragraph("Not compared by this recipe.")]),
         Heading(2, "Steps and guidance"),
@@ -266,6 +274,25 @@ def _timing_table(evidence: Evidence) -> Table:
     return Table(header, rows)
 
 
+def _describe_load(evidence: Evidence) -> str:
+    """What else the machine did while times were measured."""
+    timing = evidence.timing
+    text = (
+        f"The load average of the machine was {timing['load_average']:.1f} in the last minute of these measurements, "
+        "their own process included."
+    )
+    if evidence.plan.device != "cpu":
+        return text
+    share = waiting_share(timing)
+    text += f" The process waited for the processor for {share:.0%} of the time."
+    if share > _MAX_WAITING:
+        text += (
+            " **Other programs ran meanwhile**: the times are longer than those of this machine alone, and only their "
+            f"ratios can be used. To measure them again, remove `{TIMING_FILE}` and start the command again."
+        )
+    return text
+
+
 def _grid_tables(evidence: Evidence) -> list[Block]:
     grid = evidence.plan.settings.grid
     blocks: list[Block] = []
@@ -319,7 +346,7 @@ def _origin(evidence: Evidence) -> list[Block]:
             "Operations are counted by PyTorch on one training step of each network, forward and backward; each run "
             "has as many steps as the budget pays for. Evaluated are the moving averages of the weights, with "
             f"{evaluation.num_inference_steps} steps and guidance {evaluation.guidance_scale:g}, on "
-            f"{evaluation.one + evaluation.two + evaluation.digits} prompts, the same for all, with noise that "
+            f"{evaluation.num_prompts} prompts, the same for all, with noise that "
             f"depends on the seed. The Fréchet distance compares with {evaluation.num_reference_images} drawn images. "
             f"Times are those of {times.num_inference_steps} steps with guidance {times.guidance_scale:g}, from the "
             f"prompt to the decoded image, with {timing['num_threads']} thread(s), in {times.num_rounds} rounds. "

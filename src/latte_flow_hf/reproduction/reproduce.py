@@ -29,19 +29,21 @@ from ..training.recipe import Recipe
 from ..training.train import load_data, load_pipeline, prepare_model, set_image_size
 from .plan import (
     PLAN_FILE,
+    REFERENCE_FILE,
     RESULT_FILE,
     RUNS_FOLDER,
     Plan,
+    begin_study,
     check_common_steps,
     check_runs,
     check_study,
     load_result,
     points_of,
 )
-from .quality import REFERENCE_FILE, write_reference
+from .quality import write_reference
 from .report import write_report
 from .settings import PARTS_FOLDER, Reproduction, Variant
-from .timing import TIMING_FILE, measure_timing
+from .timing import TIMING_FILE, is_current, measure_timing
 
 
 def reproduce(
@@ -95,13 +97,14 @@ def reproduce(
     # Before the lock makes the folder.
     check_study(folder, study)
     with lock_folder(folder):
+        begin_study(folder, study)
         if not (folder / PLAN_FILE).exists():
             prepare(settings, folder, pipe, start, device, tell)
         plan = Plan.read(folder)
         check_runs(folder, plan)
         run_all(folder, plan, num_processes, tell)
         timing = read_json(folder / TIMING_FILE) if (folder / TIMING_FILE).exists() else {}
-        if timing.get("plan") != plan.id:
+        if not is_current(timing, plan):
             tell("measuring the time per image; let nothing else run")
             write_json(measure_timing(folder, plan), folder / TIMING_FILE)
         results = {name: load_result(folder, name, plan) for name in plan.settings.runs}
@@ -165,7 +168,8 @@ def count_training_step(settings: Reproduction, variant: Variant, folder: Path, 
     with FlopCounterMode(display=False) as counter:
         model(**batch).loss.backward()
     number = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return counter.get_total_flops(), number
+    passes = int(recipe.training.get("gradient_accumulation_steps", 1))
+    return passes * counter.get_total_flops(), number
 
 
 def build_cache_of(settings: Reproduction, seed: int, folder: Path, device: str) -> None:

@@ -6,15 +6,18 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from ..files import read_yaml
-from ..training.recipe import Number, Recipe, Settings
+from ..training.recipe import Number, Recipe, Seed, Settings
 
 
 # Of each run's checkpoint, within the output folder.
 PARTS_FOLDER = "parts"
 CACHE_FOLDER = "cache"
+
+# One more than the features of the tiny world's extractor, whose covariance would be singular otherwise.
+MIN_IMAGES = 129
 
 # What a run adds to the common recipe.
 _GIVEN_BY_RUN = {
@@ -26,6 +29,15 @@ _GIVEN_BY_RUN = {
 }
 
 Count = Annotated[int, Field(ge=1)]
+
+
+def _check_distinct(values: list) -> list:
+    if len(set(values)) < len(values):
+        raise ValueError(f"must differ from each other, got {values}")
+    return values
+
+
+Distinct = AfterValidator(_check_distinct)
 
 
 class Variant(Settings):
@@ -57,26 +69,39 @@ class EvaluationSettings(Settings):
 
     Args:
         seed (`int`, defaults to 0): of the prompts and of the drawn images that the Fréchet distance compares with.
-        one, two, digits (`int`): the number of prompts with one object, with two, and with a digit; 0 is allowed.
-        num_reference_images (`int`): the number of drawn images.
+        one, two, digits (`int`): the number of prompts with one object, with two, and with a digit; at least 129
+            together, one more than the features of the Fréchet distance.
+        num_reference_images (`int`): the number of drawn images, at least 129.
         num_inference_steps (`int`), guidance_scale (`float`): of each image.
         batch_size (`int`, defaults to 50): the number of images generated at once.
     """
 
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     one: int = Field(ge=0)
     two: int = Field(ge=0)
     digits: int = Field(ge=0)
-    num_reference_images: int = Field(ge=2)
+    num_reference_images: int
     num_inference_steps: Count
     guidance_scale: Number = Field(ge=1)
     batch_size: Count = 50
 
     @model_validator(mode="after")
     def _check_prompts(self) -> Self:
-        if self.one + self.two + self.digits < 2:
-            raise ValueError("one, two and digits must be at least 2 prompts together: a covariance needs two images")
+        for name, count in (
+            ("one + two + digits", self.num_prompts),
+            ("num_reference_images", self.num_reference_images),
+        ):
+            if count < MIN_IMAGES:
+                raise ValueError(
+                    f"{name} must be at least {MIN_IMAGES}, one more than the features of the Fréchet distance, got "
+                    f"{count}"
+                )
         return self
+
+    @property
+    def num_prompts(self) -> int:
+        """The number of prompts, and of images."""
+        return self.one + self.two + self.digits
 
 
 class GridSettings(Settings):
@@ -87,9 +112,9 @@ class GridSettings(Settings):
         num_inference_steps (`list[int]`), guidance_scale (`list[float]`): every pair is measured.
     """
 
-    num_experts: list[Count]
-    num_inference_steps: list[Count] = Field(min_length=1)
-    guidance_scale: list[Number] = Field(min_length=1)
+    num_experts: Annotated[list[Count], Distinct]
+    num_inference_steps: Annotated[list[Count], Field(min_length=1), Distinct]
+    guidance_scale: Annotated[list[Annotated[Number, Field(ge=1)]], Field(min_length=1), Distinct]
 
 
 class TimingSettings(Settings):
@@ -102,7 +127,7 @@ class TimingSettings(Settings):
     """
 
     num_rounds: int = Field(ge=2)
-    batch_sizes: list[Count] = Field(min_length=1)
+    batch_sizes: Annotated[list[Count], Field(min_length=1), Distinct]
     num_inference_steps: int = Field(ge=2)
     guidance_scale: Number = Field(ge=1)
 
@@ -131,7 +156,7 @@ class Reproduction(Settings):
     recipe: dict
     pipeline: str = "tinyworld"
     variants: list[Variant] = Field(min_length=1)
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    seeds: Annotated[list[Seed], Field(min_length=1), Distinct]
     budget: Number = Field(gt=0)
     num_points: Count
     evaluation: EvaluationSettings
@@ -177,9 +202,8 @@ class Reproduction(Settings):
     @model_validator(mode="after")
     def _check_runs(self) -> Self:
         names = [variant.name for variant in self.variants]
-        for name, values in (("variants", names), ("seeds", self.seeds)):
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name} must differ from each other, got {values}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"variants must differ from each other, got {names}")
         if self.grid is not None:
             unknown = [f"k{number}" for number in self.grid.num_experts if f"k{number}" not in names]
             if unknown:
@@ -192,6 +216,9 @@ class Reproduction(Settings):
                     f"per_device_train_batch_size must be a multiple of {variant.num_experts}, the number of experts, "
                     f"so that all of them learn from as many images, got {batch_size}"
                 )
+            num_images = recipe.data.source.get("num_images")
+            if num_images is not None and num_images < batch_size:
+                raise ValueError(f"num_images must be at least {batch_size}, a whole batch, got {num_images}")
         return self
 
     @property

@@ -5,6 +5,8 @@ The variants take turns, so that whatever else the machine does meets all of the
 a round.
 """
 
+import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +35,8 @@ def measure_timing(folder: Path, plan: Plan) -> dict[str, Any]:
 
     Returns:
         `dict`: `flops` by variant (see `count_flops`); `rounds`, by batch size and variant a list of
-        `{"wall", "cpu"}`, seconds per image; `num_threads`, `device`, `versions` and the `load_average` before.
+        `{"wall", "cpu"}`, seconds per image; `num_threads`, `device`, `versions` and the `load_average` of the last
+        minute, this process included.
     """
     settings, seed = plan.settings.timing, plan.settings.seeds[0]
     pipes = {
@@ -49,7 +52,21 @@ def measure_timing(folder: Path, plan: Plan) -> dict[str, Any]:
             "num_threads": torch.get_num_threads(),
             "device": device_name(plan.device),
             "versions": package_versions(),
+            "load_average": os.getloadavg()[0],
         }
+
+
+def is_current(timing: dict[str, Any], plan: Plan) -> bool:
+    """Whether times are of this plan, and of this version, which notes the load of the machine."""
+    return timing.get("plan") == plan.id and "load_average" in timing
+
+
+def waiting_share(timing: dict[str, Any]) -> float:
+    """The share of the measured time (0 to 1) in which the process had no processor: others had it. For one thread on
+    a CPU; on an accelerator the process waits for that one."""
+    items = [item for rounds in timing["rounds"].values() for runs in rounds.values() for item in runs]
+    cpu, wall = (math.fsum(item[clock] for item in items) for clock in ("cpu", "wall"))
+    return max(0.0, 1 - cpu / wall)
 
 
 @contextmanager

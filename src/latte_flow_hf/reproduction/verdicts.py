@@ -78,6 +78,8 @@ def judge(interval: Interval, low: float, high: float) -> str:
 
 
 def combine(verdicts: Sequence[str]) -> str:
-    """The verdict of a claim from several measures: that of the decided ones if they agree, otherwise `UNKNOWN`."""
-    decided = set(verdicts) - {UNKNOWN}
-    return decided.pop() if len(decided) == 1 else UNKNOWN
+    """The verdict of a claim about several measures: it holds if it holds by all of them, and does not if it fails by
+    one and holds by none; otherwise `UNKNOWN`."""
+    if all(verdict == HOLDS for verdict in verdicts):
+        return HOLDS
+    return FAILS if FAILS in verdicts and HOLDS not in verdicts else UNKNOWN

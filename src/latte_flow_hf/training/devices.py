@@ -1,6 +1,7 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
 """Accelerators: memory, its bandwidth and peak speed, from the data sheets of their makers."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -55,11 +56,11 @@ def find_device(name: str, memory_gb: float | None = None, tflops: float | None 
         tflops (`float`, *optional*): peak TFLOP/s of all matrix products, in place of those of the data sheet.
 
     Raises:
-        `ValueError`: if the name is unknown and a number is missing, or a number is not positive.
+        `ValueError`: if the name is unknown and a number is missing, or a number is not positive and finite.
     """
     for option, value in (("--memory-gb", memory_gb), ("--tflops", tflops)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{option} must be positive, got {value}.")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{option} must be positive and finite, got {value}.")
     known = DEVICES.get(name)
     if known is None and (memory_gb is None or tflops is None):
         raise ValueError(

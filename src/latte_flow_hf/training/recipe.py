@@ -111,7 +111,9 @@ def _check_number(name: str, value: Any, kind: Any) -> Any:
     return value
 
 
-Number = Annotated[float, BeforeValidator(_parse_number)]
+Number = Annotated[float, BeforeValidator(_parse_number), Field(allow_inf_nan=False)]
+# What numpy takes.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 def _check_source(source: dict, tinyworld: type) -> dict:
@@ -294,7 +296,7 @@ class SampleSettings(Settings):
 
     prompts: list[str] = Field(min_length=1)
     every_steps: int = 1000
-    seed: int = 0
+    seed: Seed = 0
     call: dict = {}
 
 
@@ -400,7 +402,7 @@ class Recipe(Settings):
     model: ModelSettings
     data: DataSettings
     training: dict
-    seed: int = 0
+    seed: Seed = 0
     trainable: Annotated[str | list[int], BeforeValidator(_check_trainable)] = "experts"
     lora: dict | None = None
     prompt_dropout: Number = Field(0.1, ge=0, le=1)
