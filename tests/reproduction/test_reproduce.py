@@ -136,6 +136,15 @@ def test_other_recipes_and_foreign_results_are_refused(copied, make_settings, tm
     write_json({**json.loads(path.read_text()), "plan": "another"}, path)
     with pytest.raises(ValueError, match=r"k2-seed-5/result.json is of run 'k2-seed-5' and of another recipe"):
         reproduce(make_settings(), copied, "cpu")
+    content = json.loads((copied / "runs" / RUNS[1] / "result.json").read_text())
+    for changes, message in (
+        ({"points": content["points"][1:]}, r"k4-seed-5/result.json lacks points: it has \[\d+\], the plan \["),
+        ({"grid": None}, r"lacks \['grid'\]; remove the folder .*k4-seed-5, and run 'k4-seed-5' is made again"),
+    ):
+        changed = {key: value for key, value in {**content, **changes}.items() if value is not None}
+        write_json(changed, copied / "runs" / RUNS[1] / "result.json")
+        with pytest.raises(ValueError, match=message):
+            load_result(copied, RUNS[1], Plan.read(copied))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty and not one of this command"):

@@ -21,6 +21,8 @@ PLAN_FILE = "plan.json"
 RUNS_FOLDER = "runs"
 RESULT_FILE = "result.json"
 REFERENCE_FILE = "reference.npz"
+# Of the result of a run, see `runs.run`.
+RESULT_KEYS = ("points", "grid", "grid_seconds", "understanding", "versions")
 
 
 def points_of(budget: float, step_flops: int, num_points: int) -> list[int]:
@@ -165,10 +167,21 @@ def load_result(folder: Path, name: str, plan: Plan) -> dict[str, Any] | None:
 
     Raises:
         `OSError`: if the file is damaged.
-        `ValueError`: if it belongs to another plan or another run.
+        `ValueError`: if it belongs to another plan or another run, or lacks what this version measures.
     """
     path = folder / RUNS_FOLDER / name / RESULT_FILE
-    return read_own(path, name, plan) if path.exists() else None
+    if not path.exists():
+        return None
+    result = read_own(path, name, plan)
+    missing = [key for key in RESULT_KEYS if key not in result]
+    variant, _ = plan.settings.runs[name]
+    steps = [point.get("step") for point in result.get("points", [])]
+    if missing or steps != plan.points(variant):
+        what = f"{missing}" if missing else f"points: it has {steps}, the plan {plan.points(variant)}"
+        raise ValueError(
+            f"{path} lacks {what}; remove the folder {path.parent}, and run {name!r} is made again by this version."
+        )
+    return result
 
 
 def read_own(path: Path, name: str, plan: Plan) -> dict[str, Any]:

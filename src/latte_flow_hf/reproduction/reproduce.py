@@ -195,6 +195,7 @@ def run_all(folder: Path, plan: Plan, num_processes: int, tell: Callable[[str], 
     missing = [name for name in names if load_result(folder, name, plan) is None]
     if not missing:
         return
+    num_processes = min(num_processes, len(missing))
     tell(
         f"{len(missing)} of {len(names)} runs to make, {num_processes} at a time, {plan.settings.budget:.3g} "
         f"operations each; what they print is in {folder / RUNS_FOLDER}/*/log.txt"
