@@ -130,6 +130,22 @@ def extra_object(scene: Scene, rng: np.random.Generator) -> Image.Image:
                 return _render([*_layers(scene, positions), *_layers(Scene((extra,)), [(x, y, size)])])
 
 
+def spots(scene: Scene, rng: np.random.Generator) -> Image.Image:
+    """There are 5 to 12 squares of 3 to 6 pixels in any colours, at least 2 pixels from the objects and each other."""
+    while True:
+        positions, layers = place_objects(scene, rng), []
+        taken, number = list(positions), int(rng.integers(5, 13))
+        for _ in range(200):
+            half = rng.integers(3, 7) / 2
+            x, y = rng.uniform(half, IMAGE_SIZE - half, size=2)
+            if all(max(abs(x - a), abs(y - b)) > half + other + 2 for a, b, other in taken):
+                taken.append((x, y, half))
+                mask = (abs(_COLUMNS - x) < half) & (abs(_ROWS - y) < half)
+                layers.append((COLOURS[_one_of(tuple(COLOURS), rng)], mask))
+            if len(layers) == number:
+                return _render([*_layers(scene, positions), *layers])
+
+
 def _redraw_one(
     scene: Scene,
     rng: np.random.Generator,
@@ -255,6 +271,7 @@ WRONG: dict[str, tuple[Callable[[Scene, np.random.Generator], Image.Image], tupl
     "quarter missing": (quarter_missing, (1, 2)),
     "colour between two": (colour_between, (1, 2)),
     "two colours": (two_colours, (1, 2)),
+    "spots": (spots, (1, 2)),
 }
 
 

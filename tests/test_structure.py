@@ -100,3 +100,9 @@ def test_the_command_imports_the_package_only_inside_its_verbs():
                 assert {alias.name for alias in node.names} <= allowed
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 1 or node.module in allowed
+
+
+def test_test_files_have_different_names():
+    """pytest imports them by name alone, and stops at the second one."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

@@ -54,6 +54,7 @@ def test_the_oracle_refuses_each_kind_of_wrong_images(kind):
         ("half drawn", ("shape",)),
         ("colour between two", ("colour",)),
         ("two colours", ("colour",)),
+        ("spots", ("extra",)),
     ],
 )
 def test_the_oracle_says_what_is_wrong(kind, errors):

@@ -19,6 +19,8 @@ from .shapes import BACKGROUND, IMAGE_SIZE, RELATIONS, Scene, SceneObject, outli
 
 # Smaller regions are noise: the smallest drawn object (a cross of half-extent 8) has about 140 pixels.
 _MIN_OBJECT_PIXELS = 40
+# Chosen: 3x3, while noise and the traces of JPEG make single pixels.
+_MIN_SPOT_PIXELS = 9
 # Chosen: the mean of blue and purple, the closest colours, has a distance of 53 from both.
 _MAX_COLOUR_DISTANCE = 48.0
 # Chosen: drawn objects are below 0.015; an ellipse of 3:2, half of a shape, or a rectangle of 4:3 are above.
@@ -53,7 +55,8 @@ def read_objects(image: Image.Image, object_class: type[SceneObject] = SceneObje
     pixels are nearest to the same colour of the world, and their median is at most 48 from it (Euclidean, of RGB from
     0 to 255). Its shape is that whose outline, at the centroid and with the area of the region, has the smallest mean
     distance from the outline of the region. It is clear if this distance is at most 0.065 of the square root of the
-    area. `object_class` determines the known colours and shapes.
+    area. `object_class` determines the known colours and shapes. Spots that are too small for an object, but
+    together as large as one, are one more object, which is not clear.
 
     Raises:
         `ValueError`: if the image is not 64x64.
@@ -61,10 +64,11 @@ def read_objects(image: Image.Image, object_class: type[SceneObject] = SceneObje
     pixels = _pixels(image)
     foreground = np.abs(pixels - BACKGROUND).max(axis=-1) > 40
     regions, count = ndimage.label(foreground)
-    found = []
+    found, spots = [], np.zeros_like(foreground)
     for region in range(1, count + 1):
         mask = regions == region
         if mask.sum() < _MIN_OBJECT_PIXELS:
+            spots |= mask & (mask.sum() >= _MIN_SPOT_PIXELS)
             continue
         rows, columns = np.nonzero(mask)
         inner = ndimage.binary_erosion(mask)
@@ -76,6 +80,9 @@ def read_objects(image: Image.Image, object_class: type[SceneObject] = SceneObje
         coverage = np.clip((pixels - BACKGROUND) @ axis / max(float(axis @ axis), 1.0), 0.0, 1.0)
         shape = _read_shape(np.where(support, coverage, 0.0), object_class.shapes)
         found.append(FoundObject(colour, shape, (columns.min() + columns.max()) / 2, (rows.min() + rows.max()) / 2))
+    if spots.sum() >= _MIN_OBJECT_PIXELS:
+        rows, columns = np.nonzero(spots)
+        found.append(FoundObject(None, None, float(columns.mean()), float(rows.mean())))
     return found
 
 
