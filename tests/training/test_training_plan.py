@@ -276,6 +276,7 @@ def test_the_network_is_not_needed_for_a_folder(backbone, vae, recipe, tmp_path)
     [
         ({"num_devices": 0}, "--num-devices must be at least 1, got 0"),
         ({"num_devices": -2}, "--num-devices must be at least 1, got -2"),
+        ({"num_devices": 10**9}, "--num-devices must be at most 100000, got 1000000000"),
         ({"utilisation": 0.0}, r"--utilisation .* above 0"),
         ({"utilisation": 1.5}, "--utilisation .* got 1.5"),
         ({"utilisation": float("nan")}, "--utilisation"),

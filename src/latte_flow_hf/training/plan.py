@@ -40,6 +40,8 @@ from .train import training_arguments
 DEFAULT_UTILISATION = 0.35
 # (Chosen: the prompt of benchmarks/flops.py has 27 tokens with the chat template of Qwen2-VL.)
 DEFAULT_PROMPT_TOKENS = 32
+# (Chosen: more than any one training has; each device is looked at.)
+MAX_DEVICES = 100_000
 # The share of a device's memory that stays free. (Chosen: the CUDA context, workspaces of libraries and fragmentation
 # are in no formula.)
 RESERVE = 0.1
@@ -317,6 +319,8 @@ def _check_counts(
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}.")
+    if num_devices > MAX_DEVICES:
+        raise ValueError(f"--num-devices must be at most {MAX_DEVICES}, got {num_devices}.")
     if not 0 < utilisation <= 1:
         raise ValueError(f"--utilisation is a share of the peak speed, above 0 and at most 1, got {utilisation}.")
 
