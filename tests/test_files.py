@@ -4,8 +4,6 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -22,7 +20,6 @@ from latte_flow_hf.files import (
     check_hash,
     check_image_output,
     check_output,
-    lock_folder,
     read_json,
     read_weight_map,
     read_yaml,
@@ -359,39 +356,3 @@ def test_an_image_that_cannot_be_written(name, words, tmp_path):
 def test_an_output_in_a_folder_that_cannot_be_written_to():
     with pytest.raises(OSError, match=r"output /proc/new\.png cannot be written"):
         check_output("/proc/new.png")
-
-
-HOLD = """
-import sys
-from pathlib import Path
-from latte_flow_hf.files import lock_folder
-
-with lock_folder(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_a_folder_is_held_by_one_process_and_free_when_that_is_killed(tmp_path):
-    with lock_folder(tmp_path / "run"):
-        pass
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(OSError, match=rf"run is in use by process {holder.pid} on "), lock_folder(tmp_path / "run"):
-        raise AssertionError("the block must not run")
-    holder.kill()
-    holder.wait()
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
-    with lock_folder(tmp_path / "run"):
-        pass
-    assert not list((tmp_path / "run").iterdir())
-
-
-def test_a_locked_folder_in_which_nothing_is_written_is_removed(tmp_path):
-    with pytest.raises(ValueError), lock_folder(tmp_path / "new"):
-        raise ValueError
-    with lock_folder(tmp_path / "used"):
-        (tmp_path / "used" / "file").touch()
-    assert names(tmp_path) == ["used"]

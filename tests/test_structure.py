@@ -12,7 +12,7 @@ COMMAND = SOURCE.parent / "latte_flow_cli"
 
 # From the lowest to the highest. Subpackages of the same layer do not import each other.
 LAYERS = (
-    ("version", "files", "tinyworld"),
+    ("version", "files", "folder_lock", "tinyworld"),
     ("modeling",),
     ("schedulers",),
     ("pipelines",),

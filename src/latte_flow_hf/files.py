@@ -1,13 +1,11 @@
 # Copyright 2026 the latte_flow_hf contributors. Licensed under the Apache License, Version 2.0.
-"""Files that appear whole or not at all, folders held by one process, small files of known formats, and checks of
-checkpoint folders."""
+"""Files that appear whole or not at all, small files of known formats, and checks of checkpoint folders."""
 
 import hashlib
 import io
 import json
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
@@ -23,9 +20,6 @@ from safetensors import SafetensorError, safe_open
 # The entry for the hash in the metadata of a safetensors file, and its value before the hash is known.
 HASH_KEY = "sha256"
 EMPTY_HASH = "0" * 64
-
-# In a folder that a process holds, see `lock_folder`.
-LOCK_FILE = "lock"
 
 
 @contextmanager
@@ -62,39 +56,6 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise OSError(error.errno, f"{path} cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder alone. The system ends the lock with its process, so a killed one leaves no stale lock.
-
-    Args:
-        folder (`Path`): made if it does not exist, and removed again if nothing was written there; the file `lock` in
-            it names the process that holds it.
-
-    Raises:
-        `OSError`: if another process holds it, with that process.
-    """
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK_FILE
-    lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        owner = path.read_text(encoding="utf-8").strip() if path.exists() else ""
-        raise OSError(
-            f"folder {folder} is in use by {owner or 'another process'}; wait until it ends, or use another folder."
-        ) from error
-    try:
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-        yield
-    finally:
-        # Before the release: a process that waits for the removed file notices, and makes a new one.
-        path.unlink(missing_ok=True)
-        lock.release()
-        if is_new and not any(folder.iterdir()):
-            folder.rmdir()
 
 
 def check_output(path: str | Path, num_bytes: int = 0, replace: bool = False) -> None:

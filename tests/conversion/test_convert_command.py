@@ -73,7 +73,7 @@ def test_a_script_is_its_verb(script, monkeypatch, capsys):
 
 
 def test_there_is_a_script_for_every_verb():
-    from latte_flow_hf.cli import convert
+    from latte_flow_cli.checkpoints import convert
 
     verbs = {command.name.replace("-", "_") for command in convert.registered_commands}
     assert {path.stem for path in SCRIPTS} == verbs and len(verbs) == 7

@@ -22,7 +22,7 @@ from latte_flow_hf.evaluation.features import extract_features, load_extractor
 from latte_flow_hf.evaluation.image_quality import Statistics, frechet_distance, precision_recall
 from latte_flow_hf.evaluation.image_sets import write_npz
 from latte_flow_hf.evaluation.imagenet import class_prompts, generate_class_samples, read_class_names
-from latte_flow_hf.files import lock_folder
+from latte_flow_hf.folder_lock import lock_folder
 from latte_flow_hf.tinyworld.datasets import TinyWorldImages
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from latte_flow_hf import LatteFlowScheduler
 from latte_flow_hf.evaluation.prompt_suites import SUITES, generate_suite, read_suite
-from latte_flow_hf.files import lock_folder
+from latte_flow_hf.folder_lock import lock_folder
 from latte_flow_hf.pipelines.image_metadata import read_metadata
 
 

@@ -23,7 +23,8 @@ from accelerate import PartialState
 from diffusers.utils.torch_utils import get_device
 from tqdm.auto import tqdm
 
-from ..files import atomic_write, check_output, lock_folder, read_json, write_json
+from ..files import atomic_write, check_output, read_json, write_json
+from ..folder_lock import lock_folder
 from ..modeling.context import unknown_words
 from ..pipelines.fingerprint import pipeline_fingerprint
 from .comparison import Reference, check_comparison, choose_metrics, compare_images

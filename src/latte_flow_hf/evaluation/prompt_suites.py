@@ -22,7 +22,8 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..files import LOCK_FILE, atomic_write, check_output, lock_folder, read_json, save_image, write_json
+from ..files import atomic_write, check_output, read_json, save_image, write_json
+from ..folder_lock import LOCK_FILE, lock_folder
 from ..modeling.context import unknown_words
 from ..pipelines.batch_generation import generate_seeded, start_processes
 from ..pipelines.image_metadata import record_call, record_pipeline, write_metadata

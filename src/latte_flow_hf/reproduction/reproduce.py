@@ -20,7 +20,8 @@ from transformers import set_seed
 
 from ..checkpoints import tiny_checkpoint
 from ..conversion.extract import extract_backbone
-from ..files import atomic_write, lock_folder, read_json, write_json
+from ..files import atomic_write, read_json, write_json
+from ..folder_lock import lock_folder
 from ..modeling.configuration_latte_flow import LatteFlowConfig
 from ..pipelines.fingerprint import pipeline_fingerprint
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline

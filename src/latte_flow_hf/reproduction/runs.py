@@ -18,7 +18,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from ..evaluation.tinyworld import understanding_questions
-from ..files import lock_folder, save_image, write_json
+from ..files import save_image, write_json
+from ..folder_lock import lock_folder
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline
 from ..training.train import train
 from .machine import package_versions

@@ -21,7 +21,8 @@ from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from ..cards import pipeline_card
 from ..checkpoints import tiny_checkpoint
-from ..files import atomic_write, check_output, lock_folder, store_hashes, write_json
+from ..files import atomic_write, check_output, store_hashes, write_json
+from ..folder_lock import lock_folder
 from ..modeling.adapters import sampling_mark
 from ..modeling.backbone import read_vlm_config
 from ..modeling.configuration_latte_flow import LatteFlowConfig
