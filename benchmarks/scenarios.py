@@ -28,6 +28,7 @@ from latte_flow_hf import (
     tiny_checkpoint,
 )
 from latte_flow_hf.checkpoints import few_step_checkpoint
+from latte_flow_hf.training.published import BACKBONES
 
 
 Mark = Callable[[str], None]
@@ -36,17 +37,8 @@ Generate = Callable[[int, Mark], torch.Tensor]
 
 PROMPT = "a red circle left of a blue square"
 
-# The text model of Qwen2-VL-2B-Instruct. The prompt has no image, so the vision tower is reduced to one small layer.
-QWEN2_VL_2B = {
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "max_position_embeddings": 32768,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-}
+# The prompt has no image, so the vision tower is reduced to one small layer.
+QWEN2_VL_2B = BACKBONES["Qwen/Qwen2-VL-2B-Instruct"]["text_config"]
 # dc-ae-f32c32-sana-1.0, as in the conversion script of diffusers.
 DC_AE_F32C32 = {
     "latent_channels": 32,

@@ -28,6 +28,16 @@ OptionalExtractor = Annotated[
 ]
 
 
+def _check_json(path: Path | None) -> Path | None:
+    if path is not None and path.suffix != ".json":
+        raise typer.BadParameter(f"output must be a .json file, got {str(path)!r}.")
+    return path
+
+
+ResultsFile = Annotated[
+    Path | None, typer.Option("--output", "-o", callback=_check_json, help="JSON file for all results.")
+]
+
 group = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 app.add_typer(group, name="evaluate")
 
@@ -40,7 +50,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the prompts, the images and the noise.")] = 1,
     steps: Steps = None,
     guidance: Guidance = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for all results.")] = None,
+    output: ResultsFile = None,
     device: Device = None,
     dtype: Dtype = "float32",
     lora: Lora = None,
@@ -56,8 +66,6 @@ def evaluate(
                 f"options go after {context.invoked_subcommand!r}, got {', '.join(given)} before."
             )
         return
-    if output is not None and output.suffix != ".json":
-        raise typer.BadParameter(f"output must be a .json file, got {str(output)!r}.")
     from latte_flow_hf.evaluation import tinyworld
     from latte_flow_hf.files import check_output, write_json
 
@@ -105,13 +113,11 @@ def images(
     ] = None,
     nearest_k: Annotated[int, typer.Option(min=1, help="Neighbours, for precision, recall, density, coverage.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once in the extractor.")] = 64,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the results.")] = None,
+    output: ResultsFile = None,
     device: Device = None,
     is_json: Json = False,
 ) -> None:
     """Image quality: how close generated images are to real ones, how varied, and whether they are copies."""
-    if output is not None and output.suffix != ".json":
-        raise typer.BadParameter(f"output must be a .json file, got {str(output)!r}.")
     import torchmetrics  # noqa: F401
 
     from latte_flow_hf.evaluation import comparison
@@ -243,14 +249,12 @@ def understanding(
     ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task; all if left out.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 1,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for all results.")] = None,
+    output: ResultsFile = None,
     device: Device = None,
     dtype: Dtype = "float32",
     is_json: Json = False,
 ) -> None:
     """Run tasks of lmms-eval on a model and on its stock backbone, and compare scores and answers."""
-    if output is not None and output.suffix != ".json":
-        raise typer.BadParameter(f"output must be a .json file, got {str(output)!r}.")
     if tasks is None and (model is not None or include_path is not None):
         raise typer.BadParameter("--tasks must name tasks; only those of the embedded checkpoint can be left out.")
     import tempfile
@@ -296,7 +300,7 @@ def round_trip(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the prompts and the noise.")] = 1,
     steps: Steps = None,
     guidance: Guidance = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for all results.")] = None,
+    output: ResultsFile = None,
     device: Device = None,
     dtype: Dtype = "float32",
     lora: Lora = None,
@@ -304,8 +308,6 @@ def round_trip(
     is_json: Json = False,
 ) -> None:
     """Generate images of the tiny world, and ask the same model what it sees in them."""
-    if output is not None and output.suffix != ".json":
-        raise typer.BadParameter(f"output must be a .json file, got {str(output)!r}.")
     from latte_flow_hf.evaluation import tinyworld
     from latte_flow_hf.evaluation.round_trip import make_round_trip
     from latte_flow_hf.files import check_output, write_json

@@ -13,19 +13,16 @@ import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate import PartialState
-from diffusers.utils.torch_utils import get_device
 from tqdm.auto import tqdm
 
 from ..files import atomic_write, check_output, read_json, write_json
 from ..folder_lock import lock_folder
 from ..modeling.context import unknown_words
+from ..pipelines.batch_generation import generate_seeded, start_processes
 from ..pipelines.fingerprint import pipeline_fingerprint
 from .comparison import Reference, check_comparison, choose_metrics, compare_images
 from .features import FeatureExtractor
@@ -157,10 +154,7 @@ def generate_class_samples(
     call = {name: value for name, value in call.items() if value is not None}
     _check_arguments(prompts, num_samples, batch_size, shard_size)
     height, width = call.get("height") or pipe.default_size, call.get("width") or pipe.default_size
-    # Without an accelerator, processes form a group only if `cpu` is set. The first one to end waits for the last,
-    # whose shard may take longer than the half hour after which torch gives up.
-    state = PartialState(cpu=(device or get_device()) == "cpu", timeout=timedelta(days=7))
-    pipe.to(device if device is not None and state.num_processes == 1 else state.device)
+    state = start_processes(pipe, device)
     settings = {
         "format": 1,
         "pipeline": pipeline_fingerprint(pipe),
@@ -295,9 +289,7 @@ def _is_finished(path: Path, num_images: int, height: int, width: int) -> bool:
 
 def _generate(pipe: Any, prompts: list[str], images: range, seed: int, call: dict[str, Any]) -> np.ndarray:
     """A batch of images, (batch, height, width, 3) of uint8."""
-    # On the CPU, so that the noise is the same for every device.
-    generators = [torch.Generator().manual_seed(seed + j) for j in images]
-    generated = pipe(prompts, generator=generators, **call).images
+    generated = generate_seeded(pipe, prompts, [seed + j for j in images], **call)
     return np.stack([np.asarray(image.convert("RGB")) for image in generated])
 
 

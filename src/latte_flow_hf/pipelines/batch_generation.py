@@ -8,6 +8,7 @@ and files are written atomically, so an image is finished if its file exists.
 import hashlib
 import json
 import re
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,9 @@ def image_name(number: int, prompt: str, seed: int, model: Any, call: dict[str, 
 def start_processes(pipe: Any, device: str | None) -> PartialState:
     """The group of processes that `accelerate launch` started, or this one alone; the pipeline is moved to the device
     of this process, or to `device` if it is alone."""
-    # Without an accelerator, processes form a group only if `cpu` is set.
-    state = PartialState(cpu=(device or get_device()) == "cpu")
+    # Without an accelerator, processes form a group only if `cpu` is set. The first one to end waits for the last,
+    # whose share may take longer than the half hour after which torch gives up.
+    state = PartialState(cpu=(device or get_device()) == "cpu", timeout=timedelta(days=7))
     pipe.to(device if device is not None and state.num_processes == 1 else state.device)
     return state
 
