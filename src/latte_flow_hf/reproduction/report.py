@@ -337,12 +337,13 @@ def _origin(evidence: Evidence) -> list[Block]:
     return [
         Paragraph(
             f"On {timing['device']} ({plan.device}), with {'; '.join(lines)}. All runs together took "
-            f"{sums['cpu']:.1f} minutes of processor time; one after the other they would have taken "
-            f"{sums['wall']:.1f} minutes. Minutes per run, with others beside it:"
+            f"{sums['cpu']:.0f} minutes of processor time; one after the other they would have taken "
+            f"{sums['wall']:.0f} minutes. Minutes per run, with others beside it:"
         ),
         Table(["Network", "training, CPU", "training, wall", "evaluation, CPU", "evaluation, wall"], rows),
         Paragraph(
-            f"Initial weights, training images, order and noise depend on the seed ({', '.join(map(str, settings.seeds))}). "
+            "Initial weights, training images, order and noise depend on the seed "
+            f"({', '.join(map(str, settings.seeds))}). "
             "Operations are counted by PyTorch on one training step of each network, forward and backward; each run "
             "has as many steps as the budget pays for. Evaluated are the moving averages of the weights, with "
             f"{evaluation.num_inference_steps} steps and guidance {evaluation.guidance_scale:g}, on "
