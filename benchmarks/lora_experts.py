@@ -129,7 +129,7 @@ def encode_images(pipe: LatteFlowPipeline, settings: ExperimentSettings, folder:
             else:
                 examples.append(old[index])
         images = [example["image"] for example in examples]
-        latents = [pipe.encode_images(images[start : start + 64]) for start in range(0, len(images), 64)]
+        latents = [pipe.encode_images(images[start : start + 64]).cpu() for start in range(0, len(images), 64)]
         with atomic_write(folder) as partial:
             partial.mkdir()
             save_file({"latents": torch.cat(latents).contiguous()}, partial / "latents.safetensors")
@@ -152,8 +152,9 @@ def train_adapter(
     trainer = Trainer(
         pipe.model,
         TrainingArguments(
-            dataloader_pin_memory=torch.accelerator.is_available(),
+            dataloader_pin_memory=pipe.device.type != "cpu",
             output_dir=str(folder.with_name(folder.name + ".run")),
+            use_cpu=pipe.device.type == "cpu",
             seed=settings.seed,
             save_strategy="no",
             report_to=[],
@@ -265,9 +266,10 @@ def main() -> None:
     parser.add_argument(
         "--model", default=tiny_checkpoint(), help="folder of a pipeline; defaults to the embedded checkpoint"
     )
+    parser.add_argument("--device", default="cpu", help="such as cuda")
     arguments = parser.parse_args()
     settings = ExperimentSettings.from_yaml(arguments.settings)
-    pipe = LatteFlowPipeline.from_pretrained(arguments.model)
+    pipe = LatteFlowPipeline.from_pretrained(arguments.model).to(arguments.device)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = LatteFlowScheduler.from_config(pipe.scheduler.config, **settings.evaluation["scheduler"])
     # Faster on a CPU at this size.
@@ -275,7 +277,7 @@ def main() -> None:
     output = arguments.output / settings.concept
     (output / "rows").mkdir(parents=True, exist_ok=True)
     images = encode_images(pipe, settings, output / "images")
-    contexts = encode_prompts(pipe.model, pipe.processor, [*images.prompts, ""])
+    contexts = encode_prompts(pipe.model, pipe.processor, [*images.prompts, ""]).to("cpu")
     rows = []
     for row in settings.rows:
         file = output / "rows" / f"{row}.json"

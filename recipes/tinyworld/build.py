@@ -357,7 +357,8 @@ def build_checkpoint(stages: Stages, recipe: Recipe, work_dir: Path, output_dir:
     pipe = LatteFlowPipeline.from_pretrained(build_pipeline(stages, recipe, work_dir))
     # Don't store local paths: a new pipeline has none.
     pipe.vae.register_to_config(_name_or_path="")
-    pipe = LatteFlowPipeline(**pipe.components)
+    # The processor as it was made: the stages that padded with it have stored how.
+    pipe = LatteFlowPipeline(**{**pipe.components, "processor": build_processor(stages, work_dir)})
     texts = " ".join(tokenizer_texts(stages.seed)).lower()
     pipe.model.config.trained_words = sorted(set(re.findall(r"\w+", texts)))
     with atomic_write(output_dir) as folder:

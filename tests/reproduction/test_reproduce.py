@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -153,6 +154,20 @@ def test_other_recipes_and_foreign_results_are_refused(copied, make_settings, tm
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
     with pytest.raises(ValueError, match=r"notes\.txt is a file; use another name"):
         reproduce(make_settings(), tmp_path / "other" / "notes.txt", "cpu")
+
+
+def test_a_folder_belongs_to_what_the_runs_use_of_the_starting_model(finished, make_settings, monkeypatch, pipeline):
+    """Another backbone is refused; other experts are not, since the runs train their own."""
+    loaded = LatteFlowPipeline.from_pretrained(pipeline)
+    monkeypatch.setattr(LatteFlowPipeline, "from_pretrained", lambda folder: loaded)
+    with torch.no_grad():
+        loaded.model.tower.layers[0].mlp.gate_proj.weight.add_(1.0)
+    report = reproduce(make_settings(), finished, "cpu", tell=lambda line: None)
+    assert report == finished / "report.md"
+    with torch.no_grad():
+        loaded.model.vlm.get_input_embeddings().weight.add_(1.0)
+    with pytest.raises(ValueError, match=r"starting_model: backbone .* -> .*use another folder"):
+        reproduce(make_settings(), finished, "cpu", tell=lambda line: None)
 
 
 def test_what_cannot_be_compared_is_refused_before_the_work(make_settings, tmp_path):

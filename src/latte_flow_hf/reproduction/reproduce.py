@@ -23,7 +23,7 @@ from ..conversion.extract import extract_backbone
 from ..files import atomic_write, read_json, write_json
 from ..folder_lock import lock_folder
 from ..modeling.configuration_latte_flow import LatteFlowConfig
-from ..pipelines.fingerprint import pipeline_fingerprint
+from ..pipelines.fingerprint import hash_module, hash_processor
 from ..pipelines.pipeline_latte_flow import LatteFlowPipeline
 from ..training.data import UnreadableImages, load_image_rows
 from ..training.recipe import Recipe
@@ -58,7 +58,8 @@ def reproduce(
 
     Args:
         settings ([`Reproduction`]): what is compared.
-        folder (`Path`): for everything that is made; it belongs to one recipe and one starting model.
+        folder (`Path`): for everything that is made; it belongs to one recipe and one starting model, whose backbone,
+            autoencoder and processor count.
         device (`str`, defaults to `"cpu"`): `"cpu"`, or the type of the accelerator.
         num_processes (`int`, *optional*): how many runs are trained at a time, each in a process of its own with one
             thread; defaults to the number of cores on a CPU, and to 1 on an accelerator.
@@ -92,7 +93,12 @@ def reproduce(
     pipe = LatteFlowPipeline.from_pretrained(start)
     study = {
         "settings": settings.model_dump(mode="json"),
-        "starting_model": pipeline_fingerprint(pipe),
+        # What the runs use of it: they train experts of their own.
+        "starting_model": {
+            "backbone": hash_module(pipe.model.vlm),
+            "autoencoder": hash_module(pipe.vae),
+            "processor": hash_processor(pipe.processor),
+        },
         "device": device,
     }
     # Before the lock makes the folder.

@@ -356,9 +356,17 @@ def plan_arguments(recipe: Recipe) -> TrainingArguments:
 
 
 def build_models(
-    recipe: Recipe, backbone_config: str | Path | None = None, autoencoder_config: str | Path | None = None
+    recipe: Recipe,
+    backbone_config: str | Path | None = None,
+    autoencoder_config: str | Path | None = None,
+    device: str = "meta",
 ) -> tuple[LatteFlowForConditionalGeneration, Any]:
-    """The model that the recipe trains, its adapter included, and the autoencoder, both on the meta device.
+    """The model that the recipe trains, its adapter included, and the autoencoder, both with new weights.
+
+    Args:
+        recipe ([`Recipe`]): the recipe.
+        backbone_config, autoencoder_config (`str` or `Path`, *optional*): see [`make_plan`].
+        device (`str`, defaults to `"meta"`): where the weights are; on the meta device they have no values.
 
     Raises:
         `ValueError`: if the recipe does not fit the model.
@@ -366,7 +374,7 @@ def build_models(
     """
     config, vae_config = read_configs(recipe.model, backbone_config, autoencoder_config)
     dtype = getattr(torch, recipe.model.dtype)
-    with torch.device("meta"):
+    with torch.device(device):
         vae = getattr(diffusers, vae_config["_class_name"]).from_config(vae_config).eval()
         if config.latent_channels != vae.config.latent_channels:
             raise ValueError(
