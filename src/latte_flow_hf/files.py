@@ -4,6 +4,7 @@
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -16,6 +17,8 @@ import yaml
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+
+logger = logging.getLogger(__name__)
 
 # The entry for the hash in the metadata of a safetensors file, and its value before the hash is known.
 HASH_KEY = "sha256"
@@ -116,6 +119,20 @@ def save_image(image: Image.Image, path: str | Path) -> None:
     """Write an image; the file appears whole or not at all."""
     with atomic_write(path) as partial:
         image.save(partial)
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether a PNG file exists and has its end. One that was cut, by a copy or a full disk, has not: a warning says
+    that it is made again."""
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        # The last chunk, which is empty, and its checksum.
+        file.seek(max(0, path.stat().st_size - 8))
+        if file.read() == b"IEND\xaeB`\x82":
+            return True
+    logger.warning(f"image {path} is damaged, and is made again.")
+    return False
 
 
 def write_json(content: Any, path: str | Path) -> None:

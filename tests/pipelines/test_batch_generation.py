@@ -67,6 +67,17 @@ def test_existing_images_stay_and_missing_ones_are_generated(pipe, tmp_path):
     assert generate_images(pipe, PROMPTS[:1], tmp_path / "out", num_images_per_prompt=2, **CALL) == (1, 1)
 
 
+@pytest.mark.parametrize("end", [0, -20])
+def test_a_cut_image_is_made_again(pipe, tmp_path, end, caplog):
+    generate_images(pipe, PROMPTS[:2], tmp_path / "out", **CALL)
+    before = bytes_of(tmp_path / "out")
+    path = min((tmp_path / "out").iterdir())
+    path.write_bytes(path.read_bytes()[:end])
+    assert generate_images(pipe, PROMPTS[:2], tmp_path / "out", **CALL) == (1, 1)
+    assert bytes_of(tmp_path / "out") == before
+    assert f"{path.name} is damaged, and is made again" in caplog.text
+
+
 def test_two_processes_generate_the_bytes_of_one(pipeline, prompts, tmp_path):
     arguments = ["generate", "--prompts", str(prompts), "-m", pipeline, *OPTIONS]
     assert CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "one")]).exit_code == 0

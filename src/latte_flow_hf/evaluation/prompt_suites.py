@@ -10,7 +10,6 @@ import csv
 import hashlib
 import io
 import json
-import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -22,14 +21,11 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..files import atomic_write, check_output, read_json, save_image, write_json
+from ..files import atomic_write, check_output, is_whole_png, read_json, save_image, write_json
 from ..folder_lock import LOCK_FILE, lock_folder
 from ..modeling.context import unknown_words
 from ..pipelines.batch_generation import generate_seeded, start_processes
 from ..pipelines.image_metadata import record_call, record_pipeline, write_metadata
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -354,7 +350,7 @@ def generate_suite(
             for number, file in enumerate(item.files):
                 first = seed + (index * len(item.files) + number) * per_file
                 units.append((folder / "images" / file, item.prompt, first, item.notes))
-        missing = [unit for unit in units if not _is_finished(unit[0])]
+        missing = [unit for unit in units if not is_whole_png(unit[0])]
         if state.is_main_process:
             # What killed runs left half written: some evaluators look into hidden folders, too.
             for scratch in [path for path in (folder / "images").rglob(".*.*") if path.is_dir()]:
@@ -387,19 +383,6 @@ def generate_suite(
                         save_image(_grid(own), path)
         state.wait_for_everyone()
     return len(missing), len(units) - len(missing)
-
-
-def _is_finished(path: Path) -> bool:
-    """Whether an image is whole. One that was cut, by a copy or a full disk, is made again."""
-    if not path.exists():
-        return False
-    with open(path, "rb") as file:
-        # The last chunk of a PNG file, and its checksum.
-        file.seek(max(0, path.stat().st_size - 8))
-        if file.read() == b"IEND\xaeB`\x82":
-            return True
-    logger.warning(f"image {path} is damaged, and is made again.")
-    return False
 
 
 def _check_run(before: dict[str, Any], run: dict[str, Any], folder: Path) -> None:

@@ -2,7 +2,7 @@
 """A folder of images from many prompts, by all processes, resumed by running it again.
 
 There is no list of finished images. The name of an image's file contains a digest of everything the image depends on,
-and files are written atomically, so an image is finished if its file exists.
+and files are written atomically, so an image is finished if its file exists and was not cut since.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import get_device
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..files import check_output
+from ..files import check_output, is_whole_png
 from .fingerprint import pipeline_fingerprint
 from .image_metadata import record_call, record_pipeline, write_metadata
 
@@ -123,7 +123,7 @@ def generate_images(
     prompt_of_image = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
     model = pipeline_fingerprint(pipe)
     paths = [folder / image_name(i, prompt, seed + i, model, call) for i, prompt in enumerate(prompt_of_image)]
-    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    missing = [i for i, path in enumerate(paths) if not is_whole_png(path)]
     # No process may write before all of them have listed what is missing, or their lists would differ.
     state.wait_for_everyone()
     record = record_pipeline(pipe, adapter_names, model) if missing else None
