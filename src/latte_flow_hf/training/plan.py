@@ -644,7 +644,10 @@ def _num_steps(arguments: TrainingArguments, num_images: int | None, setup: Setu
 
 def _not_counted(recipe: Recipe) -> list[str]:
     """What a run does and no formula counts."""
-    notes = ["reading and decoding images, exchanging gradients between devices, logging and saving are not counted."]
+    notes = [
+        "launching operations, reading and decoding images, exchanging gradients between devices, logging and saving "
+        "are not counted."
+    ]
     if recipe.samples is not None:
         notes.append("images of `samples` are not counted.")
     if recipe.validation is not None:
