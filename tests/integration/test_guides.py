@@ -186,7 +186,6 @@ def furnished(model, make_model, backbone, processor, vae, tmp_path_factory) -> 
         "tinyworld/distill": {},
         "tinyworld/distill_lora": {},
         "tinyworld/distill_lora_again": {},
-        "tinyworld/distill_lora_8": {},
         "text_to_image_folder": {"path/to/pipeline": "with-code", "path/to/images": "images-of-recipe"},
         "imagenet256": {**LOCAL, "path: ILSVRC/imagenet-1k": "path: imagefolder\n    data_dir: classes"},
     }.items():

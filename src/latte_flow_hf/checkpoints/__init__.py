@@ -22,7 +22,8 @@ def few_step_checkpoint() -> str:
     if not (folder / "adapter_config.json").is_file():
         raise OSError(
             f"the few-step adapter of the embedded checkpoint is not in {folder}. It is made by `latte-flow distill` "
-            "with recipes/tinyworld/distill_lora.yaml; load yours by --lora, or generate with all steps."
+            "with recipes/tinyworld/distill_lora.yaml and distill_lora_again.yaml; load yours by --lora, or generate "
+            "with all steps."
         )
     return str(folder)
 
