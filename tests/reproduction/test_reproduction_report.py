@@ -32,6 +32,10 @@ class Cells(HTMLParser):
             self.cells[-1] += data
 
 
+# Hashes of the starting model.
+PARTS = {"backbone": "0123456789abcdef", "autoencoder": "fedcba9876543210"}
+
+
 @pytest.fixture(scope="module")
 def report(make_evidence, tmp_path_factory):
     """The folder with the figures, and the blocks."""
@@ -41,7 +45,7 @@ def report(make_evidence, tmp_path_factory):
         run_folder.mkdir(parents=True)
         Image.new("RGB", (64 * len(SAMPLE_PROMPTS), 64), (40 * number, 90, 60)).save(run_folder / "samples.png")
     figures = [Figure(*figure) for figure in save_figures(evidence, folder)]
-    return folder, compose(evidence, judge_claims(evidence), figures)
+    return folder, compose(evidence, judge_claims(evidence), figures, PARTS)
 
 
 def test_every_figure_is_shown_once(report):
@@ -56,6 +60,16 @@ def test_every_figure_is_shown_once(report):
         assert [image.getpixel((200, 56 + 132 * row + 60))[0] for row in range(6)] == [0, 40, 80, 120, 160, 200]
 
 
+def test_the_starting_model_is_named(report, make_evidence):
+    """Of the smallest comparison it is not the embedded checkpoint."""
+    _, blocks = report
+    pipeline = make_evidence().plan.settings.pipeline
+    words = f"those of `{pipeline}` (their hashes begin with `0123456789ab` and `fedcba987654`)"
+    assert (
+        pipeline != "tinyworld" and words in to_markdown(blocks) and "those of the embedded" not in to_markdown(blocks)
+    )
+
+
 def test_values_have_their_spread(report):
     _, blocks = report
     text = to_markdown(blocks)
@@ -68,13 +82,13 @@ def test_values_have_their_spread(report):
 
 def test_the_report_says_whether_the_machine_was_busy(make_evidence):
     evidence = make_evidence()
-    quiet = to_markdown(compose(evidence, judge_claims(evidence), []))
+    quiet = to_markdown(compose(evidence, judge_claims(evidence), [], PARTS))
     assert "load average of the machine was 1.2" in quiet and "waited for the processor for 1%" in quiet
     assert "Other programs ran" not in quiet
     for rounds in evidence.timing["rounds"]["1"].values():
         for item in rounds:
             item["wall"] *= 2
-    busy = to_markdown(compose(evidence, judge_claims(evidence), []))
+    busy = to_markdown(compose(evidence, judge_claims(evidence), [], PARTS))
     assert "waited for the processor for 50%" in busy and "**Other programs ran meanwhile**" in busy
     assert "remove `timing.json`" in busy
 

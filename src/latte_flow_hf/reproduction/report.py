@@ -12,11 +12,11 @@ from typing import Any
 
 import yaml
 
-from ..files import atomic_write
+from ..files import atomic_write, read_json
 from .claims import Claim, Evidence, judge_claims
 from .figures import common_step, grid_values, save_figures, values_of
 from .measures import ACCURACY, FRECHET, MEASURES, mean_and_spread
-from .plan import Plan
+from .plan import STUDY_FILE, Plan
 from .quality import distance_of_drawn_images
 from .timing import TIMING_FILE, waiting_share
 
@@ -76,7 +76,8 @@ def write_report(folder: Path, plan: Plan, results: dict[str, Any], timing: dict
     """
     evidence = Evidence(plan, results, timing, distance_of_drawn_images(plan.settings, folder))
     figures = [Figure(*figure) for figure in save_figures(evidence, folder)]
-    blocks = compose(evidence, judge_claims(evidence), figures)
+    starting_model = read_json(folder / STUDY_FILE)["starting_model"]
+    blocks = compose(evidence, judge_claims(evidence), figures, starting_model)
     for name, text in ((MARKDOWN_FILE, to_markdown(blocks)), (HTML_FILE, to_html(blocks))):
         with atomic_write(folder / name) as partial:
             partial.write_text(text, encoding="utf-8")
@@ -130,9 +131,13 @@ def to_html(blocks: Sequence[Block]) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
 
-def compose(evidence: Evidence, claims: list[Claim], figures: list[Figure]) -> list[Block]:
-    """All blocks of the report."""
+def compose(
+    evidence: Evidence, claims: list[Claim], figures: list[Figure], starting_model: dict[str, str]
+) -> list[Block]:
+    """All blocks of the report. `starting_model` has the hashes of its parts, as in `study.json`."""
     settings = evidence.plan.settings
+    start = "the embedded checkpoint" if settings.pipeline == "tinyworld" else f"`{settings.pipeline}`"
+    hashes = " and ".join(f"`{starting_model[part][:12]}`" for part in ("backbone", "autoencoder"))
     num_seeds = len(settings.seeds)
     variants = settings.variants
     images = {figure.file: figure for figure in figures}
@@ -146,9 +151,9 @@ def compose(evidence: Evidence, claims: list[Claim], figures: list[Figure]) -> l
         Paragraph(
             f"{len(variants)} networks, {num_seeds} {'seeds' if num_seeds > 1 else 'seed'} each, with the same data, "
             f"frozen backbone and autoencoder, and {settings.budget:.3g} floating-point operations (FLOPs) of "
-            "training for every run. Backbone and autoencoder are those of the embedded checkpoint: the networks are "
-            "hundreds of times smaller than the paper's, and what holds here need not hold there, nor the other way "
-            "round. Made by `latte-flow reproduce`, with the recipe at the end."
+            f"training for every run. Backbone and autoencoder are those of {start} (their hashes begin with "
+            f"{hashes}): the networks are hundreds of times smaller than the paper's, and what holds here need not "
+            "hold there, nor the other way round. Made by `latte-flow reproduce`, with the recipe at the end."
         ),
         Heading(2, "Verdicts"),
         Table(
