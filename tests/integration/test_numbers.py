@@ -186,6 +186,16 @@ def test_percentages_are_those_of_the_results(page):
     assert stated <= results and len(stated) > 3
 
 
+def test_the_readme_quotes_the_verdicts_of_the_report():
+    """All of them, in words and in order."""
+    report = (ROOT / "docs" / "reproduction" / "report.md").read_text()
+    judged = re.findall(r"^\| \d+ \| (.+?) \| \*\*(.+?)\*\* \|", report, re.MULTILINE)
+    quoted = re.findall(
+        r"^\| (.+?) \| (holds here|does not hold here|cannot tell) \|$", (ROOT / "README.md").read_text(), re.M
+    )
+    assert quoted == judged and len(judged) == 11
+
+
 def test_all_figures_have_a_maker():
     table = (ROOT / "docs" / "contributing.md").read_text()
     named = set(re.findall(r"`([\w*-]+\.(?:png|svg))`", table))
