@@ -4,7 +4,6 @@
 import hashlib
 import io
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -16,9 +15,10 @@ from typing import Any
 import yaml
 from PIL import Image
 from safetensors import SafetensorError, safe_open
+from transformers.utils import logging
 
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 # The entry for the hash in the metadata of a safetensors file, and its value before the hash is known.
 HASH_KEY = "sha256"
