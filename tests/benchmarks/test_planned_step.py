@@ -29,11 +29,11 @@ def test_a_gpu_is_needed(monkeypatch, capsys):
     assert "no GPU was found" in capsys.readouterr().err
 
 
-def test_the_table(tmp_path, pipe, monkeypatch, capsys):
+def test_the_table(tmp_path, own_pipe, monkeypatch, capsys):
     """With the memory of a GPU made up, and all else real."""
     backbone, autoencoder = tmp_path / "backbone", tmp_path / "autoencoder"
-    pipe.model.vlm.save_pretrained(backbone)
-    pipe.vae.save_pretrained(autoencoder)
+    own_pipe.model.vlm.save_pretrained(backbone)
+    own_pipe.vae.save_pretrained(autoencoder)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(backbone=backbone, autoencoder=autoencoder))
     for name, value in (("is_available", True), ("get_device_name", "a GPU"), ("max_memory_allocated", 2 * 10**9)):
