@@ -51,18 +51,23 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no GPU was found; its memory is what this script measures.")
+    if torch.cuda.device_count() > 1:
+        parser.error("several GPUs are visible, which the Trainer would all use; choose one by CUDA_VISIBLE_DEVICES.")
     recipe = Recipe.from_yaml(options.recipe)
+    for section in ("distillation", "folded_guidance_scale", "understanding"):
+        if getattr(recipe, section) is not None:
+            parser.error(f"{options.recipe}: {section} has steps of another kind, which this script does not make.")
     plan = make_plan(recipe, find_device(options.device), prompt_tokens=options.prompt_tokens)
     model, vae = build_models(recipe, device=get_device())
 
     batch_size = plan.batch["per_device"]
-    side = round((plan.assumptions["latent_tokens"]) ** 0.5) * model.config.latent_patch_size
+    side = round(plan.assumptions["latent_tokens"] ** 0.5) * model.config.latent_patch_size
     # Ordinary tokens of every backbone.
     ids = torch.randint(2, 50, (batch_size, options.prompt_tokens), device=model.device)
     context = model.encode_context(input_ids=ids, attention_mask=torch.ones_like(ids)).to("cpu")
     latents = torch.randn(batch_size, model.config.latent_channels, side, side)
 
-    # Counted outside of the steps that are timed.
+    # One pass of a step, counted outside of the steps that are timed.
     with FlopCounterMode(display=False) as counter:
         model(latents=latents.to(model.device), context=context.to(model.device)).loss.backward()
     model.zero_grad()
@@ -74,7 +79,7 @@ def main() -> None:
         trainer = RecipeTrainer(
             model,
             training_arguments(recipe, Path(folder)),
-            train_dataset=[{}] * (batch_size * options.steps),
+            train_dataset=[{}] * (plan.batch["per_step"] * options.steps),
             data_collator=lambda examples: {"latents": latents, "context": context},
         )
         if recipe.ema is not None:
@@ -87,14 +92,15 @@ def main() -> None:
     seconds = statistics.median(times.seconds[options.steps // 2 :])
     peak = torch.cuda.max_memory_allocated()
     reserved = torch.cuda.max_memory_reserved()
+    operations = plan.batch["accumulation"] * counter.get_total_flops()
     planned_seconds = 3600 * (plan.hours["training"] + plan.hours["update"]) / plan.steps
     print(f"{options.recipe.name} on {torch.cuda.get_device_name()}, torch {torch.__version__}")
     print("| | plan | measured | measured / plan |")
     print("|---|---|---|---|")
     rows = [
         ("peak of the memory, GB", plan.memory.peak / 1e9, peak / 1e9),
-        ("reserved by torch, GB", (plan.memory.peak / 1e9), reserved / 1e9),
-        ("operations per step, TFLOP", plan.flops["step"] / 1e12, counter.get_total_flops() / 1e12),
+        ("reserved by torch, GB", plan.memory.peak / 1e9, reserved / 1e9),
+        ("operations per step, TFLOP", plan.flops["step"] / 1e12, operations / 1e12),
         ("time per step, ms", 1e3 * planned_seconds, 1e3 * seconds),
     ]
     for name, planned, measured in rows:

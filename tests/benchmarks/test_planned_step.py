@@ -11,12 +11,16 @@ import torch
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "planned_step.py"
 RECIPE = """
 model:
-  pipeline: null
   backbone: {backbone}
   autoencoder: {autoencoder}
   experts: {{num_experts: 2}}
 data: {{source: {{path: tinyworld, num_images: 64}}, cache: cache}}
-training: {{max_steps: 100, per_device_train_batch_size: 4, learning_rate: 1.0e-3, optim: adamw_torch}}
+training:
+  max_steps: 100
+  per_device_train_batch_size: 4
+  gradient_accumulation_steps: 2
+  learning_rate: 1.0e-3
+  optim: adamw_torch
 ema: {{decay: 0.9}}
 """
 
@@ -27,6 +31,15 @@ def test_a_gpu_is_needed(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert "no GPU was found" in capsys.readouterr().err
+
+
+def test_other_kinds_of_steps_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    recipe = SCRIPT.parents[1] / "recipes" / "tinyworld" / "distill.yaml"
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(recipe), "--device", "h100"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "distill.yaml: distillation has steps of another kind" in capsys.readouterr().err
 
 
 def test_the_table(tmp_path, own_pipe, monkeypatch, capsys):
