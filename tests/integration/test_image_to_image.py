@@ -48,9 +48,21 @@ def count_right(pipe, **arguments) -> int:
     return sum(shows(image, prompt) for prompt in prompts for image in images_of(pipe, prompt, ONE, **arguments))
 
 
-@pytest.mark.parametrize(("strength", "least"), [(0.6, 24), (0.95, 28)])
+missed = pytest.mark.xfail(strict=True, reason="missed: squares are what the embedded checkpoint draws worst")
+
+
+@pytest.mark.parametrize(("strength", "least"), [(0.6, 6), pytest.param(0.95, 7, marks=missed)])
 def test_a_circle_is_painted_over(img2img, inpaint, strength, least):
-    """Six or seven of eight, as in the guide's table; the others have wrong outlines."""
+    """6 or 7 of 8 seeds are right, others mostly rectangles; the guide has a table with more prompts."""
+    found = images_of(inpaint, "a blue square", ONE, mask_image=box_mask(8, 8, 56, 56), strength=strength)
+    assert sum(shows(image, "a blue square") for image in found) >= least
+    found = images_of(img2img, "a blue square", ONE, strength=strength)
+    assert sum(shows(image, "a blue square") for image in found) >= least
+
+
+@pytest.mark.parametrize(("strength", "least"), [(0.6, 24), (0.95, 28)])
+def test_the_prompts_of_the_guide(img2img, inpaint, strength, least):
+    """The same shares of the guide's four prompts; the others have wrong outlines."""
     assert count_right(inpaint, mask_image=box_mask(8, 8, 56, 56), strength=strength) >= least
     assert count_right(img2img, strength=strength) >= least
 
@@ -92,3 +104,12 @@ def test_a_distilled_model_starts_at_its_steps():
     assert pipe.num_timesteps == 3 and sum(shows(image, "a yellow triangle") for image in found) >= 6
     with pytest.raises(ValueError, match=r"strength must be one of 0\.25, 0\.5, 0\.75, 1: expert 0 was distilled"):
         pipe("a blue square", ONE, mask, 0.8)
+
+
+@missed
+def test_squares_of_a_distilled_model():
+    pipe = LatteFlowInpaintPipeline.from_pretrained(tiny_checkpoint())
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(few_step_checkpoint())
+    found = images_of(pipe, "a blue square", ONE, mask_image=box_mask(8, 8, 56, 56), strength=1.0)
+    assert sum(shows(image, "a blue square") for image in found) >= 6
